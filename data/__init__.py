@@ -1,0 +1,50 @@
+"""What every program here shares: the error a user sees, files written whole or not at all, and how a program ends."""
+import json
+import os
+import sys
+from pathlib import Path
+
+
+class BadInput(Exception):
+    """Something the user gave us is wrong; the message is the one line they see, and the exit code is 2."""
+
+
+def write_atomic(path, write) -> None:
+    """Call write(temporary path), flush to disk, then rename: `path` holds either the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(tmp)
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())
+        os.chmod(tmp, 0o644)
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_json(path, value, indent: int | None = 2) -> None:
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    write_atomic(path, lambda tmp: tmp.write_text(text + "\n", encoding="utf-8"))
+
+
+def read_json(path) -> dict:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise BadInput(f"{path}: not valid JSON ({e}); write it again") from None
+
+
+def run_program(main) -> None:
+    """Run main(); BadInput becomes one line on stderr and exit code 2, Ctrl-C exit code 130. Anything else is a bug
+    of ours, and keeps its traceback."""
+    try:
+        main()
+    except BadInput as e:
+        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
