@@ -1,0 +1,530 @@
+"""A Llama in one file: the frozen model that KV-Distill compresses for, its key-value cache, and generation.
+
+The parts, in order: the configuration (read from a Hugging Face config.json), the cache, rotary positions, attention,
+the block, the whole model, loading public weights, generating text.
+
+Three things differ from the plainest Llama, because the compressor needs them:
+  - the cache carries a number per token, `bias`, that is added to every attention logit towards it: 0 for an ordinary
+    token, the decay β of a kept token, a large negative number for padding;
+  - attention takes an optional `Route`: a low-rank addition to W_Q and W_O for the tokens that will be kept;
+  - a caller may watch queries and keys go by (to learn what the model attends to).
+
+Shapes: B batch, T new tokens, S cached tokens, D width, H query heads, G key-value heads, d head width, V vocabulary.
+Reference for the architecture: Llama 3, arXiv 2407.21783; rotary positions, arXiv 2104.09864.
+"""
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache as once
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+
+from data import BadInput, read_json
+
+NEG = -1e9  # an attention logit that means "not there"; finite, so that a row without any neighbour stays a number
+
+
+@dataclass
+class Config:
+    vocab_size: int
+    n_layer: int
+    n_head: int              # query heads, H
+    n_kv_head: int           # key-value heads, G; H / G queries share one
+    head_dim: int            # d
+    n_embd: int              # width, D
+    n_ffn: int               # inner width of the MLP
+    max_positions: int       # tokens; longer inputs are refused
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # of type llama3, or none
+    tied: bool = True        # the output head is the embedding matrix
+
+    @classmethod
+    def from_json(cls, path) -> "Config":
+        """Read a Hugging Face config.json; BadInput for a model that is not this architecture."""
+        j = read_json(path)
+        for key, want in {"model_type": ("llama",), "hidden_act": ("silu", None), "attention_bias": (False, None),
+                          "mlp_bias": (False, None), "quantization_config": (None,)}.items():
+            if j.get(key) not in want:
+                raise BadInput(f"{path}: {key} is {j.get(key)!r}, expected {want[0]!r}; only plain Llamas are supported")
+        # transformers 5 moved both rope settings into rope_parameters
+        rope = j.get("rope_scaling") or j.get("rope_parameters") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise BadInput(f"{path}: rope_scaling of type {kind!r} is not supported, expected 'llama3' or none")
+        try:
+            n_head = j["num_attention_heads"]
+            return cls(vocab_size=j["vocab_size"], n_layer=j["num_hidden_layers"], n_head=n_head,
+                       n_kv_head=j.get("num_key_value_heads", n_head), n_embd=j["hidden_size"],
+                       head_dim=j.get("head_dim") or j["hidden_size"] // n_head, n_ffn=j["intermediate_size"],
+                       max_positions=j["max_position_embeddings"], norm_eps=j["rms_norm_eps"],
+                       rope_theta=j.get("rope_theta") or rope.get("rope_theta", 10000.0),
+                       rope_scaling=rope if kind == "llama3" else None, tied=j.get("tie_word_embeddings", False))
+        except KeyError as e:
+            raise BadInput(f"{path}: {e} is missing; is this the config.json of a Llama?") from None
+
+
+# ------------------------------------------------------------------------------------------------------ the cache
+
+@dataclass
+class Cache:
+    """Keys and values of every layer for tokens already read; what compression makes shorter.
+
+    As it is, a cache is a value: a forward pass reads it and leaves it alone, and gradients flow through it.
+    `with_room` copies it into a larger buffer that a forward pass appends to in place; generation uses that.
+    """
+    k: list[torch.Tensor]         # n_layer tensors (B, G, S, d), rotated to the positions they were computed at
+    v: list[torch.Tensor]         # n_layer tensors (B, G, S, d)
+    bias: torch.Tensor            # (B, S) fp32, added to the attention logits of every layer and head
+    positions: torch.Tensor       # (B, S) int64, where the token stood in the context; -1 for padding
+    next_position: torch.Tensor   # (B,) int64, where a continuation starts: the *original* context length
+    length: int | None = None     # slots in use, when this cache is a buffer with room; None: all, and read-only
+
+    @classmethod
+    def empty(cls, cfg: Config, batch: int, room: int, device, dtype) -> "Cache":
+        shape = (batch, cfg.n_kv_head, room, cfg.head_dim)
+        return cls([torch.empty(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)],
+                   [torch.empty(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)],
+                   torch.full((batch, room), NEG, device=device),
+                   torch.full((batch, room), -1, device=device, dtype=torch.long),
+                   torch.zeros(batch, device=device, dtype=torch.long), length=0)
+
+    def with_room(self, extra: int) -> "Cache":
+        """A copy whose last `extra` slots are free to be appended to."""
+        def grow(x, dim, fill):
+            pad = list(x.shape)
+            pad[dim] = extra
+            return torch.cat([x, x.new_full(pad, fill)], dim)
+        return Cache([grow(k, 2, 0) for k in self.k], [grow(v, 2, 0) for v in self.v], grow(self.bias, 1, NEG),
+                     grow(self.positions, 1, -1), self.next_position.clone(), length=self.bias.shape[1])
+
+    def rows(self, index) -> "Cache":
+        """The rows `index` (a list), each as often as it is named: one context for several questions."""
+        i = torch.as_tensor(index, device=self.bias.device)
+        return Cache([k[i] for k in self.k], [v[i] for v in self.v], self.bias[i], self.positions[i],
+                     self.next_position[i], self.length)
+
+    def read_only(self) -> "Cache":
+        n = self.length
+        if n is None:
+            return self
+        return Cache([k[:, :, :n] for k in self.k], [v[:, :, :n] for v in self.v], self.bias[:, :n],
+                     self.positions[:, :n], self.next_position)
+
+    def extend(self, layer: int, k, v):
+        """Keys and values that new tokens see: the cached ones, then their own. In a buffer, they are stored too."""
+        if self.length is None:
+            return torch.cat([self.k[layer], k], 2), torch.cat([self.v[layer], v], 2)
+        end = self.length + k.shape[2]
+        self.k[layer][:, :, self.length:end] = k
+        self.v[layer][:, :, self.length:end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+    @property
+    def n_slots(self) -> int:
+        return self.bias.shape[1] if self.length is None else self.length
+
+    def nbytes(self) -> int:
+        """Bytes of keys, values, biases and positions as stored, over all slots in use."""
+        parts = [self.k[0], self.v[0]] * len(self.k) + [self.bias[:, None, :, None], self.positions[:, None, :, None]]
+        return sum(x[:, :, :self.n_slots].numel() * x.element_size() for x in parts)
+
+
+# ------------------------------------------------------------------------------------------------------ the parts
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):  # (..., D); the mean of squares is taken in fp32 whatever x is
+        x32 = x.float()
+        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def rope_frequencies(cfg: Config) -> torch.Tensor:
+    """Radians per position of each of the d/2 rotating pairs, fp32 (d/2,), with Llama 3.1's long-context scaling."""
+    freq = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float32) / cfg.head_dim)
+    if cfg.rope_scaling:
+        s = cfg.rope_scaling
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # within the length first trained on
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow pairs, stretched by `factor`; 1: fast, kept
+        freq = freq * (blend + (1 - blend) / s["factor"])
+    return freq
+
+
+def rotate(x, rope):
+    """Apply rotary positions to x (B, heads, T, d): Hugging Face's order, the pair of dimension i is i + d/2."""
+    cos, sin = rope  # (B, 1, T, d/2) each
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def attend(q, k, v, mask=None):
+    """softmax(q·kᵀ/√d + mask)·v with G ≤ H: (B, H, T, d), (B, G, S, d), (B, G, S, d) -> (B, H, T, d).
+
+    mask: fp32 (B, 1, T, S), or None: causal, for T = S. The mask is cast here, layer by layer, so that the gradient
+    of a decay in it is summed over layers in fp32.
+    """
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), enable_gqa=True)
+
+
+@dataclass
+class Route:
+    """One layer's low-rank addition to W_Q and W_O, for the tokens where mask is 1 (METHOD.md, part 4)."""
+    mask: torch.Tensor  # (B, T, 1), 1 for a token that will be kept
+    a_q: torch.Tensor   # (r, D)
+    b_q: torch.Tensor   # (H·d, r)
+    a_o: torch.Tensor   # (r, H·d)
+    b_o: torch.Tensor   # (D, r)
+    scale: float        # α / r
+
+    def q(self, x):     # (B, T, D) -> (B, T, H·d)
+        return self.mask * F.linear(F.linear(x, self.a_q), self.b_q * self.scale)
+
+    def o(self, y):     # (B, T, H·d) -> (B, T, D)
+        return self.mask * F.linear(F.linear(y, self.a_o), self.b_o * self.scale)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.wq = nn.Linear(cfg.n_embd, cfg.n_head * cfg.head_dim, bias=False)
+        self.wk = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=False)
+        self.wv = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=False)
+        self.wo = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
+
+    def keys_values(self, x, rope):
+        B, T, _ = x.shape
+        k = self.wk(x).view(B, T, -1, self.cfg.head_dim).transpose(1, 2)  # (B, G, T, d)
+        v = self.wv(x).view(B, T, -1, self.cfg.head_dim).transpose(1, 2)  # (B, G, T, d)
+        return rotate(k, rope), v
+
+    def forward(self, x, rope, mask, cache, layer, route, watch):
+        B, T, _ = x.shape
+        k, v = self.keys_values(x, rope)
+        q = self.wq(x) if route is None else self.wq(x) + route.q(x)
+        q = rotate(q.view(B, T, -1, self.cfg.head_dim).transpose(1, 2), rope)  # (B, H, T, d)
+        k_all, v_all = (k, v) if cache is None else cache.extend(layer, k, v)
+        if watch is not None:
+            watch(layer, q, k_all)
+        y = attend(q, k_all, v_all, mask).transpose(1, 2).reshape(B, T, -1)    # (B, T, H·d)
+        y = self.wo(y) if route is None else self.wo(y) + route.o(y)
+        return y, k, v
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.gate = nn.Linear(cfg.n_embd, cfg.n_ffn, bias=False)
+        self.up = nn.Linear(cfg.n_embd, cfg.n_ffn, bias=False)
+        self.down = nn.Linear(cfg.n_ffn, cfg.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # SwiGLU
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(cfg.n_embd, cfg.norm_eps), Attention(cfg)
+        self.mlp_norm, self.mlp = RMSNorm(cfg.n_embd, cfg.norm_eps), MLP(cfg)
+
+    def forward(self, h, rope, mask=None, cache=None, layer=0, route=None, watch=None, kv_only=False):
+        """One layer. h: (B, T, D) -> h, and this layer's own keys and values of the T tokens, (B, G, T, d) each.
+
+        With kv_only nothing but keys and values is computed, and h comes back unchanged: all that a cache needs of
+        the last layer.
+        """
+        x = self.attn_norm(h)
+        if kv_only:
+            k, v = self.attn.keys_values(x, rope)
+            return h, k, v
+        y, k, v = self.attn(x, rope, mask, cache, layer, route, watch)
+        h = h + y
+        return h + self.mlp(self.mlp_norm(h)), k, v
+
+
+# ------------------------------------------------------------------------------------------------------ the whole
+
+class Llama(nn.Module):
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        if not cfg.tied:
+            self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> torch.Tensor:  # (V, D)
+        return self.embed.weight if self.cfg.tied else self.head.weight
+
+    @property
+    def device(self):
+        return self.embed.weight.device
+
+    @property
+    def dtype(self):
+        return self.embed.weight.dtype
+
+    def rope(self, positions):
+        """cos and sin of every position's angles: (B, T) -> two (B, 1, T, d/2) in the model's dtype."""
+        if positions.numel() and int(positions.max()) >= self.cfg.max_positions:
+            raise BadInput(f"{int(positions.max()) + 1} tokens are more than the model's {self.cfg.max_positions} "
+                           "positions; use a shorter text")
+        angle = positions[:, None, :, None].float() * rope_frequencies(self.cfg).to(positions.device)
+        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+
+    def forward(self, tokens, cache: Cache | None = None, segments=None, lengths=None, watch=None):
+        """Hidden states of `tokens` after the last norm; `logits` turns the ones that are wanted into logits.
+
+        Args:
+            tokens: (B, T) int64, padded on the right.
+            cache: what the tokens may look back at. A buffer with room is appended to, any other is left alone.
+            segments: (B, T) int64, for several continuations of one cache in one row: a token sees its own segment
+                only, and each segment starts at the cache's next position. -1 is padding.
+            lengths: (B,) int64, the real tokens of each row, where rows differ (not together with segments).
+            watch: called as watch(layer, q (B, H, T, d), k (B, G, S + T, d)) in every layer.
+        Returns: (B, T, D) in the model's dtype.
+        """
+        start = 0 if cache is None else cache.next_position[:, None]
+        positions = start + offsets(tokens, segments)
+        rope, mask = self.rope(positions), attention_mask(tokens, cache, segments)
+        h = self.embed(tokens)
+        for layer, block in enumerate(self.layers):
+            h, _, _ = block(h, rope, mask, cache, layer, watch=watch)
+        if cache is not None and cache.length is not None:
+            self.account(cache, positions, lengths)
+        return self.norm(h)
+
+    def account(self, cache: Cache, positions, lengths=None):
+        """After appending: mark the new slots of a buffer as used, the padding of shorter rows as not there."""
+        B, T = positions.shape
+        lengths = torch.full((B,), T, device=positions.device) if lengths is None else lengths
+        real = torch.arange(T, device=positions.device) < lengths[:, None]  # (B, T)
+        new = slice(cache.length, cache.length + T)
+        cache.bias[:, new] = torch.where(real, 0.0, NEG)
+        cache.positions[:, new] = torch.where(real, positions, -1)
+        cache.next_position = cache.next_position + lengths
+        cache.length += T
+
+    def logits(self, h):
+        """fp32 logits of hidden states: (..., D) -> (..., V)."""
+        return F.linear(h, self.head_weight).float()
+
+    def read(self, h, first: int = 0, last: int | None = None, route=None, index=None):
+        """Run layers first … last−1 over a whole context, causally, and collect its keys and values.
+
+        Args:
+            h: (B, N, D), the hidden states before layer `first`; padding, if any, is on the right.
+            route: called as route(layer); returns the layer's Route or None.
+            index: (B, K) int64, the positions whose keys and values are wanted; None for all.
+        Returns: h after layer last−1, and lists of (B, G, K, d). In the model's last layer nothing but keys and values
+        is computed: what else it would do, no cache sees.
+        """
+        rope = self.rope(torch.arange(h.shape[1], device=h.device)[None])
+        ks, vs = [], []
+        for layer in range(first, self.cfg.n_layer if last is None else last):
+            h, k, v = self.layers[layer](h, rope, route=route and route(layer), kv_only=layer == self.cfg.n_layer - 1)
+            ks.append(k if index is None else gather(k, index))
+            vs.append(v if index is None else gather(v, index))
+        return h, ks, vs
+
+    @torch.no_grad()
+    def prefill(self, tokens, lengths=None) -> Cache:
+        """Read a context: (B, N) int64, padded on the right, with `lengths` (B,) real tokens -> its whole cache."""
+        _, ks, vs = self.read(self.embed(tokens))
+        return whole_cache(ks, vs, lengths)
+
+
+def gather(x, index):
+    """Rows `index` (B, K) of keys or values x (B, G, N, d) -> (B, G, K, d)."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def whole_cache(ks, vs, lengths=None) -> Cache:
+    """The uncompressed cache of a context of N tokens, of which each row has `lengths` (B,) real ones."""
+    (B, _, N, _), device = ks[0].shape, ks[0].device
+    i = torch.arange(N, device=device).expand(B, N)
+    lengths = torch.full((B,), N, device=device) if lengths is None else lengths
+    real = i < lengths[:, None]
+    return Cache(ks, vs, torch.where(real, 0.0, NEG), torch.where(real, i, -1), lengths)
+
+
+def offsets(tokens, segments=None):
+    """How far each token stands from the start of its row, or of its segment: (B, T) int64."""
+    T = tokens.shape[1]
+    i = torch.arange(T, device=tokens.device).expand(tokens.shape[0], T)
+    if segments is None:
+        return i
+    new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)  # the first token of each segment
+    return i - torch.where(new, i, 0).cummax(1).values
+
+
+def attention_mask(tokens, cache: Cache | None, segments=None):
+    """What `attend` takes: None for plain causal attention, else fp32 (B, 1, T, S + T) with the cache's biases in it.
+
+    New tokens see cached ones through their bias and each other causally, within their segment. (SDPA's is_causal
+    aligns to the top left when the key is longer than the query, so it is of no use here.)
+    """
+    if segments is None and (cache is None or cache.length == 0):
+        return None
+    B, T = tokens.shape
+    causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril().expand(B, T, T)
+    if segments is not None:
+        causal = causal & (segments[:, :, None] == segments[:, None, :])
+    own = torch.where(causal, 0.0, NEG)[:, None]                                          # (B, 1, T, T)
+    if cache is None:
+        return own
+    return torch.cat([cache.bias[:, None, None, :cache.n_slots].expand(B, 1, T, -1), own], -1)
+
+
+# ------------------------------------------------------------------------------------------------ public weights
+
+@once
+def fastest_dtype(threads: int) -> torch.dtype:
+    """fp32 or bf16 on this CPU, whichever multiplies faster; some processors emulate bf16 and are slower with it."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+        runs = []
+        for _ in range(8):
+            t = time.perf_counter()
+            F.linear(a, b)
+            runs.append(time.perf_counter() - t)
+        seconds[dtype] = min(runs)
+    best = min(seconds, key=seconds.get)
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    print(f"dtype: {str(best)[6:]} (bf16 multiplies {ratio:.1f} × as fast as fp32 here, {threads} threads)", flush=True)
+    return best
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as e:
+        raise BadInput(f"device {name!r} cannot be used ({str(e).splitlines()[0]}); try --device cpu") from None
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        if device.type == "cpu":
+            return fastest_dtype(torch.get_num_threads())
+        ok = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else False
+        return torch.bfloat16 if ok else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def our_name(theirs: str) -> str:
+    """Hugging Face's tensor name -> ours."""
+    for a, b in {"model.": "", "embed_tokens": "embed", "self_attn.": "attn.", "input_layernorm": "attn_norm",
+                 "post_attention_layernorm": "mlp_norm", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
+                 "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "lm_head": "head"}.items():
+        theirs = theirs.replace(a, b)
+    return theirs
+
+
+def load_llama(folder, device="cpu", dtype=torch.float32) -> Llama:
+    """A frozen Llama from a folder with config.json and model.safetensors, or shards with an index.
+
+    The model is made without memory ("meta") and each tensor is put in place as it is read, so the peak is one model
+    and one tensor. Errors: BadInput for a missing, truncated or foreign file, a missing tensor, a wrong shape.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder, expected one with config.json and model.safetensors")
+    cfg = Config.from_json(folder / "config.json")
+    with torch.device("meta"):
+        model = Llama(cfg)
+    wanted = dict(model.named_parameters())
+    if (folder / "model.safetensors").exists():
+        files = ["model.safetensors"]
+    elif (folder / "model.safetensors.index.json").exists():
+        files = sorted(set(read_json(folder / "model.safetensors.index.json")["weight_map"].values()))
+    else:
+        raise BadInput(f"{folder}: no model.safetensors and no model.safetensors.index.json; download the weights again")
+    for name in files:
+        try:
+            with safe_open(folder / name, "pt") as f:
+                for key in f.keys():
+                    ours = our_name(key)
+                    if ours not in wanted:
+                        continue  # a tied head stored twice, or old files' rotary tables
+                    if tuple(f.get_slice(key).get_shape()) != tuple(wanted[ours].shape):
+                        raise BadInput(f"{folder / name}: {key} is {f.get_slice(key).get_shape()}, config.json says "
+                                       f"{list(wanted[ours].shape)}")
+                    tensor = f.get_tensor(key).to(device, dtype)
+                    model.load_state_dict({ours: tensor}, strict=False, assign=True)
+                    del wanted[ours]
+        except (SafetensorError, OSError) as e:
+            raise BadInput(f"{folder / name}: cannot be read as safetensors ({e}); download it again") from None
+    if wanted:
+        raise BadInput(f"{folder}: {len(wanted)} tensors are missing, the first is {next(iter(wanted))!r}")
+    return model.requires_grad_(False).eval()
+
+
+# ------------------------------------------------------------------------------------------------------ generation
+
+def pad_right(rows: list[list[int]], device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists of ids -> tokens (B, T) int64, padded on the right with 0, and lengths (B,)."""
+    lengths = torch.tensor([len(r) for r in rows], device=device)
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, r in enumerate(rows):
+        tokens[i, :len(r)] = torch.tensor(r)
+    return tokens.to(device), lengths
+
+
+@torch.no_grad()
+def generate(model: Llama, cache: Cache, prompts: list[list[int]], max_new_tokens: int = 64, stop_ids=frozenset(),
+             temperature: float = 0.0, seed: int = 0) -> Iterator[list[int | None]]:
+    """Continue each prompt after its row of the cache; yields one new token per row, None for a row that has ended.
+
+    The cache is copied first and stays as it was. Prompts may differ in length; none may be empty. temperature 0 is
+    greedy. A stop token ends its row and is not yielded.
+    """
+    tokens, lengths = pad_right(prompts, model.device)
+    if int(lengths.min()) == 0:
+        raise BadInput("an empty prompt cannot be continued; ask something")
+    cache = cache.with_room(tokens.shape[1] + max_new_tokens)
+    rng = torch.Generator(model.device).manual_seed(seed)
+    h = model(tokens, cache, lengths=lengths)
+    last = h[torch.arange(len(prompts)), lengths - 1]                      # (B, D), each row's last real token
+    alive = [True] * len(prompts)
+    for _ in range(max_new_tokens):
+        logits = model.logits(last)                                        # (B, V)
+        if temperature > 0:
+            new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]
+        else:
+            new = logits.argmax(-1)
+        step = new.tolist()
+        alive = [a and t not in stop_ids for a, t in zip(alive, step)]
+        if not any(alive):
+            return
+        yield [t if a else None for a, t in zip(alive, step)]
+        last = model(new[:, None], cache)[:, -1]
+
+
+def answer(model: Llama, tokenizer, cache: Cache, questions: list[str], max_new_tokens: int = 64,
+           temperature: float = 0.0, seed: int = 0) -> list[str]:
+    """Text answers to questions about one cached context (a cache of one row), in one ragged batch."""
+    out = [[] for _ in questions]
+    for step in generate(model, cache.rows([0] * len(questions)), [tokenizer.ask(q) for q in questions],
+                         max_new_tokens, tokenizer.stop_ids, temperature, seed):
+        for ids, t in zip(out, step):
+            if t is not None:
+                ids.append(t)
+    return [tokenizer.decode(ids).strip() for ids in out]
