@@ -127,6 +127,25 @@ class Context:
     def real(self):           # (B, N) bool
         return torch.arange(self.h.shape[1], device=self.h.device) < self.lengths[:, None]
 
+    @property
+    def protected(self):      # (B, N) bool
+        return self.real & ~self.candidates
+
+
+def short_cache(ks, vs, index, real, beta, ctx: Context) -> Cache:
+    """The cache of gathered keys and values. A padded slot holds zeros, and its bias keeps everybody away from it."""
+    if not real.all():
+        pad = real[:, None, :, None]
+        ks, vs = [k * pad for k in ks], [v * pad for v in vs]
+    return Cache(ks, vs, torch.where(real, beta.gather(1, index), NEG), torch.where(real, index, -1), ctx.lengths)
+
+
+def drop_from(full: Cache, ctx: Context, kept) -> Cache:
+    """The tokens `kept` (B, N) bool, and the protected ones, of an uncompressed cache: what training-free methods do."""
+    index, real = positions_of(kept | ctx.protected)
+    return short_cache([gather(k, index) for k in full.k], [gather(v, index) for v in full.v], index, real,
+                       torch.zeros_like(full.bias), ctx)
+
 
 class Compressor(nn.Module):
     """All that is trained: the scorer, the adapters (fp32), and γ. The Llama is passed in, and stays frozen.
@@ -184,20 +203,17 @@ class Compressor(nn.Module):
         beta: (B, N) fp32, the decay of the kept tokens. Protected tokens stay too, unrouted, with β = 0. With
         `everything` no token is dropped from the cache (decayed, not dropped).
         """
-        stay = ctx.real if everything else kept | (ctx.real & ~ctx.candidates)
+        stay = ctx.real if everything else kept | ctx.protected
         index, real = positions_of(stay)
-        route = self.routes(kept, model.dtype)
+        some = (kept.sum(1) < ctx.candidates.sum(1))[:, None]  # a row that keeps all of its tokens is not compressed
+        beta, route = beta * some, self.routes(kept & some, model.dtype)
         if self.cfg.two_pass:
             _, ks, vs = model.read(model.embed(ctx.tokens), 0, route=route, index=index)
         else:
             _, ks, vs = model.read(ctx.h, self.cfg.eta, route=route, index=index)
             ks = [gather(k, index) for k in ctx.ks] + ks
             vs = [gather(v, index) for v in ctx.vs] + vs
-        if not real.all():  # a padded slot holds zeros, and the bias keeps everybody away from it
-            pad = real[:, None, :, None]
-            ks, vs = [k * pad for k in ks], [v * pad for v in vs]
-        bias = torch.where(real, beta.gather(1, index), NEG)
-        return Cache(ks, vs, bias, torch.where(real, index, -1), ctx.lengths)
+        return short_cache(ks, vs, index, real, beta, ctx)
 
     def compress(self, model: Llama, ctx: Context, keep=None, tokens=None, scores=None) -> Cache:
         """A context's short cache. keep = 1 is no compression at all: no routes, no β, the pretrained model.

@@ -3,6 +3,7 @@
 Text from a user can never become a special token: `encode` is tiktoken's encode_ordinary, and the special tokens of
 the chat format are put in by id, by the functions below, and nowhere else.
 """
+import hashlib
 from pathlib import Path
 
 import tiktoken
@@ -74,6 +75,7 @@ class Tokenizer:
             if i < last and not model.get("ignore_merges"):  # Llama 3 lists every split of a token, ordered by itself
                 raise BadInput(f"{path}: merge {merge!r} is out of the order of the ids; tiktoken cannot reproduce it")
             last = i
+        self.fingerprint = hashlib.sha256(repr((sorted(ranks.items()), sorted(self.special.items()))).encode()).hexdigest()
         self.n_vocab = max([*ranks.values(), *self.special.values()]) + 1
         # SmolLM2 has no token for 21 bytes: 13 that UTF-8 never uses, six control characters, two unassigned planes.
         # tiktoken wants all 256, so the missing ones get ids above the vocabulary, which `encode` drops.

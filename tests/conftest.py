@@ -1,0 +1,66 @@
+"""Shared pieces: a tiny random Llama (hermetic, milliseconds), and the real SmolLM2 for tests marked `weights`."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from compress import Compressor, CompressorConfig  # noqa: E402
+from model import Config, Llama, load_llama  # noqa: E402
+
+
+def tiny_llama(dtype=torch.float32, seed=0, **changes) -> Llama:
+    """6 layers, width 48, 4 query and 2 key-value heads, vocabulary 97; weights large enough that attention matters."""
+    torch.manual_seed(seed)
+    cfg = dict(vocab_size=97, n_layer=6, n_head=4, n_kv_head=2, head_dim=12, n_embd=48, n_ffn=64, max_positions=512)
+    model = Llama(Config(**(cfg | changes)))
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.15 if "embed" not in name else 1.0)
+    return model.to(dtype).requires_grad_(False).eval()
+
+
+def tiny_compressor(model, seed=1, trained=True, **changes) -> Compressor:
+    """A compressor for a tiny model; `trained` gives it adapters that do something (B ≠ 0) and γ ≠ 0."""
+    torch.manual_seed(seed)
+    comp = Compressor(model.cfg, CompressorConfig(**({"eta": 2, "rank": 4} | changes)))
+    if trained:
+        with torch.no_grad():
+            for p in (comp.b_q, comp.b_o):
+                p.normal_(std=0.2)
+            comp.gamma.fill_(0.3)
+            comp.scorer.w2.weight.mul_(5)
+    return comp.to(model.dtype)
+
+
+@pytest.fixture
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture
+def compressor(model):
+    return tiny_compressor(model)
+
+
+@pytest.fixture(scope="session")
+def weights():
+    """Folder of the real default model."""
+    from data.fetch import fetch
+    return fetch()
+
+
+@pytest.fixture(scope="session")
+def smollm(weights):
+    return load_llama(weights)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(weights):
+    from data.tokenizer import Tokenizer
+    return Tokenizer(weights)

