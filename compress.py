@@ -11,15 +11,27 @@ The five parts of the method (arXiv 2503.10337), four of them here and the fifth
 
 Shapes: B batch, N context tokens, K kept tokens, D width, G key-value heads, d head width; layers count from 1 in text.
 """
+import argparse
+import hashlib
+import json
 import math
+import os
+import sys
+import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from data import BadInput
-from model import NEG, Cache, Llama, Route, gather, whole_cache
+from data import BadInput, read_json, run_program, write_atomic, write_json
+from data.weights import add_model_flags, open_model
+from model import NEG, Cache, Llama, Route, answer, gather, whole_cache
+
+ROOT = Path(__file__).resolve().parent
 
 
 @dataclass
@@ -28,20 +40,29 @@ class CompressorConfig:
     rank: int = 32             # of the adapters on W_Q and W_O
     decay: str = "centred"     # or "sigmoid": what a score does to attention
     two_pass: bool = False     # route every layer, after a first pass that only scores
+    recency: bool = True       # the scorer also sees where a token stands
 
 
 class Scorer(nn.Module):
-    """Part 1. s = W₂·GELU(W₁·rmsnorm(h)): hidden states (B, N, D) -> scores (B, N), fp32 throughout."""
+    """Part 1. s = W₂·GELU(W₁·x), fp32 throughout; x is the RMS-normalised hidden state and, with `recency`, where the
+    token stands: log(1 + tokens behind it), log(1 + tokens before it). A causal hidden state cannot know how much text
+    is still to come, and the last words before a question matter more than others (measured in LOG.md)."""
 
-    def __init__(self, n_embd: int):
+    def __init__(self, n_embd: int, recency: bool):
         super().__init__()
-        self.w1 = nn.Linear(n_embd, n_embd)
+        self.recency = recency
+        self.w1 = nn.Linear(n_embd + 2 * recency, n_embd)
         self.w2 = nn.Linear(n_embd, 1)
         nn.init.zeros_(self.w2.bias)
 
-    def forward(self, h):
-        h = F.rms_norm(h.float(), h.shape[-1:])
-        return self.w2(F.gelu(self.w1(h)))[..., 0]
+    def forward(self, h, lengths):
+        """Hidden states (B, N, D) of contexts of `lengths` (B,) tokens -> scores (B, N)."""
+        x = F.rms_norm(h.to(self.w1.weight.dtype), h.shape[-1:])
+        if self.recency:
+            before = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
+            behind = (lengths[:, None] - 1 - before).clamp(min=0)
+            x = torch.cat([x, torch.stack([behind, before], -1).to(x.dtype).log1p()], -1)
+        return self.w2(F.gelu(self.w1(x)))[..., 0]
 
 
 def kept_count(n, keep: float | None = None, tokens: int | None = None):
@@ -161,13 +182,17 @@ class Compressor(nn.Module):
         self.cfg = cfg
         self.first = 0 if cfg.two_pass else cfg.eta          # index of the first adapted layer
         n, r, inner = c.n_layer - 1 - self.first, cfg.rank, c.n_head * c.head_dim
-        self.scorer = Scorer(c.n_embd)
+        self.scorer = Scorer(c.n_embd, cfg.recency)
         self.gamma = nn.Parameter(torch.zeros(()))
         # A ~ N(0, 1/D), B = 0: routing changes nothing until it has learned something
         self.a_q = nn.Parameter(torch.randn(n, r, c.n_embd) * c.n_embd ** -0.5)
         self.b_q = nn.Parameter(torch.zeros(n, inner, r))
         self.a_o = nn.Parameter(torch.randn(n, r, inner) * c.n_embd ** -0.5)
         self.b_o = nn.Parameter(torch.zeros(n, c.n_embd, r))
+
+    def scores(self, ctx: Context):
+        """(B, N) fp32."""
+        return self.scorer(ctx.h, ctx.lengths)
 
     def routes(self, kept, dtype):
         """Part 4. layer -> Route for the kept tokens; None for a layer without adapters. kept: (B, N) bool."""
@@ -224,7 +249,213 @@ class Compressor(nn.Module):
         k = kept_count(n, keep, tokens)
         if bool((k == n).all()):
             return self.full(model, ctx)
-        own = self.scorer(ctx.h)
+        own = self.scores(ctx)
         kept = select(own if scores is None else scores, ctx.candidates, k)
         beta = decay(own, kept, n, self.cfg.decay, self.gamma) if scores is None else torch.zeros_like(own)
         return self.encode(model, ctx, kept, beta)
+
+
+# ------------------------------------------------------------------------------------- files: adapters and caches
+
+def base_of(model: Llama, tokenizer) -> dict:
+    """What an adapter or a saved cache is bound to: the architecture, the tokenizer, and (a warning only) the weights."""
+    some = [model.norm.weight, model.embed.weight[:64], model.layers[0].attn.wq.weight[:8], model.layers[-1].mlp.down.weight[:8]]
+    raw = b"".join(w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes() for w in some)
+    return {"architecture": asdict(model.cfg), "tokenizer": tokenizer.fingerprint, "weights": hashlib.sha256(raw).hexdigest()}
+
+
+def check_base(path, found: dict, model: Llama, tokenizer) -> None:
+    want = base_of(model, tokenizer)
+    have, need = found.get("architecture", {}), want["architecture"]
+    for key in need:
+        if have.get(key) != need[key]:
+            raise BadInput(f"{path}: made for a model with {key} = {have.get(key)}, this one has {need[key]}; "
+                           "pass the --weights it was made with")
+    if found.get("tokenizer") != want["tokenizer"]:
+        raise BadInput(f"{path}: made with another tokenizer; pass the --weights it was made with")
+    if found.get("weights") != want["weights"]:
+        print(f"warning: {path} was made with other weights of the same architecture; expect worse answers", file=sys.stderr)
+
+
+def save_adapter(folder, comp: Compressor, model: Llama, tokenizer, about: dict) -> None:
+    """adapter.safetensors (fp32) and, last, adapter.json: configuration, base model, and `about` (how it was trained)."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in comp.state_dict().items()}
+    write_atomic(Path(folder) / "adapter.safetensors", lambda tmp: save_file(tensors, tmp))
+    write_json(Path(folder) / "adapter.json", {"config": asdict(comp.cfg), "base": base_of(model, tokenizer),
+                                               "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **about})
+
+
+def load_adapter(folder, model: Llama, tokenizer) -> Compressor:
+    """The compressor in `folder`, on the model's device. Errors: BadInput for a missing, damaged or foreign adapter."""
+    folder = Path(folder)
+    meta = read_json(folder / "adapter.json")
+    check_base(folder, meta.get("base", {}), model, tokenizer)
+    comp = Compressor(model.cfg, CompressorConfig(**meta["config"]))
+    want = comp.state_dict()
+    try:
+        with safe_open(folder / "adapter.safetensors", "pt") as f:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise BadInput(f"{folder / 'adapter.safetensors'}: cannot be read ({e}); train or copy it again") from None
+    if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in want.items()}:
+        raise BadInput(f"{folder}: the tensors are not those that adapter.json describes; train or copy it again")
+    comp.load_state_dict(tensors)
+    return comp.to(model.device).requires_grad_(False)
+
+
+def newest_adapter() -> Path | None:
+    """The adapter trained last, among adapters/* (shipped) and out/*/adapter (yours)."""
+    found = [p.parent for p in (*ROOT.glob("adapters/*/adapter.json"), *ROOT.glob("out/*/adapter/adapter.json"))]
+    return max(found, key=lambda p: read_json(p / "adapter.json")["created"], default=None)
+
+
+CACHE_KEY = "kvdistill_cache"  # in the header of the safetensors file
+
+
+def save_cache(path, cache: Cache, model: Llama, tokenizer) -> None:
+    """One safetensors file: k, v (L, B, G, K, d), bias, positions, next_position; what it belongs to in the header."""
+    tensors = {"k": torch.stack(cache.k), "v": torch.stack(cache.v), "bias": cache.bias.contiguous(),
+               "positions": cache.positions.contiguous(), "next_position": cache.next_position.contiguous()}
+    header = {CACHE_KEY: json.dumps(base_of(model, tokenizer))}
+    write_atomic(path, lambda tmp: save_file({k: v.cpu() for k, v in tensors.items()}, tmp, metadata=header))
+
+
+def load_cache(path, model: Llama, tokenizer) -> Cache:
+    """A saved cache, on the model's device. Errors: BadInput for a missing, truncated, foreign or misshapen file."""
+    try:
+        with safe_open(path, "pt", device=str(model.device)) as f:
+            base = (f.metadata() or {}).get(CACHE_KEY)
+            t = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise BadInput(f"{path}: cannot be read as a saved cache ({e}); write it again with --save") from None
+    if base is None or set(t) != {"k", "v", "bias", "positions", "next_position"}:
+        raise BadInput(f"{path}: a safetensors file, but not a saved cache; give one that --save wrote")
+    check_base(path, json.loads(base), model, tokenizer)
+    c, (B, K) = model.cfg, t["bias"].shape
+    if t["k"].shape != t["v"].shape or t["k"].shape != (c.n_layer, B, c.n_kv_head, K, c.head_dim):
+        raise BadInput(f"{path}: keys of shape {list(t['k'].shape)} do not fit the model; write it again with --save")
+    if t["k"].dtype != model.dtype:
+        print(f"note: {path} holds {t['k'].dtype}, the model runs in {model.dtype}: converted", file=sys.stderr)
+    return Cache(list(t["k"].to(model.dtype)), list(t["v"].to(model.dtype)), t["bias"], t["positions"], t["next_position"])
+
+
+# ---------------------------------------------------------------------------------------------------- the program
+
+def highlight(tokenizer, ids: list[int], kept: list[bool], colour: bool) -> str:
+    """The text of ids with runs of kept tokens marked: in reverse video, or between [ and ] without a terminal."""
+    on, off = ("\033[7m", "\033[0m") if colour else ("[", "]")
+    out, i = "", 0
+    while i < len(ids):
+        j = i
+        while j < len(ids) and kept[j] == kept[i]:
+            j += 1
+        text = tokenizer.decode(ids[i:j])
+        out += on + text + off if kept[i] else text
+        i = j
+    return out
+
+
+def read_text(path: str) -> str:
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (UnicodeDecodeError, IsADirectoryError) as e:
+        raise BadInput(f"{path}: not a UTF-8 text file ({e})") from None
+    if not text.strip():
+        raise BadInput(f"{path}: the context is empty; there is nothing to compress")
+    return text.strip()
+
+
+DEMO = ROOT / "data" / "lighthouse.txt"
+DEMO_QUESTIONS = ["Who built the lighthouse?", "What did Ruth Abernathy do after she left the lighthouse?",
+                  'Repeat the part of the text that starts with "The first keeper was".']
+
+
+def parse_args() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description="Compress the cache of a text and answer questions from it.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--context", metavar="FILE", help="UTF-8 text to compress, - for standard input; default: a short text "
+                   "in data/")
+    size = p.add_mutually_exclusive_group()
+    size.add_argument("--keep", type=float, help="kept fraction of the compressible tokens; default 0.1")
+    size.add_argument("--tokens", type=int, help="kept tokens, as an absolute number")
+    p.add_argument("--question", action="append", metavar="TEXT", help="asked of the full and the short cache; repeatable")
+    p.add_argument("--adapter", metavar="DIR", help="trained compressor; default: the newest in adapters/ and out/")
+    p.add_argument("--save", metavar="FILE", help="write the short cache to this safetensors file")
+    p.add_argument("--load", metavar="FILE", help="ask a saved cache: no document, no prefill")
+    p.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling, and of an untrained compressor")
+    add_model_flags(p)
+    a = p.parse_args()
+    if a.load and (a.context or a.keep or a.tokens or a.adapter or a.save):
+        p.error("--load asks a cache that is already short: it takes no --context, --keep, --tokens, --adapter or --save")
+    if a.load and not a.question:
+        p.error("--load needs at least one --question")
+    return a
+
+
+def open_compressor(path, model: Llama, tokenizer, seed: int) -> Compressor:
+    folder = Path(path) if path else newest_adapter()
+    if folder is None:
+        print("adapter: none found, so an untrained one; `python train.py` makes one in ten minutes")
+        torch.manual_seed(seed)
+        return Compressor(model.cfg, CompressorConfig(eta=min(6, model.cfg.n_layer - 1))).to(model.device)
+    print(f"adapter: {folder}")
+    return load_adapter(folder, model, tokenizer)
+
+
+@torch.no_grad()
+def main() -> None:
+    a = parse_args()
+    if a.keep is None and a.tokens is None:
+        a.keep = 0.1
+    kept_count(torch.tensor([1]), a.keep, a.tokens)  # complain before the weights are loaded
+    text = None if a.load else read_text(a.context or str(DEMO))
+    model, tokenizer = open_model(a)
+
+    def ask(cache, questions):
+        start = time.perf_counter()
+        out = answer(model, tokenizer, cache, questions, a.max_new_tokens, a.temperature, a.seed)
+        return out, time.perf_counter() - start
+
+    if a.load:
+        cache = load_cache(a.load, model, tokenizer)
+        print(f"{a.load}: {cache.n_slots} slots of a context of {int(cache.next_position[0])} tokens, {cache.nbytes():,} bytes")
+        for q, text in zip(a.question, ask(cache, a.question)[0]):
+            print(f"\n? {q}\n  {text}")
+        return
+
+    comp = open_compressor(a.adapter, model, tokenizer, a.seed)
+    header = tokenizer.header
+    ids = torch.tensor([header + tokenizer.encode(text)], device=model.device)
+    protect = torch.zeros_like(ids, dtype=torch.bool)
+    protect[:, :max(1, len(header))] = True
+    t0 = time.perf_counter()
+    ctx = comp.read(model, ids, protect=protect)
+    full = comp.full(model, ctx)
+    t1 = time.perf_counter()
+    cache = comp.compress(model, ctx, a.keep, a.tokens)
+    t2 = time.perf_counter()
+
+    here = torch.zeros(ids.shape[1], dtype=torch.bool)
+    here[cache.positions[0].cpu()] = True
+    body = slice(max(1, len(header)), None)
+    print("\n" + highlight(tokenizer, ids[0, body].tolist(), here[body].tolist(), sys.stdout.isatty()) + "\n")
+    n, k = int(ctx.candidates.sum()), int(here[body].sum())
+    print(f"tokens   {n} compressible -> {k} kept ({n / max(k, 1):.1f} x shorter); {ids.shape[1] - n} of the chat header kept whole")
+    print(f"bytes    {full.nbytes():,} -> {cache.nbytes():,} as stored, the header included")
+    print(f"seconds  {t1 - t0:.2f} to read the text, {t2 - t1:.2f} to compress it")
+    if a.save:
+        save_cache(a.save, cache, model, tokenizer)
+        print(f"saved    {a.save} ({os.path.getsize(a.save):,} bytes)")
+    questions = a.question or (["What is this text about?"] if a.context else DEMO_QUESTIONS)
+    (long, long_s), (short, short_s) = ask(full, questions), ask(cache, questions)
+    for q, x, y in zip(questions, long, short):
+        print(f"\n? {q}\n  full   {x}\n  short  {y}")
+    print(f"\nanswers took {long_s:.1f} s from the full cache, {short_s:.1f} s from the short one")
+
+
+if __name__ == "__main__":
+    run_program(main)

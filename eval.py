@@ -75,3 +75,14 @@ def fidelity(model: Llama, compressors: dict[str, Compressor], batches: list[Bat
                     s[2] += len(kl[rows])
     return [{"method": m, "keep": keep, "kind": kind, "kl": a / n, "agree": g / n, "n": n}
             for (m, keep, kind), (a, g, n) in sums.items() if n]
+
+
+def print_table(rows: list[dict], methods, kinds) -> None:
+    """KL per kind, a block per kept fraction; the smallest KL of a column is marked with *."""
+    at = {(r["method"], r["keep"], r["kind"]): r["kl"] for r in rows}
+    kinds = [k for k in (*kinds, "all") if any(r["kind"] == k for r in rows)]
+    for keep in sorted({r["keep"] for r in rows}, reverse=True):
+        print(f"\nkeep {keep:<20}" + "".join(f"{k:>11}" for k in kinds) + "    KL(full || short), nats per answer token")
+        best = {k: min(at[m, keep, k] for m in methods) for k in kinds}
+        for m in methods:
+            print(f"{m:25}" + "".join(f"{at[m, keep, k]:10.3f}{'*' if at[m, keep, k] == best[k] else ' '}" for k in kinds))

@@ -13,10 +13,8 @@ Shapes: B batch, T new tokens, S cached tokens, D width, H query heads, G key-va
 Reference for the architecture: Llama 3, arXiv 2407.21783; rotary positions, arXiv 2104.09864.
 """
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache as once
 from pathlib import Path
 
 import torch
@@ -85,15 +83,6 @@ class Cache:
     next_position: torch.Tensor   # (B,) int64, where a continuation starts: the *original* context length
     length: int | None = None     # slots in use, when this cache is a buffer with room; None: all, and read-only
 
-    @classmethod
-    def empty(cls, cfg: Config, batch: int, room: int, device, dtype) -> "Cache":
-        shape = (batch, cfg.n_kv_head, room, cfg.head_dim)
-        return cls([torch.empty(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)],
-                   [torch.empty(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)],
-                   torch.full((batch, room), NEG, device=device),
-                   torch.full((batch, room), -1, device=device, dtype=torch.long),
-                   torch.zeros(batch, device=device, dtype=torch.long), length=0)
-
     def with_room(self, extra: int) -> "Cache":
         """A copy whose last `extra` slots are free to be appended to."""
         def grow(x, dim, fill):
@@ -108,13 +97,6 @@ class Cache:
         i = torch.as_tensor(index, device=self.bias.device)
         return Cache([k[i] for k in self.k], [v[i] for v in self.v], self.bias[i], self.positions[i],
                      self.next_position[i], self.length)
-
-    def read_only(self) -> "Cache":
-        n = self.length
-        if n is None:
-            return self
-        return Cache([k[:, :, :n] for k in self.k], [v[:, :, :n] for v in self.v], self.bias[:, :n],
-                     self.positions[:, :n], self.next_position)
 
     def extend(self, layer: int, k, v):
         """Keys and values that new tokens see: the cached ones, then their own. In a buffer, they are stored too."""
@@ -142,9 +124,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
-    def forward(self, x):  # (..., D); the mean of squares is taken in fp32 whatever x is
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+    def forward(self, x):  # (..., D); the mean of squares is taken in fp32, also under bf16
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
 def rope_frequencies(cfg: Config) -> torch.Tensor:
@@ -378,7 +360,7 @@ def attention_mask(tokens, cache: Cache | None, segments=None):
     New tokens see cached ones through their bias and each other causally, within their segment. (SDPA's is_causal
     aligns to the top left when the key is longer than the query, so it is of no use here.)
     """
-    if segments is None and (cache is None or cache.length == 0):
+    if segments is None and cache is None:
         return None
     B, T = tokens.shape
     causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril().expand(B, T, T)
@@ -391,43 +373,6 @@ def attention_mask(tokens, cache: Cache | None, segments=None):
 
 
 # ------------------------------------------------------------------------------------------------ public weights
-
-@once
-def fastest_dtype(threads: int) -> torch.dtype:
-    """fp32 or bf16 on this CPU, whichever multiplies faster; some processors emulate bf16 and are slower with it."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-        runs = []
-        for _ in range(8):
-            t = time.perf_counter()
-            F.linear(a, b)
-            runs.append(time.perf_counter() - t)
-        seconds[dtype] = min(runs)
-    best = min(seconds, key=seconds.get)
-    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    print(f"dtype: {str(best)[6:]} (bf16 multiplies {ratio:.1f} × as fast as fp32 here, {threads} threads)", flush=True)
-    return best
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as e:
-        raise BadInput(f"device {name!r} cannot be used ({str(e).splitlines()[0]}); try --device cpu") from None
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        if device.type == "cpu":
-            return fastest_dtype(torch.get_num_threads())
-        ok = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else False
-        return torch.bfloat16 if ok else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-
 
 def our_name(theirs: str) -> str:
     """Hugging Face's tensor name -> ours."""

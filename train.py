@@ -1,14 +1,32 @@
 """Train a compressor by distillation: the short cache must make the frozen model answer as the long one does.
 
-Part 5 of the method: the loss.  λ·KL(p‖q) + (1−λ)·KL(q‖p),  p the model with the whole cache, q with the short one.
+    python train.py                       # the quick experiment: SmolLM2-135M on two CPU cores, about ten minutes
+    python train.py --steps 2000 --batch 8 --out out/longer
+
+Part 5 of the method, the loss, comes first: λ·KL(p‖q) + (1−λ)·KL(q‖p), p the model with the whole cache, q with the
+short one. Then one training step as one `forward`, the configuration, and the loop.
 """
+import argparse
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from compress import Compressor, decay, kept_count, select, soft_decay
-from data.samples import Batch
-from model import Llama, attention_mask
+from compress import Compressor, CompressorConfig, decay, kept_count, save_adapter, select, soft_decay
+from data import BadInput, run_program, write_json
+from data.prepare import Shard, prepare
+from data.samples import KINDS, Batch, Samples, collate
+from data.weights import add_model_flags, open_model
+from model import Llama, answer, attention_mask
 
 
 class DistillKL(torch.autograd.Function):
@@ -75,14 +93,18 @@ class AttentionTarget:
 class Distiller(nn.Module):
     """One training step as one forward: teacher, scores, encoding, student, loss. Layers 1…η are run once for both."""
 
-    def __init__(self, model: Llama, compressor: Compressor, lam: float = 0.6, chunk: int = 256, target: float = 0.0,
-                 noise: float = 0.0, soft_tau: float = 0.15):
+    def __init__(self, model: Llama, compressor: Compressor, lam: float, chunk: int, target: float, noise: float, tau: float):
         super().__init__()
         self.compressor = compressor
         self.model = [model]  # in a list, so that the frozen model is no part of this module's parameters
-        self.lam, self.chunk, self.target, self.noise, self.soft_tau = lam, chunk, target, noise, soft_tau
+        self.lam, self.chunk, self.target, self.noise, self.tau = lam, chunk, target, noise, tau
 
-    def forward(self, b: Batch, keep: float, soft: bool = False):
+    def forward(self, b: Batch, keep: float, soft: bool, rows: int, contexts: int) -> dict:
+        """This batch's share of a step's loss, and what the log wants to know.
+
+        Args: keep: kept fraction; soft: decayed, not dropped; rows, contexts: supervised tokens and contexts of the
+        *whole* step (all micro-batches, all ranks), by which sums are divided.
+        """
         model, comp = self.model[0], self.compressor
         with torch.no_grad():
             ctx = comp.read(model, b.tokens, b.lengths, b.protect)
@@ -90,25 +112,243 @@ class Distiller(nn.Module):
             mask = attention_mask(b.cont, full, b.segments)
             watch = AttentionTarget(mask, b.supervised, comp.cfg.eta, b.tokens.shape[1]) if self.target else None
             teacher = model(b.cont, full, b.segments, watch=watch)[b.supervised]      # (R, D)
-        scores = comp.scorer(ctx.h)
-        n = ctx.candidates.sum(1)
+
+        scores, n = comp.scores(ctx), ctx.candidates.sum(1)                              # (B, N), (B,)
         k = kept_count(n, keep)
-        chosen = scores.detach()
-        if self.noise:
-            chosen = chosen - self.noise * torch.log(-torch.log(torch.rand_like(chosen).clamp(1e-9, 1 - 1e-7)))
-        kept = select(chosen, ctx.candidates, k)
-        if soft:
-            beta = soft_decay(scores, ctx.candidates, k, self.soft_tau)
-        else:
-            beta = decay(scores, kept, n, comp.cfg.decay, comp.gamma)
+        gumbel = -torch.log(-torch.log(torch.rand_like(scores).clamp(1e-9, 1 - 1e-7)))
+        kept = select(scores.detach() + self.noise * gumbel, ctx.candidates, k)
+        beta = (soft_decay(scores, ctx.candidates, k, self.tau) if soft else
+                decay(scores, kept, n, comp.cfg.decay, comp.gamma))
         cache = comp.encode(model, ctx, kept, beta, everything=soft)
-        student = model(b.cont, cache, b.segments)[b.supervised]
-        loss, kl, agree = DistillKL.apply(student, teacher, model.head_weight, self.lam, self.chunk)
-        out = {"loss": loss.mean(), "kl": kl, "agree": agree, "kinds": b.kinds[b.supervised]}
-        if watch is not None:
+        student = model(b.cont, cache, b.segments)[b.supervised]                       # (R, D)
+
+        losses, kl, agree = DistillKL.apply(student, teacher, model.head_weight, self.lam, self.chunk)
+        loss = losses.sum() / rows
+        if watch is not None:  # cross-entropy of softmax(s) against the attention that the continuation really paid
             wanted = torch.where(ctx.candidates, watch.result(), 0)
-            wanted = wanted / wanted.sum(1, keepdim=True)
             log_chosen = scores.masked_fill(~ctx.candidates, -1e9).log_softmax(1)
-            out["target"] = -(wanted * log_chosen).sum(1).mean()
-            out["loss"] = out["loss"] + self.target * out["target"]
-        return out
+            missed = -(wanted / wanted.sum(1, keepdim=True) * log_chosen).sum()
+            loss = loss + self.target * missed / contexts
+        return {"loss": loss, "kl": kl.sum(), "agree": agree.sum()}
+
+
+# --------------------------------------------------------------------------------------------------- configuration
+
+def flag(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainConfig:
+    """Every field is a flag. The defaults are the quick experiment."""
+    steps: int = flag(150, "optimiser steps")
+    batch: int = flag(1, "contexts per step")
+    micro: int = flag(1, "contexts per forward pass; batch / micro passes are accumulated")
+    context: int = flag(300, "compressible tokens per context")
+    answer: int = flag(40, "tokens of a continuation or a recited passage")
+    mix: str = flag("continue=1,recite=2,cloze=2,title=2", "continuations per context, by kind")
+    sources: str = flag("wiki,sotu", "training texts: wiki, sotu, or paths, comma-separated")
+    eta: int = flag(6, "the scorer reads the hidden state after this many layers")
+    rank: int = flag(32, "of the adapters on W_Q and W_O")
+    decay: str = flag("centred", "what a score does to attention: centred or sigmoid")
+    two_pass: bool = flag(False, "route all layers, in a second pass over the context")
+    no_recency: bool = flag(False, "let the scorer see the hidden state alone, not where a token stands")
+    lam: float = flag(0.6, "weight of KL(teacher || student); the rest is on the reverse")
+    keep_low: float = flag(0.05, "smallest kept fraction drawn; log-uniform, anew for each step")
+    keep_high: float = flag(0.5, "largest kept fraction drawn")
+    soft: float = flag(0.5, "share of steps in which tokens are decayed, not dropped")
+    tau: float = flag(0.15, "how sharply those steps tell kept from dropped, in standard deviations of the scores")
+    target: float = flag(1.0, "weight of the attention target, which teaches the scorer what was attended to; 0: off")
+    noise: float = flag(0.0, "Gumbel noise on the scores when choosing, in units of score")
+    lr: float = flag(2e-3, "peak rate of the adapters")
+    scorer_lr: float = flag(1e-3, "peak rate of the scorer")
+    warmup: int = flag(10, "steps over which the rates rise")
+    weight_decay: float = flag(0.0, "of AdamW")
+    clip: float = flag(1.0, "largest gradient norm, of the adapters and of the scorer")
+    chunk: int = flag(128, "rows of logits made at a time in the loss")
+    eval_contexts: int = flag(20, "held-out contexts in the final table; 0: no table")
+    seed: int = flag(0, "of initialisation, data order, and kept fractions")
+    out: str = flag("out/quick", "folder for log.jsonl and adapter/; a number is added if it is taken")
+
+
+def parse_args() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description="Distil a KV-cache compressor. Without flags: the quick experiment.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in fields(TrainConfig):
+        name = "--" + f.name.replace("_", "-")
+        if isinstance(f.default, bool):
+            p.add_argument(name, action="store_true", help=f.metadata["help"])
+        else:
+            p.add_argument(name, type=type(f.default), default=f.default, help=f.metadata["help"])
+    add_model_flags(p)
+    return p.parse_args()
+
+
+def check(c: TrainConfig) -> dict[str, int]:
+    """Refuse what cannot work before anything is loaded; returns the parsed mix."""
+    def need(ok, flag_name, text):
+        if not ok:
+            raise BadInput(f"--{flag_name} is {getattr(c, flag_name.replace('-', '_'))}: {text}")
+    need(c.steps >= 1, "steps", "at least 1 is needed")
+    need(c.batch >= 1 and 1 <= c.micro <= c.batch and c.batch % c.micro == 0, "micro", f"it must divide --batch ({c.batch})")
+    need(c.context >= 16, "context", "at least 16 tokens are needed")
+    need(c.answer >= 2, "answer", "at least 2 tokens are needed")
+    need(0 < c.keep_low <= c.keep_high < 1, "keep-low", f"0 < keep-low <= keep-high ({c.keep_high}) < 1 is needed")
+    need(c.decay in ("centred", "sigmoid"), "decay", "expected centred or sigmoid")
+    need(0 <= c.lam <= 1, "lam", "expected 0 … 1")
+    need(c.rank >= 1, "rank", "at least 1 is needed")
+    mix = {}
+    for part in c.mix.split(","):
+        kind, _, count = part.partition("=")
+        need(kind in KINDS and count.isdigit(), "mix", f"expected KIND=COUNT,… with the kinds {', '.join(KINDS)}")
+        mix[kind] = int(count)
+    need(sum(mix.values()) > 0, "mix", "at least one continuation is needed")
+    return mix
+
+
+def step_flops(model: Llama, eta: int, ctx: int, cont: int, kept: int, rows: int, contexts: int) -> float:
+    """Floating-point operations of one step, a multiply-add as two: ctx, cont, rows in tokens of the whole step.
+
+    Frozen weights need no weight gradient, so a backward pass through them costs one forward, not two.
+    Context: η layers once, the others for teacher, student and student's backward. Continuation: all layers three times.
+    """
+    c = model.cfg
+    matrices = 2 * sum(p.numel() for p in model.layers[0].parameters())                 # per token and layer
+    pair = 4 * c.n_head * c.head_dim                                                    # per query-key pair and layer
+    n, t = ctx / contexts, cont / contexts
+    after = c.n_layer - eta - 1
+    encode = ctx * (matrices + pair * n / 2)
+    ask = cont * c.n_layer
+    return (encode * (eta + 4 * after) + 3 * ask * matrices + pair * ask * (n + t / 2 + 3 * (kept / contexts + t / 2))
+            + 3 * 2 * rows * c.n_embd * c.vocab_size)
+
+
+# -------------------------------------------------------------------------------------------------------- the loop
+
+def free_folder(path: str) -> Path:
+    folder, i = Path(path), 1
+    while (folder / "log.jsonl").exists():
+        i += 1
+        folder = Path(f"{path}-{i}")
+    return folder
+
+
+def commit() -> str:
+    try:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], text=True,
+                              capture_output=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path) -> Compressor:
+    """Train a compressor and leave it in out/adapter; each step is a line of out/log.jsonl."""
+    torch.manual_seed(c.seed)
+    comp = Compressor(model.cfg, CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_recency)).to(model.device)
+    distil = Distiller(model, comp, c.lam, c.chunk, c.target, c.noise, c.tau)
+    shards = [Shard(f, "train", tokenizer) for f in prepare(c.sources.split(","), tokenizer)]
+    samples = Samples(shards, tokenizer, c.context, mix, c.answer, seed=c.seed)
+
+    scorer = list(comp.scorer.parameters())
+    adapters = [p for name, p in comp.named_parameters() if not name.startswith("scorer.")]
+    trained, frozen = (sum(p.numel() for p in m.parameters()) for m in (comp, model))
+    print(f"training {trained:,} parameters ({sum(p.numel() for p in scorer):,} in the scorer, the rest in rank-{c.rank} "
+          f"adapters of layers {comp.first + 1}…{model.cfg.n_layer - 1}); {frozen:,} are frozen")
+    groups = [{"params": adapters, "peak": c.lr}, {"params": scorer, "peak": c.scorer_lr}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=c.weight_decay)
+
+    recent = {}  # running KL per bucket of kept fractions, for the progress bar
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "log.jsonl", "w", encoding="utf-8") as log, tqdm(range(c.steps), unit="step", mininterval=1) as bar:
+        for step in bar:
+            start = time.perf_counter()
+            rng = random.Random(f"{c.seed}/step/{step}")  # a step's draws depend on nothing but its number
+            keep = math.exp(rng.uniform(math.log(c.keep_low), math.log(c.keep_high)))
+            soft = rng.random() < c.soft
+            drawn = [samples(step * c.batch + i) for i in range(c.batch)]
+            parts = [collate(drawn[i:i + c.micro], prompts=True).to(model.device) for i in range(0, c.batch, c.micro)]
+            rows = sum(int(b.supervised.sum()) for b in parts)
+
+            sums = {"loss": 0.0, "kl": 0.0, "agree": 0.0}
+            for b in parts:
+                got = distil(b, keep, soft, rows, c.batch)
+                got["loss"].backward()
+                sums = {key: sums[key] + float(got[key].detach()) for key in sums}
+            if not math.isfinite(sums["loss"]):
+                raise BadInput(f"step {step}: the loss is {sums['loss']}; lower --lr and --scorer-lr (now {c.lr}, {c.scorer_lr})")
+            norms = [float(nn.utils.clip_grad_norm_(g["params"], c.clip)) for g in optimizer.param_groups]
+            rate = min(1, (step + 1) / c.warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / c.steps)))
+            for g in optimizer.param_groups:
+                g["lr"] = g["peak"] * rate
+            optimizer.step()
+            optimizer.zero_grad()
+
+            seconds = time.perf_counter() - start
+            ctx, cont = (sum(int(x.sum()) for x in xs) for xs in (
+                [b.lengths for b in parts], [b.segments >= 0 for b in parts]))
+            flops = step_flops(model, c.eta, ctx, cont, ctx if soft else int(keep * ctx), rows, c.batch)
+            line = {"step": step, "keep": round(keep, 4), "soft": soft, "loss": sums["loss"], "kl": sums["kl"] / rows,
+                    "agree": sums["agree"] / rows, "grad_adapters": norms[0], "grad_scorer": norms[1],
+                    "gamma": float(comp.gamma.detach()), "lr": c.lr * rate, "seconds": round(seconds, 3),
+                    "tokens_per_s": round((ctx + cont) / seconds), "gflop_per_s": round(flops / seconds / 1e9, 1)}
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            bucket = next(b for b in (0.1, 0.25, 1.0) if keep <= b)
+            recent[bucket] = 0.9 * recent.get(bucket, line["kl"]) + 0.1 * line["kl"]
+            bar.set_postfix_str(" ".join(f"kl<={b}: {recent[b]:.2f}" for b in sorted(recent))
+                                + f" {line['tokens_per_s']} tok/s {line['gflop_per_s']:.0f} GFLOP/s")
+    about = {"train": asdict(c), "command": " ".join(["python", *sys.argv]), "commit": commit()}
+    save_adapter(out / "adapter", comp, model, tokenizer, about)
+    return comp.requires_grad_(False)
+
+
+def final_table(c: TrainConfig, comp: Compressor, model: Llama, tokenizer) -> list[dict]:
+    """Fidelity on held-out documents, against training-free ways to choose and against the same routing, chosen blindly."""
+    from eval import METHODS, fidelity, print_table
+    shards = [Shard(f, "val", tokenizer) for f in prepare(c.sources.split(","), tokenizer)]
+    samples = Samples(shards, tokenizer, c.context, {"continue": 1, "recite": 1, "cloze": 3, "title": 2}, 32, seed=c.seed + 1)
+    batches = [collate([samples(i), samples(i + 1)]).to(model.device) for i in range(0, c.eval_contexts - 1, 2)]
+    torch.manual_seed(c.seed + 1)
+    untrained = Compressor(model.cfg, comp.cfg).to(model.device)
+    progress = lambda it: tqdm(it, desc="held-out table", unit="batch")  # noqa: E731
+    rows = fidelity(model, {"trained": comp, "untrained": untrained}, batches, KINDS, seed=c.seed, progress=progress)
+    print_table(rows, METHODS, KINDS)
+    return rows
+
+
+def show_answers(comp: Compressor, model: Llama, tokenizer, keep: float = 0.1) -> None:
+    """One question about a text of our own, from the full cache and from one ten times shorter."""
+    text = (Path(__file__).parent / "data" / "lighthouse.txt").read_text(encoding="utf-8")
+    question = "Who built the lighthouse?"
+    ids = torch.tensor([tokenizer.header + tokenizer.encode(text)], device=model.device)
+    protect = torch.zeros_like(ids, dtype=torch.bool)
+    protect[:, :max(1, len(tokenizer.header))] = True
+    with torch.no_grad():
+        ctx = comp.read(model, ids, protect=protect)
+        full, short = comp.full(model, ctx), comp.compress(model, ctx, keep)
+    print(f"\n{question}")
+    for name, cache in (("full", full), ("short", short)):
+        print(f"  {name:5} ({cache.nbytes():,} bytes)  {answer(model, tokenizer, cache, [question], 40)[0]}")
+
+
+def main() -> None:
+    a = parse_args()
+    c = TrainConfig(**{f.name: getattr(a, f.name) for f in fields(TrainConfig)})
+    mix, start = check(c), time.perf_counter()
+    model, tokenizer = open_model(a)
+    out = free_folder(c.out)
+    print(" ".join(f"{k}={v}" for k, v in asdict(c).items()) + f"\nwriting to {out}")
+    comp = train(c, mix, model, tokenizer, out)
+    print(f"adapter saved in {out / 'adapter'} after {time.perf_counter() - start:.0f} s")
+    result = {"table": []}
+    if c.eval_contexts:
+        result["table"] = final_table(c, comp, model, tokenizer)
+        show_answers(comp, model, tokenizer)
+    result |= {"seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads(),
+               "command": " ".join(["python", *sys.argv]), "commit": commit(), "seed": c.seed}
+    write_json(out / "result.json", result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run_program(main)

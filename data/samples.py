@@ -127,7 +127,9 @@ class Batch:
         return Batch(*(x.to(device, non_blocking=True) for x in vars(self).values()))
 
 
-def collate(samples: list[Sample], kinds=KINDS) -> Batch:
+def collate(samples: list[Sample], prompts: bool = False, kinds=KINDS) -> Batch:
+    """Samples as tensors. With `prompts`, the words of a question are supervised too: the teacher has an opinion on
+    them as well, and a cloze sentence is nearly all copied from the document."""
     B = len(samples)
     N = max(len(s.context) for s in samples)
     T = max(sum(len(c.ids) for c in s.continuations) for s in samples)
@@ -142,7 +144,7 @@ def collate(samples: list[Sample], kinds=KINDS) -> Batch:
             end = at + len(c.ids)
             b.cont[i, at:end] = torch.tensor(c.ids)
             b.segments[i, at:end] = j
-            b.supervised[i, at + c.n_prompt - 1:end - 1] = True  # position t predicts token t + 1
+            b.supervised[i, (at if prompts else at + c.n_prompt - 1):end - 1] = True  # position t predicts token t + 1
             b.kinds[i, at:end] = kinds.index(c.kind)
             at = end
     return b

@@ -1,0 +1,74 @@
+"""Open the model that a program's flags name: --weights, --device, --dtype."""
+import argparse
+import ctypes
+import time
+from functools import cache as once
+
+import torch
+import torch.nn.functional as F
+
+from data import BadInput
+from data.fetch import fetch
+from data.tokenizer import Tokenizer
+from model import load_llama
+
+
+@once
+def fastest_dtype() -> torch.dtype:
+    """fp32 or bf16 on this CPU, whichever multiplies faster; a processor without bf16 units emulates it slowly."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+        runs = []
+        for _ in range(8):
+            t = time.perf_counter()
+            F.linear(a, b)
+            runs.append(time.perf_counter() - t)
+        seconds[dtype] = min(runs)
+    best = min(seconds, key=seconds.get)
+    print(f"dtype: {str(best)[6:]} (here bf16 multiplies {seconds[torch.float32] / seconds[torch.bfloat16]:.1f} x as fast "
+          "as fp32)", flush=True)
+    return best
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep large freed blocks. It would hand each back to the kernel and fault it in again, page by page,
+    for every activation of every step: 1.3 to 3 times slower on a virtual machine (LOG.md). Elsewhere: no effect."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: which is not given back
+
+
+def add_model_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--weights", metavar="DIR", help="a Llama in the Hugging Face layout; default: SmolLM2-135M-Instruct, "
+                   "fetched on first use")
+    p.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device")
+    p.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
+                   help="of the frozen model; auto: what is fast on the device")
+
+
+def open_model(a: argparse.Namespace):
+    """The model and tokenizer that --weights, --device and --dtype name."""
+    device = a.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError) as e:
+        raise BadInput(f"device {device!r} cannot be used ({str(e).splitlines()[0]}); try --device cpu") from None
+    keep_freed_memory()
+    folder = a.weights or fetch()
+    tokenizer = Tokenizer(folder)
+    if a.dtype != "auto":
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype]
+    elif device.type == "cpu":
+        dtype = fastest_dtype()
+    else:
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+    model = load_llama(folder, device, dtype)
+    if tokenizer.n_vocab > model.cfg.vocab_size:
+        raise BadInput(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {model.cfg.vocab_size}; they do not "
+                       "belong together")
+    return model, tokenizer
