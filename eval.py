@@ -1,13 +1,27 @@
 """Measure what a short cache keeps: fidelity to the full cache, teacher-forced, against training-free ways to choose.
 
-`train.py` calls `fidelity` for the table that ends the quick experiment.
-"""
-import torch
+    python eval.py --adapter adapters/quick --contexts 40
 
-from compress import Compressor, Context, drop_from, kept_count, select
-from data.samples import Batch
+The same table ends `train.py`. Every method answers from a cache of the same size, about the same contexts, with the
+chat header protected; `trained-random-selection` is the trained routing with tokens chosen blindly.
+"""
+import argparse
+import json
+import time
+
+import torch
+from tqdm import tqdm
+
+from compress import Compressor, Context, drop_from, kept_count, open_compressor, select
+from data import BadInput, run_program, write_json
+from data.prepare import Shard, prepare
+from data.samples import KINDS, Batch, Samples, collate
+from data.weights import add_model_flags, open_model
 from model import Cache, Llama
-from train import DistillKL
+from train import DistillKL, provenance
+
+KEEPS = (0.5, 0.25, 0.1, 0.05)
+EVAL_MIX = {"continue": 1, "recite": 1, "cloze": 2, "title": 2}  # continuations per held-out context
 
 METHODS = ("none", "random", "streaming", "knorm", "untrained", "trained", "trained-random-selection")
 
@@ -50,7 +64,7 @@ def short_caches(method: str, model: Llama, compressors: dict[str, Compressor], 
 
 @torch.no_grad()
 def fidelity(model: Llama, compressors: dict[str, Compressor], batches: list[Batch], kinds, methods=METHODS,
-             keeps=(0.5, 0.25, 0.1, 0.05), seed: int = 0, progress=iter) -> list[dict]:
+             keeps=KEEPS, seed: int = 0, progress=iter) -> list[dict]:
     """KL(p_full ‖ q) in nats and top-1 agreement per answer token, for every method, keep and kind, and "all".
 
     compressors: {"trained": …, "untrained": …}. Returns rows {"method", "keep", "kind", "kl", "agree", "n"}; n tokens.
@@ -65,8 +79,9 @@ def fidelity(model: Llama, compressors: dict[str, Compressor], batches: list[Bat
         kind_of = b.kinds[b.supervised]
         for method in methods:
             for keep, cache in short_caches(method, model, compressors, ctx, full, keeps, rng):
-                student = model(b.cont, cache, b.segments)[b.supervised]
-                _, kl, agree = DistillKL.apply(student, teacher, model.head_weight, 1.0, 256)
+                if method != "none" or keep == keeps[0]:  # no document is no document, at every keep
+                    student = model(b.cont, cache, b.segments)[b.supervised]
+                    _, kl, agree = DistillKL.apply(student, teacher, model.head_weight, 1.0, 128)
                 for i, kind in [*enumerate(kinds), (None, "all")]:
                     rows = slice(None) if i is None else kind_of == i
                     s = sums.setdefault((method, keep, kind), [0.0, 0.0, 0])
@@ -86,3 +101,52 @@ def print_table(rows: list[dict], methods, kinds) -> None:
         best = {k: min(at[m, keep, k] for m in methods) for k in kinds}
         for m in methods:
             print(f"{m:25}" + "".join(f"{at[m, keep, k]:10.3f}{'*' if at[m, keep, k] == best[k] else ' '}" for k in kinds))
+
+
+def held_out_table(model: Llama, tokenizer, comp: Compressor, sources: str, context: int, contexts: int, seed: int,
+                   keeps=KEEPS) -> list[dict]:
+    """Measure and print `fidelity` on `contexts` held-out contexts of `context` compressible tokens each."""
+    shards = [Shard(f, "val", tokenizer) for f in prepare(sources.split(","), tokenizer)]
+    samples = Samples(shards, tokenizer, context, EVAL_MIX, n_answer=32, seed=seed + 1)
+    drawn = [samples(i) for i in range(contexts)]
+    batches = [collate(drawn[i:i + 2]).to(model.device) for i in range(0, contexts, 2)]
+    torch.manual_seed(seed + 1)
+    untrained = Compressor(model.cfg, comp.cfg).to(model.device)
+    rows = fidelity(model, {"trained": comp, "untrained": untrained}, batches, KINDS, keeps=keeps, seed=seed,
+                    progress=lambda it: tqdm(it, desc="held-out table", unit="batch"))
+    print_table(rows, METHODS, KINDS)
+    return rows
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Fidelity of a compressor to the full cache, on held-out text.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--adapter", metavar="DIR", help="trained compressor; default: the newest in adapters/ and out/")
+    p.add_argument("--sources", default="wiki,sotu", help="texts: wiki, sotu, or paths, comma-separated")
+    p.add_argument("--context", type=int, default=300, help="compressible tokens per context")
+    p.add_argument("--contexts", type=int, default=20, help="held-out contexts")
+    p.add_argument("--keep", default=",".join(map(str, KEEPS)), help="kept fractions, comma-separated")
+    p.add_argument("--seed", type=int, default=0, help="of the contexts and of random choices")
+    p.add_argument("--out", metavar="FILE", help="also write the result to this JSON file")
+    add_model_flags(p)
+    a = p.parse_args()
+    try:
+        keeps = [float(k) for k in a.keep.split(",")]
+    except ValueError:
+        raise BadInput(f"--keep is {a.keep!r}: expected fractions such as 0.5,0.1") from None
+    for k in keeps:
+        kept_count(torch.tensor([1]), keep=k)
+    if a.contexts < 1 or a.context < 16:
+        raise BadInput("--contexts must be at least 1, and --context at least 16 tokens")
+    start = time.perf_counter()
+    model, tokenizer = open_model(a)
+    comp = open_compressor(a.adapter, model, tokenizer, a.seed)
+    table = held_out_table(model, tokenizer, comp, a.sources, a.context, a.contexts, a.seed, keeps)
+    result = {"table": table, **provenance(start, a.seed)}
+    if a.out:
+        write_json(a.out, result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -141,12 +142,12 @@ def flag(default, text):
 @dataclass
 class TrainConfig:
     """Every field is a flag. The defaults are the quick experiment."""
-    steps: int = flag(150, "optimiser steps")
+    steps: int = flag(130, "optimiser steps")
     batch: int = flag(1, "contexts per step")
     micro: int = flag(1, "contexts per forward pass; batch / micro passes are accumulated")
     context: int = flag(300, "compressible tokens per context")
     answer: int = flag(40, "tokens of a continuation or a recited passage")
-    mix: str = flag("continue=1,recite=2,cloze=2,title=2", "continuations per context, by kind")
+    mix: str = flag("continue=1,recite=2,cloze=2,title=3", "continuations per context, by kind")
     sources: str = flag("wiki,sotu", "training texts: wiki, sotu, or paths, comma-separated")
     eta: int = flag(6, "the scorer reads the hidden state after this many layers")
     rank: int = flag(32, "of the adapters on W_Q and W_O")
@@ -166,7 +167,7 @@ class TrainConfig:
     weight_decay: float = flag(0.0, "of AdamW")
     clip: float = flag(1.0, "largest gradient norm, of the adapters and of the scorer")
     chunk: int = flag(128, "rows of logits made at a time in the loss")
-    eval_contexts: int = flag(20, "held-out contexts in the final table; 0: no table")
+    eval_contexts: int = flag(16, "held-out contexts in the final table; 0: no table")
     seed: int = flag(0, "of initialisation, data order, and kept fractions")
     out: str = flag("out/quick", "folder for log.jsonl and adapter/; a number is added if it is taken")
 
@@ -233,16 +234,18 @@ def free_folder(path: str) -> Path:
     return folder
 
 
-def commit() -> str:
-    try:
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], text=True,
-                              capture_output=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+def provenance(start: float, seed: int) -> dict:
+    """Where a number comes from: seconds since `start`, threads, command, commit, seed."""
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], text=True,
+                         capture_output=True) if shutil.which("git") else None
+    return {"seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads(),
+            "command": " ".join(["python", *sys.argv]), "seed": seed,
+            "commit": git.stdout.strip() if git and git.returncode == 0 else "unknown"}
 
 
 def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path) -> Compressor:
     """Train a compressor and leave it in out/adapter; each step is a line of out/log.jsonl."""
+    start_of_run = time.perf_counter()
     torch.manual_seed(c.seed)
     comp = Compressor(model.cfg, CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_recency)).to(model.device)
     distil = Distiller(model, comp, c.lam, c.chunk, c.target, c.noise, c.tau)
@@ -297,23 +300,8 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path) -> Comp
             recent[bucket] = 0.9 * recent.get(bucket, line["kl"]) + 0.1 * line["kl"]
             bar.set_postfix_str(" ".join(f"kl<={b}: {recent[b]:.2f}" for b in sorted(recent))
                                 + f" {line['tokens_per_s']} tok/s {line['gflop_per_s']:.0f} GFLOP/s")
-    about = {"train": asdict(c), "command": " ".join(["python", *sys.argv]), "commit": commit()}
-    save_adapter(out / "adapter", comp, model, tokenizer, about)
+    save_adapter(out / "adapter", comp, model, tokenizer, {"train": asdict(c), **provenance(start_of_run, c.seed)})
     return comp.requires_grad_(False)
-
-
-def final_table(c: TrainConfig, comp: Compressor, model: Llama, tokenizer) -> list[dict]:
-    """Fidelity on held-out documents, against training-free ways to choose and against the same routing, chosen blindly."""
-    from eval import METHODS, fidelity, print_table
-    shards = [Shard(f, "val", tokenizer) for f in prepare(c.sources.split(","), tokenizer)]
-    samples = Samples(shards, tokenizer, c.context, {"continue": 1, "recite": 1, "cloze": 3, "title": 2}, 32, seed=c.seed + 1)
-    batches = [collate([samples(i), samples(i + 1)]).to(model.device) for i in range(0, c.eval_contexts - 1, 2)]
-    torch.manual_seed(c.seed + 1)
-    untrained = Compressor(model.cfg, comp.cfg).to(model.device)
-    progress = lambda it: tqdm(it, desc="held-out table", unit="batch")  # noqa: E731
-    rows = fidelity(model, {"trained": comp, "untrained": untrained}, batches, KINDS, seed=c.seed, progress=progress)
-    print_table(rows, METHODS, KINDS)
-    return rows
 
 
 def show_answers(comp: Compressor, model: Llama, tokenizer, keep: float = 0.1) -> None:
@@ -342,10 +330,10 @@ def main() -> None:
     print(f"adapter saved in {out / 'adapter'} after {time.perf_counter() - start:.0f} s")
     result = {"table": []}
     if c.eval_contexts:
-        result["table"] = final_table(c, comp, model, tokenizer)
+        from eval import held_out_table  # it imports the loss from here
+        result["table"] = held_out_table(model, tokenizer, comp, c.sources, c.context, c.eval_contexts, c.seed)
         show_answers(comp, model, tokenizer)
-    result |= {"seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads(),
-               "command": " ".join(["python", *sys.argv]), "commit": commit(), "seed": c.seed}
+    result |= provenance(start, c.seed)
     write_json(out / "result.json", result)
     print(json.dumps(result))
 
