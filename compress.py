@@ -86,7 +86,7 @@ def select(scores, candidates, k):
     if not torch.isfinite(scores[candidates]).all():
         raise ValueError("a score is not a finite number; the adapter is damaged or the training diverged")
     order = scores.masked_fill(~candidates, -math.inf).argsort(dim=1, descending=True, stable=True)
-    place = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    place = order.argsort(dim=1)  # of a permutation: its inverse
     return candidates & (place < k[:, None])
 
 
@@ -162,7 +162,7 @@ def short_cache(ks, vs, index, real, beta, ctx: Context) -> Cache:
 
 
 def drop_from(full: Cache, ctx: Context, kept) -> Cache:
-    """The tokens `kept` (B, N) bool, and the protected ones, of an uncompressed cache: what training-free methods do."""
+    """The tokens `kept` (B, N) bool and the protected ones of an uncompressed cache: what training-free methods do."""
     index, real = positions_of(kept | ctx.protected)
     return short_cache([gather(k, index) for k in full.k], [gather(v, index) for v in full.v], index, real,
                        torch.zeros_like(full.bias), ctx)
@@ -207,7 +207,7 @@ class Compressor(nn.Module):
 
     @torch.no_grad()
     def read(self, model: Llama, tokens, lengths=None, protect=None) -> Context:
-        """The context up to layer η. tokens (B, N) int64; lengths (B,); protect (B, N) bool, the tokens to keep whole."""
+        """The context up to layer η. tokens (B, N) int64; lengths (B,); protect (B, N) bool, tokens to keep whole."""
         B, N = tokens.shape
         lengths = torch.full((B,), N, device=tokens.device) if lengths is None else lengths
         candidates = torch.arange(N, device=tokens.device) < lengths[:, None]
@@ -255,13 +255,23 @@ class Compressor(nn.Module):
         return self.encode(model, ctx, kept, beta)
 
 
+def open_text(comp: Compressor, model: Llama, tokenizer, text: str) -> Context:
+    """A text as the user's turn of a chat, read up to layer η; the chat header before it is protected."""
+    if not text.strip():
+        raise BadInput("the context is empty; there is nothing to compress")
+    ids = torch.tensor([tokenizer.header + tokenizer.encode(text.strip())], device=model.device)
+    protect = torch.arange(ids.shape[1], device=model.device)[None] < max(1, len(tokenizer.header))
+    return comp.read(model, ids, protect=protect)
+
+
 # ------------------------------------------------------------------------------------- files: adapters and caches
 
 def base_of(model: Llama, tokenizer) -> dict:
-    """What an adapter or a saved cache is bound to: the architecture, the tokenizer, and (a warning only) the weights."""
-    some = [model.norm.weight, model.embed.weight[:64], model.layers[0].attn.wq.weight[:8], model.layers[-1].mlp.down.weight[:8]]
-    raw = b"".join(w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes() for w in some)
-    return {"architecture": asdict(model.cfg), "tokenizer": tokenizer.fingerprint, "weights": hashlib.sha256(raw).hexdigest()}
+    """What an adapter or a saved cache is bound to: architecture, tokenizer and (a warning only) weights."""
+    some = (model.norm.weight, model.embed.weight[:64], model.layers[-1].mlp.down.weight[:8])  # as bf16: equal in fp32
+    raw = b"".join(w.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes() for w in some)
+    return {"architecture": asdict(model.cfg), "tokenizer": tokenizer.fingerprint,
+            "weights": hashlib.sha256(raw).hexdigest()}
 
 
 def check_base(path, found: dict, model: Llama, tokenizer) -> None:
@@ -274,11 +284,11 @@ def check_base(path, found: dict, model: Llama, tokenizer) -> None:
     if found.get("tokenizer") != want["tokenizer"]:
         raise BadInput(f"{path}: made with another tokenizer; pass the --weights it was made with")
     if found.get("weights") != want["weights"]:
-        print(f"warning: {path} was made with other weights of the same architecture; expect worse answers", file=sys.stderr)
+        print(f"warning: {path} was made with other weights of this architecture; expect worse answers", file=sys.stderr)
 
 
 def save_adapter(folder, comp: Compressor, model: Llama, tokenizer, about: dict) -> None:
-    """adapter.safetensors (fp32) and, last, adapter.json: configuration, base model, and `about` (how it was trained)."""
+    """adapter.safetensors (fp32) and, last, adapter.json: configuration, base model, `about` (how it was trained)."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in comp.state_dict().items()}
     write_atomic(Path(folder) / "adapter.safetensors", lambda tmp: save_file(tensors, tmp))
     write_json(Path(folder) / "adapter.json", {"config": asdict(comp.cfg), "base": base_of(model, tokenizer),
@@ -305,8 +315,8 @@ def load_adapter(folder, model: Llama, tokenizer) -> Compressor:
 
 def newest_adapter() -> Path | None:
     """The adapter trained last, among adapters/* (shipped) and out/*/adapter (yours)."""
-    found = [p.parent for p in (*ROOT.glob("adapters/*/adapter.json"), *ROOT.glob("out/*/adapter/adapter.json"))]
-    return max(found, key=lambda p: read_json(p / "adapter.json")["created"], default=None)
+    found = [*ROOT.glob("adapters/*/adapter.json"), *ROOT.glob("out/*/adapter/adapter.json")]
+    return max((p.parent for p in found), key=lambda p: read_json(p / "adapter.json")["created"], default=None)
 
 
 CACHE_KEY = "kvdistill_cache"  # in the header of the safetensors file
@@ -336,7 +346,8 @@ def load_cache(path, model: Llama, tokenizer) -> Cache:
         raise BadInput(f"{path}: keys of shape {list(t['k'].shape)} do not fit the model; write it again with --save")
     if t["k"].dtype != model.dtype:
         print(f"note: {path} holds {t['k'].dtype}, the model runs in {model.dtype}: converted", file=sys.stderr)
-    return Cache(list(t["k"].to(model.dtype)), list(t["v"].to(model.dtype)), t["bias"], t["positions"], t["next_position"])
+    k, v = (list(t[name].to(model.dtype)) for name in "kv")
+    return Cache(k, v, t["bias"], t["positions"], t["next_position"])
 
 
 # ---------------------------------------------------------------------------------------------------- the program
@@ -375,12 +386,11 @@ DEMO_QUESTIONS = ["Who built the lighthouse?", "What did Ruth Abernathy do after
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Compress the cache of a text and answer questions from it.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--context", metavar="FILE", help="UTF-8 text to compress, - for standard input; default: a short text "
-                   "in data/")
+    p.add_argument("--context", metavar="FILE", help="text to compress, - for standard input; default: one in data/")
     size = p.add_mutually_exclusive_group()
     size.add_argument("--keep", type=float, help="kept fraction of the compressible tokens; default 0.1")
     size.add_argument("--tokens", type=int, help="kept tokens, as an absolute number")
-    p.add_argument("--question", action="append", metavar="TEXT", help="asked of the full and the short cache; repeatable")
+    p.add_argument("--question", action="append", metavar="TEXT", help="asked of both caches; repeatable")
     p.add_argument("--adapter", metavar="DIR", help="trained compressor; default: the newest in adapters/ and out/")
     p.add_argument("--save", metavar="FILE", help="write the short cache to this safetensors file")
     p.add_argument("--load", metavar="FILE", help="ask a saved cache: no document, no prefill")
@@ -390,7 +400,7 @@ def parse_args() -> argparse.Namespace:
     add_model_flags(p)
     a = p.parse_args()
     if a.load and (a.context or a.keep or a.tokens or a.adapter or a.save):
-        p.error("--load asks a cache that is already short: it takes no --context, --keep, --tokens, --adapter or --save")
+        p.error("--load asks a cache as it is: no --context, --keep, --tokens, --adapter or --save goes with it")
     if a.load and not a.question:
         p.error("--load needs at least one --question")
     return a
@@ -422,29 +432,24 @@ def main() -> None:
 
     if a.load:
         cache = load_cache(a.load, model, tokenizer)
-        print(f"{a.load}: {cache.n_slots} slots of a context of {int(cache.next_position[0])} tokens, {cache.nbytes():,} bytes")
+        print(f"{a.load}: {cache.n_slots} of {int(cache.next_position[0])} tokens, {cache.nbytes():,} bytes")
         for q, text in zip(a.question, ask(cache, a.question)[0]):
             print(f"\n? {q}\n  {text}")
         return
 
     comp = open_compressor(a.adapter, model, tokenizer, a.seed)
-    header = tokenizer.header
-    ids = torch.tensor([header + tokenizer.encode(text)], device=model.device)
-    protect = torch.zeros_like(ids, dtype=torch.bool)
-    protect[:, :max(1, len(header))] = True
     t0 = time.perf_counter()
-    ctx = comp.read(model, ids, protect=protect)
+    ctx = open_text(comp, model, tokenizer, text)
     full = comp.full(model, ctx)
     t1 = time.perf_counter()
     cache = comp.compress(model, ctx, a.keep, a.tokens)
     t2 = time.perf_counter()
 
-    here = torch.zeros(ids.shape[1], dtype=torch.bool)
-    here[cache.positions[0].cpu()] = True
-    body = slice(max(1, len(header)), None)
-    print("\n" + highlight(tokenizer, ids[0, body].tolist(), here[body].tolist(), sys.stdout.isatty()) + "\n")
-    n, k = int(ctx.candidates.sum()), int(here[body].sum())
-    print(f"tokens   {n} compressible -> {k} kept ({n / max(k, 1):.1f} x shorter); {ids.shape[1] - n} of the chat header kept whole")
+    body = ctx.candidates[0]
+    here = torch.zeros_like(body).index_fill(0, cache.positions[0], True)[body].tolist()
+    print("\n" + highlight(tokenizer, ctx.tokens[0, body].tolist(), here, sys.stdout.isatty()) + "\n")
+    n, k = len(here), sum(here)
+    print(f"tokens   {n} compressible -> {k} kept, {n / max(k, 1):.1f} x fewer; the header's {int(ctx.lengths[0]) - n} stay")
     print(f"bytes    {full.nbytes():,} -> {cache.nbytes():,} as stored, the header included")
     print(f"seconds  {t1 - t0:.2f} to read the text, {t2 - t1:.2f} to compress it")
     if a.save:

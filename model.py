@@ -49,7 +49,7 @@ class Config:
         for key, want in {"model_type": ("llama",), "hidden_act": ("silu", None), "attention_bias": (False, None),
                           "mlp_bias": (False, None), "quantization_config": (None,)}.items():
             if j.get(key) not in want:
-                raise BadInput(f"{path}: {key} is {j.get(key)!r}, expected {want[0]!r}; only plain Llamas are supported")
+                raise BadInput(f"{path}: {key} is {j.get(key)!r}, expected {want[0]!r} (a plain Llama)")
         # transformers 5 moved both rope settings into rope_parameters
         rope = j.get("rope_scaling") or j.get("rope_parameters") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -401,7 +401,7 @@ def load_llama(folder, device="cpu", dtype=torch.float32) -> Llama:
     elif (folder / "model.safetensors.index.json").exists():
         files = sorted(set(read_json(folder / "model.safetensors.index.json")["weight_map"].values()))
     else:
-        raise BadInput(f"{folder}: no model.safetensors and no model.safetensors.index.json; download the weights again")
+        raise BadInput(f"{folder}: neither model.safetensors nor its index .json; download the weights again")
     for name in files:
         try:
             with safe_open(folder / name, "pt") as f:

@@ -10,8 +10,6 @@ import argparse
 import json
 import math
 import random
-import shutil
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -22,11 +20,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from compress import Compressor, CompressorConfig, decay, kept_count, save_adapter, select, soft_decay
-from data import BadInput, run_program, write_json
+from compress import (DEMO, Compressor, CompressorConfig, decay, kept_count, open_text, save_adapter, select,
+                      soft_decay)
+from data import BadInput, provenance, run_program, write_json
 from data.prepare import Shard, prepare
 from data.samples import KINDS, Batch, Samples, collate
 from data.weights import add_model_flags, open_model
+from eval import held_out_table
 from model import Llama, answer, attention_mask
 
 
@@ -70,7 +70,7 @@ class DistillKL(torch.autograd.Function):
 class AttentionTarget:
     """How much attention each context token gets from the continuation in the teacher's own pass (METHOD.md, 3b).
 
-    Mean over heads and over layers from `eta` on, maximum over the supervised positions. Given to the teacher as `watch`.
+    Mean over heads and over layers from `eta` on, maximum over the supervised positions. The teacher's `watch`.
     """
 
     def __init__(self, mask, supervised, eta: int, n_context: int):
@@ -94,7 +94,8 @@ class AttentionTarget:
 class Distiller(nn.Module):
     """One training step as one forward: teacher, scores, encoding, student, loss. Layers 1…η are run once for both."""
 
-    def __init__(self, model: Llama, compressor: Compressor, lam: float, chunk: int, target: float, noise: float, tau: float):
+    def __init__(self, model: Llama, compressor: Compressor, lam: float, chunk: int, target: float, noise: float,
+                 tau: float):
         super().__init__()
         self.compressor = compressor
         self.model = [model]  # in a list, so that the frozen model is no part of this module's parameters
@@ -191,7 +192,7 @@ def check(c: TrainConfig) -> dict[str, int]:
         if not ok:
             raise BadInput(f"--{flag_name} is {getattr(c, flag_name.replace('-', '_'))}: {text}")
     need(c.steps >= 1, "steps", "at least 1 is needed")
-    need(c.batch >= 1 and 1 <= c.micro <= c.batch and c.batch % c.micro == 0, "micro", f"it must divide --batch ({c.batch})")
+    need(1 <= c.micro <= c.batch and c.batch % c.micro == 0, "micro", f"it must divide --batch ({c.batch})")
     need(c.context >= 16, "context", "at least 16 tokens are needed")
     need(c.answer >= 2, "answer", "at least 2 tokens are needed")
     need(0 < c.keep_low <= c.keep_high < 1, "keep-low", f"0 < keep-low <= keep-high ({c.keep_high}) < 1 is needed")
@@ -211,7 +212,7 @@ def step_flops(model: Llama, eta: int, ctx: int, cont: int, kept: int, rows: int
     """Floating-point operations of one step, a multiply-add as two: ctx, cont, rows in tokens of the whole step.
 
     Frozen weights need no weight gradient, so a backward pass through them costs one forward, not two.
-    Context: η layers once, the others for teacher, student and student's backward. Continuation: all layers three times.
+    Context: η layers once, the others for teacher, student and its backward. Continuation: all layers three times.
     """
     c = model.cfg
     matrices = 2 * sum(p.numel() for p in model.layers[0].parameters())                 # per token and layer
@@ -234,20 +235,12 @@ def free_folder(path: str) -> Path:
     return folder
 
 
-def provenance(start: float, seed: int) -> dict:
-    """Where a number comes from: seconds since `start`, threads, command, commit, seed."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], text=True,
-                         capture_output=True) if shutil.which("git") else None
-    return {"seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads(),
-            "command": " ".join(["python", *sys.argv]), "seed": seed,
-            "commit": git.stdout.strip() if git and git.returncode == 0 else "unknown"}
-
-
 def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path) -> Compressor:
     """Train a compressor and leave it in out/adapter; each step is a line of out/log.jsonl."""
     start_of_run = time.perf_counter()
     torch.manual_seed(c.seed)
-    comp = Compressor(model.cfg, CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_recency)).to(model.device)
+    config = CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_recency)
+    comp = Compressor(model.cfg, config).to(model.device)
     distil = Distiller(model, comp, c.lam, c.chunk, c.target, c.noise, c.tau)
     shards = [Shard(f, "train", tokenizer) for f in prepare(c.sources.split(","), tokenizer)]
     samples = Samples(shards, tokenizer, c.context, mix, c.answer, seed=c.seed)
@@ -255,8 +248,8 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path) -> Comp
     scorer = list(comp.scorer.parameters())
     adapters = [p for name, p in comp.named_parameters() if not name.startswith("scorer.")]
     trained, frozen = (sum(p.numel() for p in m.parameters()) for m in (comp, model))
-    print(f"training {trained:,} parameters ({sum(p.numel() for p in scorer):,} in the scorer, the rest in rank-{c.rank} "
-          f"adapters of layers {comp.first + 1}…{model.cfg.n_layer - 1}); {frozen:,} are frozen")
+    print(f"training {trained:,} parameters: {sum(p.numel() for p in scorer):,} in the scorer, the rest in adapters of "
+          f"rank {c.rank} in layers {comp.first + 1}…{model.cfg.n_layer - 1}; {frozen:,} are frozen")
     groups = [{"params": adapters, "peak": c.lr}, {"params": scorer, "peak": c.scorer_lr}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=c.weight_decay)
 
@@ -278,7 +271,7 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path) -> Comp
                 got["loss"].backward()
                 sums = {key: sums[key] + float(got[key].detach()) for key in sums}
             if not math.isfinite(sums["loss"]):
-                raise BadInput(f"step {step}: the loss is {sums['loss']}; lower --lr and --scorer-lr (now {c.lr}, {c.scorer_lr})")
+                raise BadInput(f"step {step}: the loss is {sums['loss']}; lower --lr ({c.lr}) or --scorer-lr ({c.scorer_lr})")
             norms = [float(nn.utils.clip_grad_norm_(g["params"], c.clip)) for g in optimizer.param_groups]
             rate = min(1, (step + 1) / c.warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / c.steps)))
             for g in optimizer.param_groups:
@@ -306,13 +299,9 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path) -> Comp
 
 def show_answers(comp: Compressor, model: Llama, tokenizer, keep: float = 0.1) -> None:
     """One question about a text of our own, from the full cache and from one ten times shorter."""
-    text = (Path(__file__).parent / "data" / "lighthouse.txt").read_text(encoding="utf-8")
     question = "Who built the lighthouse?"
-    ids = torch.tensor([tokenizer.header + tokenizer.encode(text)], device=model.device)
-    protect = torch.zeros_like(ids, dtype=torch.bool)
-    protect[:, :max(1, len(tokenizer.header))] = True
     with torch.no_grad():
-        ctx = comp.read(model, ids, protect=protect)
+        ctx = open_text(comp, model, tokenizer, DEMO.read_text(encoding="utf-8"))
         full, short = comp.full(model, ctx), comp.compress(model, ctx, keep)
     print(f"\n{question}")
     for name, cache in (("full", full), ("short", short)):
@@ -330,7 +319,6 @@ def main() -> None:
     print(f"adapter saved in {out / 'adapter'} after {time.perf_counter() - start:.0f} s")
     result = {"table": []}
     if c.eval_contexts:
-        from eval import held_out_table  # it imports the loss from here
         result["table"] = held_out_table(model, tokenizer, comp, c.sources, c.context, c.eval_contexts, c.seed)
         show_answers(comp, model, tokenizer)
     result |= provenance(start, c.seed)

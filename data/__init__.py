@@ -1,8 +1,12 @@
 """What every program here shares: the error a user sees, files written whole or not at all, and how a program ends."""
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
+
+import torch
 
 
 class BadInput(Exception):
@@ -36,6 +40,18 @@ def read_json(path) -> dict:
         raise BadInput(f"{path}: no such file") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise BadInput(f"{path}: not valid JSON ({e}); write it again") from None
+
+
+def provenance(start: float, seed: int) -> dict:
+    """Where a number comes from: seconds since `start` (of perf_counter), threads, command, commit, seed."""
+    try:
+        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], text=True,
+                             capture_output=True, check=True)
+        commit = git.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"  # no git, or not a checkout
+    return {"seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads(),
+            "command": " ".join(["python", *sys.argv]), "commit": commit, "seed": seed}
 
 
 def run_program(main) -> None:

@@ -63,7 +63,7 @@ def is_held_out(title: str) -> bool:
 
 
 def write_shards(documents, tokenizer: Tokenizer, folder: Path) -> dict[str, int]:
-    """Tokenise and write both splits; returns tokens per split. A .json is written after its .bin, so it vouches for it."""
+    """Tokenise and write both splits; returns tokens per split. A .json is written after its .bin and vouches for it."""
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
     splits = {"train": ([], []), "val": ([], [])}
     for d in documents:
@@ -84,7 +84,7 @@ def write_shards(documents, tokenizer: Tokenizer, folder: Path) -> dict[str, int
 
 
 class Shard:
-    """One split: `len(shard)` documents, `shard.docs[i]` their titles, `shard.tokens(i)` their ids (numpy, memory-mapped)."""
+    """One split: `len(shard)` documents, titles in `shard.docs[i]`, ids from `shard.tokens(i)` (numpy, memory-mapped)."""
 
     def __init__(self, folder: Path, split: str, tokenizer: Tokenizer):
         path = Path(folder) / f"{split}.json"
@@ -114,7 +114,8 @@ def prepare(sources: list[str], tokenizer: Tokenizer, root: Path = SHARDS, name:
         folder = Path(root) / (name or (source if source in ("wiki", "sotu") else Path(source).stem))
         folder = folder.with_name(f"{folder.name}-{tokenizer.fingerprint[:8]}")
         if not (folder / "val.json").exists():
-            documents = {"wiki": wiki_documents, "sotu": sotu_documents}.get(source, lambda: file_documents(Path(source)))()
+            named = {"wiki": wiki_documents, "sotu": sotu_documents}
+            documents = named[source]() if source in named else file_documents(Path(source))
             n = write_shards(documents, tokenizer, folder)
             print(f"{folder}: {n['train']:,} tokens to train on, {n['val']:,} held out", file=sys.stderr)
         folders.append(folder)

@@ -26,7 +26,7 @@ BLANK = "____"
 class Continuation:
     kind: str
     ids: list[int]      # question and answer, or the text that follows
-    n_prompt: int       # the first n_prompt ids are given; the rest is what the student must predict as the teacher does
+    n_prompt: int       # the first n_prompt ids are given; the student must predict the rest as the teacher does
 
 
 @dataclass
@@ -42,8 +42,9 @@ def sentences(text: str) -> list[str]:
 
 def recite(rng, text: str, tok: Tokenizer, n_answer: int) -> Continuation | None:
     """Ask for a passage by its first words. The passage starts with a sentence where it can."""
-    starts = [m.end() for m in re.finditer(r"(?:[.!?]\s+|^|\n)(?=\S)", text)]
-    starts = [i for i in starts if len(text) - i > 5 * n_answer] or [m.start() for m in re.finditer(r"\b\w", text[:-5 * n_answer])]
+    early = text[:-5 * n_answer]  # a token is about five characters: from here on, enough text follows
+    starts = [m.end() for m in re.finditer(r"(?:[.!?]\s+|^|\n)(?=\S)", early)]
+    starts = starts or [m.start() for m in re.finditer(r"\b\w", early)]
     if not starts:
         return None
     passage = text[rng.choice(starts):]

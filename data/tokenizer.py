@@ -1,4 +1,4 @@
-"""Text to token ids and back, on tiktoken, from a byte-level-BPE tokenizer.json (SmolLM2, Llama 3); and the chat formats.
+"""Text to token ids and back, on tiktoken, from a byte-level-BPE tokenizer.json (SmolLM2, Llama 3); chat formats.
 
 Text from a user can never become a special token: `encode` is tiktoken's encode_ordinary, and the special tokens of
 the chat format are put in by id, by the functions below, and nowhere else.
@@ -50,13 +50,13 @@ class Tokenizer:
     def __init__(self, folder):
         path = Path(folder) / "tokenizer.json"
         if not path.exists() and (Path(folder) / "tokenizer.model").exists():
-            raise BadInput(f"{folder}: a SentencePiece tokenizer (tokenizer.model: Llama 2, Mistral 7B) is not supported; "
+            raise BadInput(f"{folder}: a SentencePiece tokenizer (tokenizer.model: Llama 2, Mistral) is not supported; "
                            "use a model with a byte-level-BPE tokenizer.json, such as SmolLM2 or Llama 3")
         spec = read_json(path)
         model = spec.get("model", {})
         if model.get("type") != "BPE" or model.get("byte_fallback"):
-            raise BadInput(f"{path}: a {model.get('type')} model{' with byte fallback' if model.get('byte_fallback') else ''} "
-                           "(SentencePiece?), expected byte-level BPE, as in SmolLM2 or Llama 3")
+            how = " with byte fallback (SentencePiece)" if model.get("byte_fallback") else ""
+            raise BadInput(f"{path}: a {model.get('type')} model{how}, expected byte-level BPE, as in SmolLM2 or Llama 3")
         if spec.get("normalizer"):
             raise BadInput(f"{path}: normalizer {spec['normalizer'].get('type')} is not supported, expected none")
         self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
@@ -75,7 +75,8 @@ class Tokenizer:
             if i < last and not model.get("ignore_merges"):  # Llama 3 lists every split of a token, ordered by itself
                 raise BadInput(f"{path}: merge {merge!r} is out of the order of the ids; tiktoken cannot reproduce it")
             last = i
-        self.fingerprint = hashlib.sha256(repr((sorted(ranks.items()), sorted(self.special.items()))).encode()).hexdigest()
+        vocabulary = repr((sorted(ranks.items()), sorted(self.special.items())))
+        self.fingerprint = hashlib.sha256(vocabulary.encode()).hexdigest()
         self.n_vocab = max([*ranks.values(), *self.special.values()]) + 1
         # SmolLM2 has no token for 21 bytes: 13 that UTF-8 never uses, six control characters, two unassigned planes.
         # tiktoken wants all 256, so the missing ones get ids above the vocabulary, which `encode` drops.
@@ -103,7 +104,7 @@ class Tokenizer:
             self.header, self.turn = ([] if bos is None else [bos]), self.encode("\n")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; the letters "<|im_end|>" in it stay letters, a byte that the vocabulary lacks is dropped."""
+        """Ids of plain text; "<|im_end|>" in it stays ten letters, a byte that the vocabulary lacks is dropped."""
         return [i for i in self.bpe.encode_ordinary(text) if i < self.n_vocab]
 
     def decode(self, ids) -> str:

@@ -26,8 +26,8 @@ def fastest_dtype() -> torch.dtype:
             runs.append(time.perf_counter() - t)
         seconds[dtype] = min(runs)
     best = min(seconds, key=seconds.get)
-    print(f"dtype: {str(best)[6:]} (here bf16 multiplies {seconds[torch.float32] / seconds[torch.bfloat16]:.1f} x as fast "
-          "as fp32)", flush=True)
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    print(f"dtype: {str(best)[6:]} (here bf16 multiplies {ratio:.1f} x as fast as fp32)", flush=True)
     return best
 
 
@@ -41,8 +41,8 @@ def keep_freed_memory() -> None:
 
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--weights", metavar="DIR", help="a Llama in the Hugging Face layout; default: SmolLM2-135M-Instruct, "
-                   "fetched on first use")
+    p.add_argument("--weights", metavar="DIR", help="a Llama in the Hugging Face layout; default: "
+                   "SmolLM2-135M-Instruct, fetched on first use")
     p.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device")
     p.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
                    help="of the frozen model; auto: what is fast on the device")
@@ -69,6 +69,6 @@ def open_model(a: argparse.Namespace):
         dtype = torch.bfloat16 if bf16 else torch.float32
     model = load_llama(folder, device, dtype)
     if tokenizer.n_vocab > model.cfg.vocab_size:
-        raise BadInput(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {model.cfg.vocab_size}; they do not "
-                       "belong together")
+        raise BadInput(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {model.cfg.vocab_size}; they "
+                       "do not belong together")
     return model, tokenizer

@@ -1,21 +1,21 @@
 """The programs as a user runs them: in their own process, on a tiny model folder, with good and with bad input."""
+import contextlib
+import importlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress import Compressor, CompressorConfig, load_adapter, load_cache, newest_adapter, save_adapter, save_cache
+from compress import load_adapter, load_cache, newest_adapter, save_adapter, save_cache
 from conftest import ROOT, tiny_compressor, tiny_llama
-from data import BadInput
-from data.prepare import write_shards
+from data import BadInput, run_program
 from data.tokenizer import Tokenizer
-from data.weights import add_model_flags
 from model import load_llama
 from test_data import tiny_tokenizer_json
 from test_model import hf_config
@@ -61,9 +61,16 @@ def run(program, *args, code=0, stdin=None):
     return got.stdout, got.stderr
 
 
-def one_line_error(program, *args, **kw) -> str:
-    lines = run(program, *args, code=2, **kw)[1].strip().splitlines()
-    assert lines and "error:" in lines[-1], lines
+def one_line_error(program, *args) -> str:
+    """What a program says when it exits with 2: run in this process, which is twenty times faster than starting one."""
+    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    stderr = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
+        patch.setattr(sys, "argv", [program, *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            run_program(module.main)
+    lines = stderr.getvalue().strip().splitlines()
+    assert stop.value.code == 2 and "error:" in lines[-1], lines
     return lines[-1]
 
 
@@ -224,4 +231,5 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tiny, texts, tmp_
 def test_help_works_and_unknown_flags_are_errors(program):
     out, _ = run(program, "--help")
     assert "usage:" in out and len(out) > 200
-    assert "unrecognized arguments: --no-such-flag" in one_line_error(program, "--no-such-flag")
+    _, err = run(program, "--no-such-flag", code=2)
+    assert "unrecognized arguments: --no-such-flag" in err
