@@ -40,25 +40,24 @@ class CompressorConfig:
     rank: int = 32             # of the adapters on W_Q and W_O
     decay: str = "centred"     # or "sigmoid": what a score does to attention
     two_pass: bool = False     # route every layer, after a first pass that only scores
-    recency: bool = True       # the scorer also sees where a token stands
+    positions: bool = True     # the scorer also sees where a token stands
 
 
 class Scorer(nn.Module):
-    """Part 1. s = W₂·GELU(W₁·x), fp32 throughout; x is the RMS-normalised hidden state and, with `recency`, where the
-    token stands: log(1 + tokens behind it), log(1 + tokens before it). A causal hidden state cannot know how much text
-    is still to come, and the last words before a question matter more than others (measured in LOG.md)."""
+    """Part 1. s = W₂·GELU(W₁·x), fp32; x is the RMS-normalised hidden state and, with `positions`, how much text lies
+    behind and before the token. A causal hidden state cannot know how much is still to come (measured in LOG.md)."""
 
-    def __init__(self, n_embd: int, recency: bool):
+    def __init__(self, n_embd: int, positions: bool):
         super().__init__()
-        self.recency = recency
-        self.w1 = nn.Linear(n_embd + 2 * recency, n_embd)
+        self.positions = positions
+        self.w1 = nn.Linear(n_embd + 2 * positions, n_embd)
         self.w2 = nn.Linear(n_embd, 1)
         nn.init.zeros_(self.w2.bias)
 
     def forward(self, h, lengths):
         """Hidden states (B, N, D) of contexts of `lengths` (B,) tokens -> scores (B, N)."""
         x = F.rms_norm(h.to(self.w1.weight.dtype), h.shape[-1:])
-        if self.recency:
+        if self.positions:
             before = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
             behind = (lengths[:, None] - 1 - before).clamp(min=0)
             x = torch.cat([x, torch.stack([behind, before], -1).to(x.dtype).log1p()], -1)
@@ -182,7 +181,7 @@ class Compressor(nn.Module):
         self.cfg = cfg
         self.first = 0 if cfg.two_pass else cfg.eta          # index of the first adapted layer
         n, r, inner = c.n_layer - 1 - self.first, cfg.rank, c.n_head * c.head_dim
-        self.scorer = Scorer(c.n_embd, cfg.recency)
+        self.scorer = Scorer(c.n_embd, cfg.positions)
         self.gamma = nn.Parameter(torch.zeros(()))
         # A ~ N(0, 1/D), B = 0: routing changes nothing until it has learned something
         self.a_q = nn.Parameter(torch.randn(n, r, c.n_embd) * c.n_embd ** -0.5)
@@ -191,8 +190,7 @@ class Compressor(nn.Module):
         self.b_o = nn.Parameter(torch.zeros(n, c.n_embd, r))
 
     def scores(self, ctx: Context):
-        """(B, N) fp32."""
-        return self.scorer(ctx.h, ctx.lengths)
+        return self.scorer(ctx.h, ctx.lengths)                # (B, N) fp32
 
     def routes(self, kept, dtype):
         """Part 4. layer -> Route for the kept tokens; None for a layer without adapters. kept: (B, N) bool."""
@@ -313,10 +311,14 @@ def load_adapter(folder, model: Llama, tokenizer) -> Compressor:
     return comp.to(model.device).requires_grad_(False)
 
 
-def newest_adapter() -> Path | None:
-    """The adapter trained last, among adapters/* (shipped) and out/*/adapter (yours)."""
-    found = [*ROOT.glob("adapters/*/adapter.json"), *ROOT.glob("out/*/adapter/adapter.json")]
-    return max((p.parent for p in found), key=lambda p: read_json(p / "adapter.json")["created"], default=None)
+def newest_adapter(model: Llama, tokenizer) -> Path | None:
+    """The adapter for this architecture and tokenizer trained last, among adapters/* (shipped) and out/*/adapter."""
+    want, found = base_of(model, tokenizer), []
+    for path in (*ROOT.glob("adapters/*/adapter.json"), *ROOT.glob("out/*/adapter/adapter.json")):
+        meta = read_json(path)
+        if all(meta["base"][key] == want[key] for key in ("architecture", "tokenizer")):
+            found.append((meta["created"], path.parent))
+    return max(found)[1] if found else None
 
 
 CACHE_KEY = "kvdistill_cache"  # in the header of the safetensors file
@@ -406,10 +408,11 @@ def parse_args() -> argparse.Namespace:
     return a
 
 
-def open_compressor(path, model: Llama, tokenizer, seed: int) -> Compressor:
-    folder = Path(path) if path else newest_adapter()
+def open_compressor(path, model: Llama, tokenizer, seed: int = 0) -> Compressor:
+    """The adapter in `path`, or the newest that fits, or none: then an untrained compressor; says which."""
+    folder = Path(path) if path else newest_adapter(model, tokenizer)
     if folder is None:
-        print("adapter: none found, so an untrained one; `python train.py` makes one in ten minutes")
+        print("adapter: none found for this model, so an untrained one; train.py makes one")
         torch.manual_seed(seed)
         return Compressor(model.cfg, CompressorConfig(eta=min(6, model.cfg.n_layer - 1))).to(model.device)
     print(f"adapter: {folder}")

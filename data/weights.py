@@ -3,6 +3,7 @@ import argparse
 import ctypes
 import time
 from functools import cache as once
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,9 @@ def open_model(a: argparse.Namespace):
     except (RuntimeError, AssertionError) as e:
         raise BadInput(f"device {device!r} cannot be used ({str(e).splitlines()[0]}); try --device cpu") from None
     keep_freed_memory()
-    folder = a.weights or fetch()
+    folder = Path(a.weights or fetch())
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder, expected one with config.json, model.safetensors and tokenizer.json")
     tokenizer = Tokenizer(folder)
     if a.dtype != "auto":
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype]

@@ -1,0 +1,111 @@
+"""One training step: what gets a gradient and what does not, accumulation, the attention target, the count of FLOPs."""
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import tiny_compressor, tiny_llama
+from data.samples import Continuation, Sample, collate
+from model import attention_mask
+from train import AttentionTarget, Distiller, step_flops
+
+
+def sample(seed, n_context=40, lengths=(9, 6)):
+    g = torch.Generator().manual_seed(seed)
+    ids = lambda n: torch.randint(0, 97, (n,), generator=g).tolist()  # noqa: E731
+    return Sample(ids(n_context), 3, [Continuation(k, ids(n), 3) for k, n in zip(("recite", "title"), lengths)])
+
+
+def distiller(model, comp, **changes):
+    return Distiller(model, comp, **(dict(lam=0.6, chunk=7, target=0.5, noise=0.0, tau=0.15) | changes))
+
+
+def gradients(model, parts, keep=0.3, soft=False, **changes):
+    comp = tiny_compressor(model)
+    rows = sum(int(b.supervised.sum()) for b in parts)
+    contexts = sum(len(b.tokens) for b in parts)
+    step, loss = distiller(model, comp, **changes), 0.0
+    for b in parts:
+        out = step(b, keep, soft, rows, contexts)
+        out["loss"].backward()
+        loss += float(out["loss"].detach())
+    return loss, {name: p.grad for name, p in comp.named_parameters()}
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_accumulation_is_one_large_batch(model, soft):
+    """Unequal contexts and unequal numbers of supervised tokens: a mean per micro-batch would be wrong here."""
+    samples = [sample(0), sample(1, n_context=25, lengths=(4, 4)), sample(2, lengths=(15, 3)), sample(3, n_context=33)]
+    one, many = gradients(model, [collate(samples)], soft=soft), gradients(model, [collate([s]) for s in samples], soft=soft)
+    assert math.isclose(one[0], many[0], rel_tol=1e-5)
+    for name, g in one[1].items():
+        if g is not None:
+            assert (g - many[1][name]).norm() <= 1e-4 * g.norm() + 1e-7, name
+
+
+def test_every_trained_tensor_gets_a_gradient_from_its_own_path(model):
+    """β reaches the scorer without the target; γ only acts on hard steps under `centred`."""
+    b = [collate([sample(0), sample(1)])]
+    _, hard = gradients(model, b, target=0.0)
+    assert all(g is not None and g.abs().max() > 0 for name, g in hard.items() if "bias" not in name)
+    _, soft = gradients(model, b, target=0.0, soft=True)
+    assert soft["gamma"] is None and soft["scorer.w1.weight"].abs().max() > 0
+
+
+def test_5_the_frozen_model_gets_no_gradient_and_keeps_every_bit(model):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    comp = tiny_compressor(model)
+    optimizer = torch.optim.AdamW(comp.parameters(), lr=1e-2)
+    b, step = collate([sample(0)]), distiller(model, comp)
+    for i in range(4):
+        step(b, 0.3, i % 2 == 0, int(b.supervised.sum()), 1)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in step.parameters()}
+
+
+@torch.no_grad()
+def test_attention_target_is_the_attention(model, compressor):
+    """Against a dense softmax written out: one continuation, one layer at a time, mean over heads."""
+    b = collate([sample(0, lengths=(9,))])
+    ctx = compressor.read(model, b.tokens, b.lengths, b.protect)
+    full = compressor.full(model, ctx)
+    seen = {}
+    target = AttentionTarget(attention_mask(b.cont, full, b.segments), b.supervised, 2, 40)
+
+    def watch(layer, q, k):
+        target(layer, q, k)
+        seen[layer] = (q, k)
+    model(b.cont, full, b.segments, watch=watch)
+    mean = 0
+    for layer in range(2, 6):
+        q, k = seen[layer]
+        for head in range(4):
+            logits = q[0, head] @ k[0, head // 2].T / math.sqrt(12)
+            logits = logits.masked_fill(torch.ones(9, 49).triu(41).bool(), -math.inf)
+            mean = mean + logits.softmax(-1)[:, :40] / 16
+    assert torch.allclose(target.result()[0], mean[b.supervised[0]].amax(0), atol=1e-5)
+
+
+def test_noise_changes_the_choice_and_nothing_else(model):
+    """Gumbel noise moves the selection; without it the step is deterministic."""
+    b = [collate([sample(0)])]
+    assert gradients(model, b)[0] == gradients(model, b)[0]
+    torch.manual_seed(0)
+    assert gradients(model, b, noise=5.0)[0] != gradients(model, b)[0]
+
+
+def test_flops_agree_with_pytorchs_counter():
+    """A wider model, so that matrix products dominate as they do in practice. Ours leaves out scorer and adapters."""
+    model = tiny_llama(n_layer=8, n_embd=192, n_head=6, n_kv_head=3, head_dim=32, n_ffn=512, vocab_size=1000)
+    comp = tiny_compressor(model, rank=1)
+    b = collate([sample(0, n_context=120, lengths=(40, 30)), sample(1, n_context=120, lengths=(40, 30))])
+    rows = int(b.supervised.sum())
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it counts no CPU flash attention
+        distiller(model, comp, target=0.0)(b, 0.25, False, rows, 2)["loss"].backward()
+    ours = step_flops(model, comp.cfg.eta, 240, 140, 60, rows, 2)
+    assert 0.85 < ours / counter.get_total_flops() < 1.15
