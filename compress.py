@@ -282,7 +282,7 @@ def check_base(path, found: dict, model: Llama, tokenizer) -> None:
     if found.get("tokenizer") != want["tokenizer"]:
         raise BadInput(f"{path}: made with another tokenizer; pass the --weights it was made with")
     if found.get("weights") != want["weights"]:
-        print(f"warning: {path} was made with other weights of this architecture; expect worse answers", file=sys.stderr)
+        print(f"warning: {path} was made with other weights of this architecture: expect less", file=sys.stderr)
 
 
 def save_adapter(folder, comp: Compressor, model: Llama, tokenizer, about: dict) -> None:
@@ -452,7 +452,7 @@ def main() -> None:
     here = torch.zeros_like(body).index_fill(0, cache.positions[0], True)[body].tolist()
     print("\n" + highlight(tokenizer, ctx.tokens[0, body].tolist(), here, sys.stdout.isatty()) + "\n")
     n, k = len(here), sum(here)
-    print(f"tokens   {n} compressible -> {k} kept, {n / max(k, 1):.1f} x fewer; the header's {int(ctx.lengths[0]) - n} stay")
+    print(f"tokens   {n} compressible -> {k} kept, {n / max(k, 1):.1f} x fewer; {int(ctx.protected.sum())} protected")
     print(f"bytes    {full.nbytes():,} -> {cache.nbytes():,} as stored, the header included")
     print(f"seconds  {t1 - t0:.2f} to read the text, {t2 - t1:.2f} to compress it")
     if a.save:

@@ -52,7 +52,9 @@ def short_caches(method: str, model: Llama, compressors: dict[str, Compressor], 
         yield from ((keep, cache) for keep in keeps)
         return
     comp = compressors.get(method)
-    scores = None if comp else baseline_scores("random" if method == "trained-random-selection" else method, ctx, full, rng)
+    if not comp:
+        name = "random" if method == "trained-random-selection" else method
+        scores = baseline_scores(name, ctx, full, rng)
     for keep in keeps:
         if comp:
             yield keep, comp.compress(model, ctx, keep)
@@ -108,10 +110,11 @@ def print_table(rows: list[dict], methods, kinds) -> None:
     at = {(r["method"], r["keep"], r["kind"]): r["kl"] for r in rows}
     kinds = [k for k in (*kinds, "all") if any(r["kind"] == k for r in rows)]
     for keep in sorted({r["keep"] for r in rows}, reverse=True):
-        print(f"\nkeep {keep:<20}" + "".join(f"{k:>11}" for k in kinds) + "    KL(full || short), nats per answer token")
+        print(f"\nkeep {keep:<20}" + "".join(f"{k:>11}" for k in kinds) + "    KL(full || short), nats per token")
         best = {k: min(at[m, keep, k] for m in methods) for k in kinds}
         for m in methods:
-            print(f"{m:25}" + "".join(f"{at[m, keep, k]:10.3f}{'*' if at[m, keep, k] == best[k] else ' '}" for k in kinds))
+            row = [f"{at[m, keep, k]:10.3f}" + ("*" if at[m, keep, k] == best[k] else " ") for k in kinds]
+            print(f"{m:25}" + "".join(row))
 
 
 def held_out_table(model: Llama, tokenizer, comp: Compressor, sources: str, folder, context: int, contexts: int,
@@ -134,7 +137,7 @@ def main() -> None:
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--adapter", metavar="DIR", help="trained compressor; default: the newest in adapters/ and out/")
     p.add_argument("--sources", default="wiki,sotu", help="texts: wiki, sotu, or paths, comma-separated")
-    p.add_argument("--shards", default=str(SHARDS), metavar="DIR", help="folder for their tokens")
+    p.add_argument("--shards", default=SHARDS, metavar="DIR", help="folder for their tokens")
     p.add_argument("--context", type=int, default=300, help="compressible tokens per context")
     p.add_argument("--contexts", type=int, default=20, help="held-out contexts")
     p.add_argument("--keep", default=",".join(map(str, KEEPS)), help="kept fractions, comma-separated")
@@ -150,11 +153,11 @@ def main() -> None:
         kept_count(torch.tensor([1]), keep=k)
     if a.contexts < 1 or a.context < 16:
         raise BadInput("--contexts must be at least 1, and --context at least 16 tokens")
-    start = time.perf_counter()
+    start, about = time.perf_counter(), provenance(a.seed)
     model, tokenizer = open_model(a)
     comp = open_compressor(a.adapter, model, tokenizer, a.seed)
     table = held_out_table(model, tokenizer, comp, a.sources, a.shards, a.context, a.contexts, a.seed, keeps)
-    result = {"table": table, **provenance(start, a.seed)}
+    result = {"table": table, "seconds": round(time.perf_counter() - start, 1), **about}
     if a.out:
         write_json(a.out, result)
     print(json.dumps(result))

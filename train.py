@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import random
-import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from compress import (DEMO, Compressor, CompressorConfig, decay, kept_count, open_text, save_adapter, select,
                       soft_decay)
 from data import BadInput, provenance, run_program, write_json
-from data.prepare import SHARDS, Shard, prepare
+from data.prepare import ROOT, Shard, prepare
 from data.samples import KINDS, Batch, Samples, collate
 from data.weights import add_model_flags, open_model
 from eval import held_out_table
@@ -150,7 +149,7 @@ class TrainConfig:
     answer: int = flag(40, "tokens of a continuation or a recited passage")
     mix: str = flag("continue=1,recite=2,cloze=2,title=2", "continuations per context, by kind")
     sources: str = flag("wiki,sotu", "training texts: wiki, sotu, or paths, comma-separated")
-    shards: str = flag(str(SHARDS), "folder for their tokens")
+    shards: str = flag("data/shards", "folder for their tokens, relative to this repository")
     eta: int = flag(6, "the scorer reads the hidden state after this many layers")
     rank: int = flag(32, "of the adapters on W_Q and W_O")
     decay: str = flag("centred", "what a score does to attention: centred or sigmoid")
@@ -236,14 +235,13 @@ def free_folder(path: str) -> Path:
     return folder
 
 
-def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path) -> Compressor:
-    """Train a compressor and leave it in out/adapter; each step is a line of out/log.jsonl."""
-    start_of_run = time.perf_counter()
+def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: dict) -> Compressor:
+    """Train a compressor and leave it in out/adapter, described by `about`; each step is a line of out/log.jsonl."""
     torch.manual_seed(c.seed)
     config = CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_positions)
     comp = Compressor(model.cfg, config).to(model.device)
     distil = Distiller(model, comp, c.lam, c.chunk, c.target, c.noise, c.tau)
-    shards = [Shard(f, "train", tokenizer) for f in prepare(c.sources.split(","), tokenizer, c.shards)]
+    shards = [Shard(f, "train", tokenizer) for f in prepare(c.sources.split(","), tokenizer, ROOT / c.shards)]
     samples = Samples(shards, tokenizer, c.context, mix, c.answer, seed=c.seed)
 
     scorer = list(comp.scorer.parameters())
@@ -272,7 +270,8 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path) -> Comp
                 got["loss"].backward()
                 sums = {key: sums[key] + float(got[key].detach()) for key in sums}
             if not math.isfinite(sums["loss"]):
-                raise BadInput(f"step {step}: the loss is {sums['loss']}; lower --lr ({c.lr}) or --scorer-lr ({c.scorer_lr})")
+                raise BadInput(f"step {step}: the loss is {sums['loss']}; lower --lr ({c.lr}) or "
+                               f"--scorer-lr ({c.scorer_lr})")
             norms = [float(nn.utils.clip_grad_norm_(g["params"], c.clip)) for g in optimizer.param_groups]
             rate = min(1, (step + 1) / c.warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / c.steps)))
             for g in optimizer.param_groups:
@@ -294,7 +293,7 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path) -> Comp
             recent[bucket] = 0.9 * recent.get(bucket, line["kl"]) + 0.1 * line["kl"]
             bar.set_postfix_str(" ".join(f"kl<={b}: {recent[b]:.2f}" for b in sorted(recent))
                                 + f" {line['tokens_per_s']} tok/s {line['gflop_per_s']:.0f} GFLOP/s")
-    save_adapter(out / "adapter", comp, model, tokenizer, {"train": asdict(c), **provenance(start_of_run, c.seed)})
+    save_adapter(out / "adapter", comp, model, tokenizer, {"train": asdict(c), **about})
     return comp.requires_grad_(False)
 
 
@@ -312,17 +311,18 @@ def show_answers(comp: Compressor, model: Llama, tokenizer, keep: float = 0.1) -
 def main() -> None:
     a = parse_args()
     c = TrainConfig(**{f.name: getattr(a, f.name) for f in fields(TrainConfig)})
-    mix, start = check(c), time.perf_counter()
+    mix, start, about = check(c), time.perf_counter(), provenance(c.seed)
     model, tokenizer = open_model(a)
     out = free_folder(c.out)
     print(" ".join(f"{k}={v}" for k, v in asdict(c).items()) + f"\nwriting to {out}")
-    comp = train(c, mix, model, tokenizer, out)
+    comp = train(c, mix, model, tokenizer, out, about)
     print(f"adapter saved in {out / 'adapter'} after {time.perf_counter() - start:.0f} s")
     result = {"table": []}
     if c.eval_contexts:
-        result["table"] = held_out_table(model, tokenizer, comp, c.sources, c.shards, c.context, c.eval_contexts, c.seed)
+        result["table"] = held_out_table(model, tokenizer, comp, c.sources, ROOT / c.shards, c.context, c.eval_contexts,
+                                         c.seed)
         show_answers(comp, model, tokenizer)
-    result |= provenance(start, c.seed)
+    result |= {"seconds": round(time.perf_counter() - start, 1), **about}
     write_json(out / "result.json", result)
     print(json.dumps(result))
 

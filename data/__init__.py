@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -42,16 +41,15 @@ def read_json(path) -> dict:
         raise BadInput(f"{path}: not valid JSON ({e}); write it again") from None
 
 
-def provenance(start: float, seed: int) -> dict:
-    """Where a number comes from: seconds since `start` (of perf_counter), threads, command, commit, seed."""
+def provenance(seed: int) -> dict:
+    """Where a number comes from: threads, command, commit, seed. Call it before the work, while the code is what runs."""
     try:
         git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], text=True,
                              capture_output=True, check=True)
         commit = git.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"  # no git, or not a checkout
-    return {"seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads(),
-            "command": " ".join(["python", *sys.argv]), "commit": commit, "seed": seed}
+    return {"threads": torch.get_num_threads(), "command": " ".join(["python", *sys.argv]), "commit": commit, "seed": seed}
 
 
 def run_program(main) -> None:

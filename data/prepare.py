@@ -63,7 +63,7 @@ def is_held_out(title: str) -> bool:
 
 
 def write_shards(documents, tokenizer: Tokenizer, folder: Path) -> dict[str, int]:
-    """Tokenise and write both splits; returns tokens per split. A .json is written after its .bin and vouches for it."""
+    """Tokenise and write both splits; returns tokens per split. A .json comes after its .bin and vouches for it."""
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
     splits = {"train": ([], []), "val": ([], [])}
     for d in documents:
@@ -84,7 +84,7 @@ def write_shards(documents, tokenizer: Tokenizer, folder: Path) -> dict[str, int
 
 
 class Shard:
-    """One split: `len(shard)` documents, titles in `shard.docs[i]`, ids from `shard.tokens(i)` (numpy, memory-mapped)."""
+    """One split: `len(shard)` documents, titles in `shard.docs[i]`, ids from `shard.tokens(i)` (memory-mapped)."""
 
     def __init__(self, folder: Path, split: str, tokenizer: Tokenizer):
         path = Path(folder) / f"{split}.json"

@@ -56,7 +56,7 @@ class Tokenizer:
         model = spec.get("model", {})
         if model.get("type") != "BPE" or model.get("byte_fallback"):
             how = " with byte fallback (SentencePiece)" if model.get("byte_fallback") else ""
-            raise BadInput(f"{path}: a {model.get('type')} model{how}, expected byte-level BPE, as in SmolLM2 or Llama 3")
+            raise BadInput(f"{path}: a {model.get('type')} model{how}, expected byte-level BPE (SmolLM2, Llama 3)")
         if spec.get("normalizer"):
             raise BadInput(f"{path}: normalizer {spec['normalizer'].get('type')} is not supported, expected none")
         self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}

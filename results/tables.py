@@ -5,32 +5,41 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("recite", "cloze", "title", "continue", "all")
+KEEPS = (0.5, 0.25, 0.1, 0.05)
 
 
-def quick_table(result: dict) -> str:
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def quick_tables(result: dict) -> str:
+    """KL by kind at two kept fractions; then KL and top-1 agreement over all kinds at every kept fraction."""
     cell = {(r["method"], r["keep"], r["kind"]): r for r in result["table"]}
     methods = list(dict.fromkeys(r["method"] for r in result["table"]))
-    n = {k: cell[methods[0], 0.25, k]["n"] for k in KINDS}
-    lines = ["| KL(full ‖ short), nats per answer token | " + " | ".join(
-        f"{k} {keep}" for keep in (0.25, 0.1) for k in KINDS) + " |", "|---" * (1 + 2 * len(KINDS)) + "|"]
-    best = {(keep, k): min(cell[m, keep, k]["kl"] for m in methods) for keep in (0.25, 0.1) for k in KINDS}
-    for m in methods:
-        values = []
-        for keep in (0.25, 0.1):
-            for k in KINDS:
-                kl = cell[m, keep, k]["kl"]
-                values.append(f"**{kl:.2f}**" if kl == best[keep, k] else f"{kl:.2f}")
-        lines.append(f"| {m} | " + " | ".join(values) + " |")
-    counts = ", ".join(f"{k} {n[k]}" for k in KINDS)
-    return "\n".join(lines) + (f"\n\n`results/quick.json`: {result['command']}, {result['seconds'] / 60:.1f} minutes "
-                               f"on {result['threads']} threads; answer tokens per kind: {counts}.")
+
+    def kl(method, keep, kind):  # the best of a column in bold
+        value = cell[method, keep, kind]["kl"]
+        best = min(cell[m, keep, kind]["kl"] for m in methods)
+        return f"**{value:.2f}**" if value == best else f"{value:.2f}"
+
+    kinds = markdown(["KL, nats per token"] + [f"{kind} {keep}" for keep in (0.25, 0.1) for kind in KINDS],
+                     [[m] + [kl(m, keep, kind) for keep in (0.25, 0.1) for kind in KINDS] for m in methods])
+    both = {(m, k): f"{kl(m, k, 'all')}, {cell[m, k, 'all']['agree']:.0%}" for m in methods for k in KEEPS}
+    keeps = markdown(["all kinds: KL, top-1 agreement"] + [f"keep {keep}" for keep in KEEPS],
+                     [[m] + [both[m, keep] for keep in KEEPS] for m in methods])
+    counts = ", ".join(f"{cell[methods[0], 0.25, k]['n']} {k}" for k in KINDS)
+    source = (f"From `results/quick.json`: `{result['command']}`, {result['seconds'] / 60:.1f} minutes on "
+              f"{result['threads']} threads, seed {result['seed']}; answer tokens: {counts}.")
+    return f"{kinds}\n\n{keeps}\n\n{source}"
 
 
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    table = quick_table(json.loads((ROOT / "results" / "quick.json").read_text(encoding="utf-8")))
-    new, n = re.subn(r"(<!-- table: quick -->\n).*?(\n<!-- end -->)", lambda m: m[1] + table + m[2], text, flags=re.S)
+    tables = quick_tables(json.loads((ROOT / "results" / "quick.json").read_text(encoding="utf-8")))
+    new, n = re.subn(r"(<!-- table: quick -->\n).*?(\n?<!-- end -->)", lambda m: m[1] + tables + "\n<!-- end -->", text,
+                     flags=re.S)
     assert n == 1, "README.md needs one '<!-- table: quick -->' … '<!-- end -->'"
     readme.write_text(new, encoding="utf-8")
 

@@ -187,7 +187,8 @@ def test_4_soft_decay_reaches_dropped_tokens_and_knows_no_scale():
 def test_5_loss_has_the_gradient_that_autograd_would_find(lam):
     """The hand-written backward against autograd on the plain formula, in float64, over uneven chunks."""
     torch.manual_seed(0)
-    student, teacher = torch.randn(11, 8, dtype=torch.float64, requires_grad=True), torch.randn(11, 8, dtype=torch.float64)
+    student, teacher = torch.randn(2, 11, 8, dtype=torch.float64).unbind()
+    student.requires_grad_()
     head = torch.randn(23, 8, dtype=torch.float64)
     loss, kl, agree = DistillKL.apply(student, teacher, head, lam, 4)
     q, p = (student @ head.T).log_softmax(-1), (teacher @ head.T).log_softmax(-1)
@@ -225,7 +226,8 @@ def test_6_a_ragged_batch_is_its_rows_one_by_one(model, two_pass):
     together = comp.compress(model, comp.read(model, tokens, lengths, protect), tokens=6)
     got = logits(model, together, cont)
     for i, row in enumerate(rows):
-        alone = comp.compress(model, comp.read(model, torch.tensor([row]), protect=protect[i:i + 1, :len(row)]), tokens=6)
+        ctx = comp.read(model, torch.tensor([row]), protect=protect[i:i + 1, :len(row)])
+        alone = comp.compress(model, ctx, tokens=6)
         assert torch.allclose(logits(model, alone, cont[i:i + 1]), got[i:i + 1], atol=1e-4)
         assert alone.positions[0].tolist() == together.positions[i][:alone.n_slots].tolist()
     pad = together.positions == -1

@@ -95,7 +95,8 @@ def test_atomic_writes_leave_the_old_file_when_they_fail(tmp_path):
 
 @pytest.mark.weights
 def test_fetched_folder_is_complete_and_reused(weights):
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {p.name for p in weights.iterdir()}
+    names = {p.name for p in weights.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
     before = (weights / "model.safetensors").stat().st_mtime_ns
     assert fetch(weights) == weights and (weights / "model.safetensors").stat().st_mtime_ns == before
 
@@ -108,8 +109,9 @@ PINNED = {
     " 1": [216, 33], "  1": [256, 33],                # … and the blanks before it are a piece of their own
     "hello world": [28120, 905], "": [], "<|im_end|>": [44, 108, 306, 79, 486, 108, 46],
 }
-TEXTS = ["", "Plain prose, with commas; and 'quotes' don't hurt.", "def f(x):\n    return x ** 2  # 3.14\n\n\n", "a  b   c    ",
-         "1 22 333  4444 1,234.56", "\t\t\n \n  x", "naïve café Ångström ſ", "汉字と仮名 한국어", "🙂👨‍👩‍👧🏳️‍🌈", "½²①٣", "\x00\x07\x1b\x7f\x85",
+TEXTS = ["", "Plain prose, with commas; and 'quotes' don't hurt.", "def f(x):\n    return x ** 2  # 3.14\n\n\n",
+         "a  b   c    ", "1 22 333  4444 1,234.56", "\t\t\n \n  x", "naïve café Ångström ſ", "汉字と仮名 한국어", "🙂👨‍👩‍👧🏳️‍🌈",
+         "½²①٣", "\x00\x07\x1b\x7f\x85",
          "end with space ", " \u00a0\u2003x", "it's IT'S we'll WE'LL", "…—“”", "x" * 300, "  1", "a\r\nb"]
 
 
@@ -132,7 +134,7 @@ def test_equal_to_the_tokenizers_library(tokenizer, weights):
     reference = tokenizers.Tokenizer.from_file(str(weights / "tokenizer.json"))
     rng = random.Random(0)
     alphabet = "  \n\t0123456789abcXYZ'’s.,-_()é漢🙂²"
-    texts = TEXTS + [(ROOT / "data" / "lighthouse.txt").read_text(encoding="utf-8"), Path(__file__).read_text(encoding="utf-8")]
+    texts = TEXTS + [p.read_text(encoding="utf-8") for p in (ROOT / "data" / "lighthouse.txt", Path(__file__))]
     texts += ["".join(rng.choices(alphabet, k=40)) for _ in range(300)]
     for text in texts:
         text = text.replace("<|", "< |")  # the library would make special tokens of them, which is the next test
@@ -157,7 +159,8 @@ def test_chat_format_is_smollms(tokenizer, weights):
     """Our pieces laid end to end are what the model's own chat template renders."""
     jinja2 = pytest.importorskip("jinja2")
     template = json.loads((weights / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
-    want = jinja2.Template(template).render(messages=[{"role": "user", "content": "DOC\n\nQ?"}], add_generation_prompt=True)
+    messages = [{"role": "user", "content": "DOC\n\nQ?"}]
+    want = jinja2.Template(template).render(messages=messages, add_generation_prompt=True)
     got = tokenizer.header + tokenizer.encode("DOC") + tokenizer.ask("Q?")
     assert tokenizer.decode(got) == want and len(tokenizer.header) == 24
 
@@ -167,7 +170,8 @@ def tiny_tokenizer_json(**changes) -> dict:
     vocab = {c: i for i, c in enumerate(sorted(byte_alphabet()))}
     vocab |= {"he": 256, "ll": 257, "hell": 258}
     added = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    llama3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    llama3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
     spec = {"added_tokens": [{"content": t, "id": 300 + i} for i, t in enumerate(added)], "normalizer": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
                 {"type": "Split", "pattern": {"Regex": llama3}, "behavior": "Isolated", "invert": False},
@@ -182,11 +186,12 @@ def test_llama3_format(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json()), encoding="utf-8")
     t = Tokenizer(tmp_path)
     assert t.decode(t.header + t.encode("DOC") + t.ask("Q")) == (
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nDOC\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nDOC\n\nQ<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n")
     assert t.stop_ids == {304, 301} and t.encode("hello") == [258, t.encode("o")[0]]
     tokenizers = pytest.importorskip("tokenizers")
-    full = tiny_tokenizer_json() | {"version": "1.0", "truncation": None, "padding": None, "post_processor": None, "decoder": None}
-    full["added_tokens"] = []
+    rest = dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))
+    full = tiny_tokenizer_json() | rest | {"version": "1.0", "added_tokens": []}
     reference = tokenizers.Tokenizer.from_str(json.dumps(full))
     for text in TEXTS:
         assert t.encode(text) == reference.encode(text).ids, repr(text)
@@ -198,7 +203,8 @@ def test_llama3_format(tmp_path):
     ({"normalizer": {"type": "NFC"}}, "normalizer NFC"),
     ({"pre_tokenizer": {"type": "Metaspace"}}, r"pre-tokenizer \['Metaspace'\]"),
     ({"model": {"type": "BPE", "vocab": {"▁a": 0}, "merges": []}}, "byte-level alphabet"),
-    ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 3, "ba": 2}, "merges": ["a b", "b a"]}}, "order of the ids"),
+    ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 3, "ba": 2}, "merges": ["a b", "b a"]}},
+     "order of the ids"),
 ])
 def test_foreign_tokenizers_are_refused(tmp_path, change, message):
     (tmp_path / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json(**change)))
@@ -223,7 +229,8 @@ def test_the_smollm_pattern_is_found():
 def shards(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("shards")
     documents = [{"title": f"T{i}", "about": f"thing number {i}" if i % 3 else "",
-                  "text": f"Thing {i} was made in {1800 + i} by Anna Berg. " + "It is a remarkable object indeed, they say. " * (i % 7)}
+                  "text": f"Thing {i} was made in {1800 + i} by Anna Berg. "
+                          + "It is a remarkable object indeed, they say. " * (i % 7)}
                  for i in range(400)]
     assert write_shards(documents, tokenizer, folder)["val"] > 0
     return folder, documents

@@ -43,7 +43,8 @@ def test_knorm_prefers_small_keys(model, compressor):
 def test_fidelity_counts_answer_tokens_and_is_zero_for_the_full_cache(model):
     g = torch.Generator().manual_seed(0)
     ids = lambda n: torch.randint(0, 97, (n,), generator=g).tolist()  # noqa: E731
-    samples = [Sample(ids(30), 2, [Continuation("recite", ids(8), 3), Continuation("title", ids(5), 2)]) for _ in range(4)]
+    two = lambda: [Continuation("recite", ids(8), 3), Continuation("title", ids(5), 2)]  # noqa: E731
+    samples = [Sample(ids(30), 2, two()) for _ in range(4)]
     batches = [collate(samples[:2]), collate(samples[2:])]
     compressors = {"trained": tiny_compressor(model), "untrained": tiny_compressor(model, trained=False)}
     rows = fidelity(model, compressors, batches, ("continue", "recite", "cloze", "title"), keeps=(1.0, 0.2))

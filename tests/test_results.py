@@ -31,4 +31,4 @@ def test_the_quick_result_has_the_form_that_is_promised(quick):
 
 
 def test_readme_shows_the_committed_table(quick):
-    assert tables.quick_table(quick) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tables.quick_tables(quick) in (ROOT / "README.md").read_text(encoding="utf-8")

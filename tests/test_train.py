@@ -38,7 +38,8 @@ def gradients(model, parts, keep=0.3, soft=False, **changes):
 def test_accumulation_is_one_large_batch(model, soft):
     """Unequal contexts and unequal numbers of supervised tokens: a mean per micro-batch would be wrong here."""
     samples = [sample(0), sample(1, n_context=25, lengths=(4, 4)), sample(2, lengths=(15, 3)), sample(3, n_context=33)]
-    one, many = gradients(model, [collate(samples)], soft=soft), gradients(model, [collate([s]) for s in samples], soft=soft)
+    one = gradients(model, [collate(samples)], soft=soft)
+    many = gradients(model, [collate([s]) for s in samples], soft=soft)
     assert math.isclose(one[0], many[0], rel_tol=1e-5)
     for name, g in one[1].items():
         if g is not None:

@@ -1,0 +1,35 @@
+"""README's Python example runs as written, and the files, flags and functions that it names exist."""
+import re
+
+import pytest
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.weights
+def test_the_python_example_runs(weights, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    code, = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.strip()) > 5
+
+
+def test_every_file_and_function_named_in_tables_exists():
+    for path in re.findall(r"^\| `([^`]+)`", README, re.M):
+        assert (ROOT / path).exists(), path
+    dotted = re.findall(r"`((?:compress|model|train|eval)\.[A-Z_a-z.]+)`", README)
+    for module, *names in (name.split(".") for name in dotted):
+        if names == ["py"]:
+            continue
+        thing = __import__(module)
+        for name in names:
+            thing = getattr(thing, name)
+
+
+def test_every_flag_named_in_readme_exists():
+    programs = ("train.py", "compress.py", "eval.py", "data/weights.py")
+    sources = "".join((ROOT / f).read_text(encoding="utf-8") for f in programs)
+    for flag in set(re.findall(r"(?<=[ `(])--([a-z][a-z-]+)", README)) - {"local-dir"}:
+        assert f'"--{flag}"' in sources or f"{flag.replace('-', '_')}:" in sources, flag
