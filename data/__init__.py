@@ -42,14 +42,15 @@ def read_json(path) -> dict:
 
 
 def provenance(seed: int) -> dict:
-    """Where a number comes from: threads, command, commit, seed. Call it before the work, while the code is what runs."""
+    """Where a number comes from: threads, command, commit, seed. Call it before the work: the code may change after."""
     try:
         git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], text=True,
                              capture_output=True, check=True)
         commit = git.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"  # no git, or not a checkout
-    return {"threads": torch.get_num_threads(), "command": " ".join(["python", *sys.argv]), "commit": commit, "seed": seed}
+    return {"threads": torch.get_num_threads(), "command": " ".join(["python", *sys.argv]), "commit": commit,
+            "seed": seed}
 
 
 def run_program(main) -> None:
