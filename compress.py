@@ -3,7 +3,7 @@
 The five parts of the method (arXiv 2503.10337), four of them here and the fifth, the loss, in train.py:
   1. Scorer            a small network reads each token's hidden state after layer η and gives one score
   2. select, gather    the K best-scored tokens stay, the same in every layer
-  3. decay             a kept token's attention logits get β, a function of its score; the scorer's only gradient
+  3. decay             a kept token's attention logits get β, a function of its score: how the loss reaches the scorer
   4. routes            while the context is encoded, kept tokens go through LoRA-adapted W_Q and W_O
 `compress` puts them together. As a program, this file compresses a text and answers questions about it:
 
@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data import BadInput, read_json, run_program, write_atomic, write_json
-from data.weights import add_model_flags, open_model
+from data.weights import add_model_flags, open_model, seed_flag
 from model import NEG, Cache, Llama, Route, answer, gather, whole_cache
 
 ROOT = Path(__file__).resolve().parent
@@ -72,18 +72,20 @@ def kept_count(n, keep: float | None = None, tokens: int | None = None):
         raise BadInput(f"keep is {keep}, expected a fraction above 0 and at most 1, such as 0.1")
     if tokens is not None and tokens < 1:
         raise BadInput(f"tokens is {tokens}, expected at least 1")
-    k = torch.full_like(n, tokens) if keep is None else (keep * n.double() - 1e-9).ceil().long()
-    return k.minimum(n)
+    if keep is None:
+        return n.clamp(max=tokens)
+    k = (keep * n.cpu().double() - 1e-9).ceil().clamp(min=1).long()  # on the CPU: not every device has float64
+    return k.to(n.device).minimum(n)
 
 
 def select(scores, candidates, k):
     """Part 2. The k best-scored candidates of each row; of equal scores the earlier token.
 
     Args: scores (B, N) fp32; candidates (B, N) bool, the compressible tokens; k (B,) int64.
-    Returns: kept (B, N) bool. Errors: ValueError for a score that is not a finite number.
+    Returns: kept (B, N) bool. Errors: BadInput for a score that is not a finite number.
     """
     if not torch.isfinite(scores[candidates]).all():
-        raise ValueError("a score is not a finite number; the adapter is damaged or the training diverged")
+        raise BadInput("a score is not a finite number; the adapter is damaged, or training diverged (--scorer-lr)")
     order = scores.masked_fill(~candidates, -math.inf).argsort(dim=1, descending=True, stable=True)
     place = order.argsort(dim=1)  # of a permutation: its inverse
     return candidates & (place < k[:, None])
@@ -110,8 +112,8 @@ def decay(scores, kept, n, kind: str, gamma):
         beta = F.logsigmoid(scores)
     else:
         k = kept.sum(1).clamp(min=1)
-        mean = scores.masked_fill(~kept, -math.inf).logsumexp(1) - k.log()
-        beta = scores - mean[:, None] + gamma * (n / k).log()[:, None]
+        mean = scores.masked_fill(~kept, NEG).logsumexp(1) - k.log()
+        beta = scores - mean[:, None] + gamma * (n.clamp(min=1) / k).log()[:, None]
     return torch.where(kept, beta, 0.0)
 
 
@@ -121,14 +123,14 @@ def soft_decay(scores, candidates, k, tau: float):
     s̃ are the scores standardised per row, so that they cannot flatten to let everything through; θ lies midway
     between the k-th and the next. So dropped tokens are heard a little too, and learn whether they are missed.
     """
-    n = candidates.sum(1, keepdim=True)
+    n = candidates.sum(1, keepdim=True).clamp(min=1)
     s = torch.where(candidates, scores, 0.0)
     mean = s.sum(1, keepdim=True) / n
     var = (torch.where(candidates, s - mean, 0.0) ** 2).sum(1, keepdim=True) / n
     s = (s - mean) * (var + 1e-6).rsqrt()
     ranked = s.detach().masked_fill(~candidates, -math.inf).sort(dim=1, descending=True).values
     next_best = ranked.gather(1, k[:, None].clamp(max=scores.shape[1] - 1))
-    last_kept = ranked.gather(1, k[:, None] - 1)
+    last_kept = ranked.gather(1, (k[:, None] - 1).clamp(min=0))
     theta = torch.where((k[:, None] < n), (last_kept + next_best) / 2, last_kept - 10 * tau)  # nothing dropped: all in
     return torch.where(candidates, F.logsigmoid((s - theta) / tau), 0.0)
 
@@ -176,8 +178,10 @@ class Compressor(nn.Module):
     def __init__(self, model_cfg, cfg: CompressorConfig):
         super().__init__()
         c = model_cfg
-        if not 1 <= cfg.eta <= c.n_layer - 1:
-            raise BadInput(f"eta is {cfg.eta}, expected 1 … {c.n_layer - 1} for a model of {c.n_layer} layers")
+        if not (isinstance(cfg.eta, int) and 1 <= cfg.eta <= c.n_layer - 2):  # a layer to adapt, and the last
+            raise BadInput(f"eta is {cfg.eta!r}, expected 1 … {c.n_layer - 2} for a model of {c.n_layer} layers")
+        if cfg.decay not in ("centred", "sigmoid"):
+            raise BadInput(f"decay is {cfg.decay!r}, expected 'centred' or 'sigmoid'")
         self.cfg = cfg
         self.first = 0 if cfg.two_pass else cfg.eta          # index of the first adapted layer
         n, r, inner = c.n_layer - 1 - self.first, cfg.rank, c.n_head * c.head_dim
@@ -298,7 +302,10 @@ def load_adapter(folder, model: Llama, tokenizer) -> Compressor:
     folder = Path(folder)
     meta = read_json(folder / "adapter.json")
     check_base(folder, meta.get("base", {}), model, tokenizer)
-    comp = Compressor(model.cfg, CompressorConfig(**meta["config"]))
+    try:
+        comp = Compressor(model.cfg, CompressorConfig(**meta["config"]))
+    except (KeyError, TypeError) as e:
+        raise BadInput(f"{folder / 'adapter.json'}: no usable configuration ({e}); train or copy it again") from None
     want = comp.state_dict()
     try:
         with safe_open(folder / "adapter.safetensors", "pt") as f:
@@ -307,6 +314,8 @@ def load_adapter(folder, model: Llama, tokenizer) -> Compressor:
         raise BadInput(f"{folder / 'adapter.safetensors'}: cannot be read ({e}); train or copy it again") from None
     if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in want.items()}:
         raise BadInput(f"{folder}: the tensors are not those that adapter.json describes; train or copy it again")
+    if not all(v.isfinite().all() for v in tensors.values()):
+        raise BadInput(f"{folder}: the adapter holds numbers that are not finite; train or copy it again")
     comp.load_state_dict(tensors)
     return comp.to(model.device).requires_grad_(False)
 
@@ -316,8 +325,8 @@ def newest_adapter(model: Llama, tokenizer) -> Path | None:
     want, found = base_of(model, tokenizer), []
     for path in (*ROOT.glob("adapters/*/adapter.json"), *ROOT.glob("out/*/adapter/adapter.json")):
         meta = read_json(path)
-        if all(meta["base"][key] == want[key] for key in ("architecture", "tokenizer")):
-            found.append((meta["created"], path.parent))
+        if all(meta.get("base", {}).get(key) == want[key] for key in ("architecture", "tokenizer")):
+            found.append((meta.get("created", ""), path.parent))
     return max(found)[1] if found else None
 
 
@@ -340,12 +349,14 @@ def load_cache(path, model: Llama, tokenizer) -> Cache:
             t = {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError) as e:
         raise BadInput(f"{path}: cannot be read as a saved cache ({e}); write it again with --save") from None
-    if base is None or set(t) != {"k", "v", "bias", "positions", "next_position"}:
+    if base is None or set(t) != {"k", "v", "bias", "positions", "next_position"} or t["positions"].dim() != 2:
         raise BadInput(f"{path}: a safetensors file, but not a saved cache; give one that --save wrote")
     check_base(path, json.loads(base), model, tokenizer)
-    c, (B, K) = model.cfg, t["bias"].shape
-    if t["k"].shape != t["v"].shape or t["k"].shape != (c.n_layer, B, c.n_kv_head, K, c.head_dim):
-        raise BadInput(f"{path}: keys of shape {list(t['k'].shape)} do not fit the model; write it again with --save")
+    c, (B, K) = model.cfg, t["positions"].shape
+    shape = (c.n_layer, B, c.n_kv_head, K, c.head_dim)
+    want = {"k": shape, "v": shape, "bias": (B, K), "positions": (B, K), "next_position": (B,)}
+    if {name: tuple(x.shape) for name, x in t.items()} != want or not t["bias"].isfinite().all():
+        raise BadInput(f"{path}: shapes or numbers that no cache of this model has; write it again with --save")
     if t["k"].dtype != model.dtype:
         print(f"note: {path} holds {t['k'].dtype}, the model runs in {model.dtype}: converted", file=sys.stderr)
     k, v = (list(t[name].to(model.dtype)) for name in "kv")
@@ -373,8 +384,8 @@ def read_text(path: str) -> str:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except (UnicodeDecodeError, IsADirectoryError) as e:
-        raise BadInput(f"{path}: not a UTF-8 text file ({e})") from None
+    except (UnicodeDecodeError, OSError) as e:
+        raise BadInput(f"{path}: cannot be read as UTF-8 text ({e})") from None
     if not text.strip():
         raise BadInput(f"{path}: the context is empty; there is nothing to compress")
     return text.strip()
@@ -386,8 +397,7 @@ DEMO_QUESTIONS = ["Who built the lighthouse?", "What did Ruth Abernathy do after
 
 
 def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Compress the cache of a text and answer questions from it.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description="Compress the cache of a text and answer questions from it.")
     p.add_argument("--context", metavar="FILE", help="text to compress, - for standard input; default: one in data/")
     size = p.add_mutually_exclusive_group()
     size.add_argument("--keep", type=float, help="kept fraction of the compressible tokens; default 0.1")
@@ -396,15 +406,19 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--adapter", metavar="DIR", help="trained compressor; default: the newest in adapters/ and out/")
     p.add_argument("--save", metavar="FILE", help="write the short cache to this safetensors file")
     p.add_argument("--load", metavar="FILE", help="ask a saved cache: no document, no prefill")
-    p.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding")
-    p.add_argument("--seed", type=int, default=0, help="of the sampling, and of an untrained compressor")
+    p.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens; default 64")
+    p.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy decoding")
+    p.add_argument("--seed", type=seed_flag, default=0, help="of the sampling, and of an untrained compressor")
     add_model_flags(p)
     a = p.parse_args()
-    if a.load and (a.context or a.keep or a.tokens or a.adapter or a.save):
+    if a.load is not None and any(x is not None for x in (a.context, a.keep, a.tokens, a.adapter, a.save)):
         p.error("--load asks a cache as it is: no --context, --keep, --tokens, --adapter or --save goes with it")
-    if a.load and not a.question:
+    if a.load is not None and not a.question:
         p.error("--load needs at least one --question")
+    if a.max_new_tokens < 1:
+        p.error(f"--max-new-tokens is {a.max_new_tokens}: at least 1 is needed")
+    if a.save is not None and (not a.save or Path(a.save).is_dir()):
+        p.error(f"--save {a.save!r}: expected the name of a file")
     return a
 
 
@@ -414,9 +428,10 @@ def open_compressor(path, model: Llama, tokenizer, seed: int = 0) -> Compressor:
     if folder is None:
         print("adapter: none found for this model, so an untrained one; train.py makes one")
         torch.manual_seed(seed)
-        return Compressor(model.cfg, CompressorConfig(eta=min(6, model.cfg.n_layer - 1))).to(model.device)
-    print(f"adapter: {folder}")
-    return load_adapter(folder, model, tokenizer)
+        return Compressor(model.cfg, CompressorConfig(eta=min(6, model.cfg.n_layer - 2))).to(model.device)
+    comp, meta = load_adapter(folder, model, tokenizer), read_json(folder / "adapter.json")
+    print(f"adapter: {folder} ({meta.get('train', {}).get('steps', '?')} steps, {meta.get('created', '')})")
+    return comp
 
 
 @torch.no_grad()
@@ -425,7 +440,7 @@ def main() -> None:
     if a.keep is None and a.tokens is None:
         a.keep = 0.1
     kept_count(torch.tensor([1]), a.keep, a.tokens)  # complain before the weights are loaded
-    text = None if a.load else read_text(a.context or str(DEMO))
+    text = None if a.load is not None else read_text(DEMO if a.context is None else a.context)
     model, tokenizer = open_model(a)
 
     def ask(cache, questions):
@@ -433,11 +448,11 @@ def main() -> None:
         out = answer(model, tokenizer, cache, questions, a.max_new_tokens, a.temperature, a.seed)
         return out, time.perf_counter() - start
 
-    if a.load:
+    if a.load is not None:
         cache = load_cache(a.load, model, tokenizer)
         print(f"{a.load}: {cache.n_slots} of {int(cache.next_position[0])} tokens, {cache.nbytes():,} bytes")
-        for q, text in zip(a.question, ask(cache, a.question)[0]):
-            print(f"\n? {q}\n  {text}")
+        for question, reply in zip(a.question, ask(cache, a.question)[0]):
+            print(f"\n? {question}\n  {reply}")
         return
 
     comp = open_compressor(a.adapter, model, tokenizer, a.seed)
@@ -455,7 +470,7 @@ def main() -> None:
     print(f"tokens   {n} compressible -> {k} kept, {n / max(k, 1):.1f} x fewer; {int(ctx.protected.sum())} protected")
     print(f"bytes    {full.nbytes():,} -> {cache.nbytes():,} as stored, the header included")
     print(f"seconds  {t1 - t0:.2f} to read the text, {t2 - t1:.2f} to compress it")
-    if a.save:
+    if a.save is not None:
         save_cache(a.save, cache, model, tokenizer)
         print(f"saved    {a.save} ({os.path.getsize(a.save):,} bytes)")
     questions = a.question or (["What is this text about?"] if a.context else DEMO_QUESTIONS)

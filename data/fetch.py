@@ -280,9 +280,9 @@ def fetch(out: Path = DEFAULT_WEIGHTS, force: bool = False) -> Path:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--out", type=Path, default=DEFAULT_WEIGHTS, help="folder to write (Hugging Face layout)")
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--out", type=Path, default=DEFAULT_WEIGHTS, metavar="DIR",
+                   help="folder to write, in the Hugging Face layout; default: weights/smollm2-135m-instruct")
     p.add_argument("--force", action="store_true", help="convert again although the folder is complete")
     a = p.parse_args()
     fetch(a.out, a.force)

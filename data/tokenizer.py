@@ -111,9 +111,6 @@ class Tokenizer:
         """Text of ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
         return self.bpe.decode_bytes(list(ids)).decode("utf-8", errors="replace")
 
-    def decode_bytes(self, ids) -> bytes:
-        return self.bpe.decode_bytes(list(ids))
-
     def ask(self, question: str) -> list[int]:
         """What follows a document in the user's turn: the question, and the opening of the model's turn.
 

@@ -1,6 +1,7 @@
 """Open the model that a program's flags name: --weights, --device, --dtype."""
 import argparse
 import ctypes
+import sys
 import time
 from functools import cache as once
 from pathlib import Path
@@ -35,7 +36,7 @@ def fastest_dtype() -> torch.dtype:
 def keep_freed_memory() -> None:
     """Ask glibc to keep large freed blocks. It would hand each back to the kernel and fault it in again, page by page,
     for every activation of every step: 1.3 to 3 times slower on a virtual machine (LOG.md). Elsewhere: no effect."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: which is not given back
@@ -44,9 +45,15 @@ def keep_freed_memory() -> None:
 def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--weights", metavar="DIR", help="a Llama in the Hugging Face layout; default: "
                    "SmolLM2-135M-Instruct, fetched on first use")
-    p.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device")
+    p.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu; the default), or a torch device")
     p.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
-                   help="of the frozen model; auto: what is fast on the device")
+                   help="of the frozen model; auto (the default): what is fast on the device")
+
+
+def seed_flag(text: str) -> int:
+    if not text.isdigit() or int(text) >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^32 - 1")
+    return int(text)
 
 
 def open_model(a: argparse.Namespace):

@@ -115,7 +115,7 @@ def test_3_ties_go_to_the_earlier_token_and_bad_scores_are_errors():
     scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
     everything = torch.ones(1, 5, dtype=torch.bool)
     assert select(scores, everything, torch.tensor([2]))[0].tolist() == [False, True, True, False, False]
-    with pytest.raises(ValueError, match="not a finite number"):
+    with pytest.raises(BadInput, match="not a finite number"):
         select(torch.tensor([[1.0, float("nan")]]), torch.ones(1, 2, dtype=torch.bool), torch.tensor([1]))
     padded = torch.tensor([[1.0, float("nan")]])  # not a candidate: its score does not matter
     assert select(padded, torch.tensor([[True, False]]), torch.tensor([1]))[0].tolist() == [True, False]
@@ -272,9 +272,24 @@ def test_9_step_by_step_is_one_pass_and_the_cache_stays(model, compressor):
 # Edges -----------------------------------------------------------------------------------------------------------
 
 def test_eta_must_leave_a_layer_to_adapt(model):
-    for eta in (0, 6):
+    for eta in (0, 5, 6, "2"):
         with pytest.raises(BadInput, match="eta"):
             tiny_compressor(model, eta=eta)
+
+
+def test_a_row_without_anything_to_compress_harms_nobody(model, compressor):
+    """One row of the batch is protected as a whole: finite β and gradients for all, under both ways to decay."""
+    ctx = context(model, compressor)
+    ctx.candidates[1] = False
+    n = ctx.candidates.sum(1)
+    k = kept_count(n, keep=0.25)
+    scores = compressor.scores(ctx)
+    kept = select(scores.detach(), ctx.candidates, k)
+    for beta in (decay(scores, kept, n, "centred", compressor.gamma), soft_decay(scores, ctx.candidates, k, 0.15)):
+        assert beta.isfinite().all() and (beta[1] == 0).all()
+        grads = torch.autograd.grad(beta.sum(), list(compressor.scorer.parameters()) + [compressor.gamma],
+                                    allow_unused=True, retain_graph=True)
+        assert all(g is None or g.isfinite().all() for g in grads)
 
 
 @torch.no_grad()

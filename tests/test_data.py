@@ -110,8 +110,8 @@ PINNED = {
     "hello world": [28120, 905], "": [], "<|im_end|>": [44, 108, 306, 79, 486, 108, 46],
 }
 TEXTS = ["", "Plain prose, with commas; and 'quotes' don't hurt.", "def f(x):\n    return x ** 2  # 3.14\n\n\n",
-         "a  b   c    ", "1 22 333  4444 1,234.56", "\t\t\n \n  x", "naïve café Ångström ſ", "汉字と仮名 한국어", "🙂👨‍👩‍👧🏳️‍🌈",
-         "½²①٣", "\x00\x07\x1b\x7f\x85",
+         "a  b   c    ", "1 22 333  4444 1,234.56", "\t\t\n \n  x", "naïve café Ångström ſ", "汉字と仮名 한국어",
+         "🙂👨‍👩‍👧🏳️‍🌈", "½²①٣", "\x00\x07\x1b\x7f\x85",
          "end with space ", " \u00a0\u2003x", "it's IT'S we'll WE'LL", "…—“”", "x" * 300, "  1", "a\r\nb"]
 
 
@@ -254,6 +254,10 @@ def test_a_damaged_shard_is_refused(shards, tokenizer, tmp_path):
         f.truncate(100)
     with pytest.raises(BadInput, match="its index says"):
         Shard(tmp_path, "val", tokenizer)
+    for damage in (b"", b"{}", b"[1]"):
+        (tmp_path / "val.json").write_bytes(damage)
+        with pytest.raises(BadInput, match="damaged|not valid JSON|expected an object"):
+            Shard(tmp_path, "val", tokenizer)
     with pytest.raises(BadInput, match="run `python data/prepare.py` first"):
         Shard(tmp_path / "nowhere", "val", tokenizer)
 
@@ -278,6 +282,14 @@ def test_samples_are_addressable_and_made_of_the_text(shards, tokenizer):
             if c.kind == "title":
                 assert answer.startswith("thing number") and answer.endswith("<|im_end|>")
     assert seen == set(KINDS)
+
+
+@pytest.mark.weights
+def test_a_context_always_has_a_continuation(shards, tokenizer, tmp_path):
+    """Documents without titles or sentences cannot be asked about; the text going on is what is left."""
+    write_shards([{"title": str(i), "about": "", "text": "x " * 400} for i in range(99)], tokenizer, tmp_path)
+    stream = Samples([Shard(tmp_path, "train", tokenizer)], tokenizer, 100, {"title": 1, "cloze": 1}, n_answer=16)
+    assert [c.kind for c in stream(0).continuations] == ["continue"]
 
 
 @pytest.mark.weights
@@ -310,6 +322,11 @@ def test_prepare_takes_files_and_refuses_bad_ones(tmp_path, tokenizer):
     assert sum(len(Shard(folder, s, tokenizer)) for s in ("train", "val")) == 60
     with pytest.raises(BadInput, match="no such file or folder"):
         prepare([str(tmp_path / "nowhere")], tokenizer, tmp_path / "out")
+    (texts / "7.txt").write_text("document 7, changed")  # changed texts are prepared anew, not taken from the old shard
+    again, = prepare([str(texts)], tokenizer, tmp_path / "out")
+    assert again != folder
+    same, other = prepare([str(texts), str(texts / "..")], tokenizer, tmp_path / "out")
+    assert same == again != other
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
     with pytest.raises(BadInput, match="not UTF-8"):
         prepare([str(tmp_path / "bad.txt")], tokenizer, tmp_path / "out")

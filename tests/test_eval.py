@@ -1,12 +1,13 @@
 """Metrics on hand-worked cases, and the training-free ways to choose."""
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import tiny_compressor
 from data.samples import Continuation, Sample, collate
-from eval import METHODS, baseline_scores, divergence, fidelity
+from eval import METHODS, baseline_scores, divergence, fidelity, mean_and_interval
 
 
 def test_divergence_by_hand():
@@ -16,6 +17,14 @@ def test_divergence_by_hand():
     kl, agree = divergence(q, p, head, chunk=1)
     assert torch.allclose(kl, torch.tensor([0.75 * math.log(1.5) + 0.25 * math.log(0.5), 0.0]), atol=1e-6)
     assert agree.tolist() == [1.0, 1.0] and divergence(q[:1], p[1:], head)[1].tolist() == [0.0]
+
+
+def test_interval_has_the_context_as_unit():
+    """Four contexts of ten equal tokens: the interval is that of four numbers, not of forty."""
+    context, values = np.repeat([0, 1, 2, 3], 10), np.repeat([0.0, 1.0, 2.0, 3.0], 10)
+    mean, (low, high) = mean_and_interval(context, values)
+    assert mean == 1.5 and low < 0.6 and high > 2.4
+    assert mean_and_interval(np.zeros(5), np.ones(5)) == (1.0, [1.0, 1.0])
 
 
 @torch.no_grad()
@@ -57,4 +66,6 @@ def test_fidelity_counts_answer_tokens_and_is_zero_for_the_full_cache(model):
         assert cell[m, 0.2, "all"]["kl"] > 0.01
         if m != "none":
             assert cell[m, 1.0, "all"]["kl"] < 1e-5 and cell[m, 1.0, "all"]["agree"] == 1
+        low, high = cell[m, 0.2, "all"]["ci95"]
+        assert low < cell[m, 0.2, "all"]["kl"] < high and cell[m, 0.2, "all"]["contexts"] == 4
     assert cell["none", 1.0, "all"] | {"keep": 0} == cell["none", 0.2, "all"] | {"keep": 0}

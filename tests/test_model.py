@@ -174,6 +174,13 @@ def test_temperature_samples_reproducibly_and_differently(model):
     assert a == b != c
 
 
+@torch.no_grad()
+def test_generation_ends_at_the_last_position(model):
+    """512 positions, 500 read, 5 asked: 7 more can be read, so 8 tokens can be said."""
+    cache = model.prefill(torch.zeros(1, 500, dtype=torch.long))
+    assert len(list(generate(model, cache, [[1, 2, 3, 4, 5]], 50))) == 8
+
+
 def test_an_empty_prompt_is_refused(model):
     with pytest.raises(BadInput, match="empty prompt"):
         next(generate(model, model.prefill(torch.tensor([[1]])), [[]], 3))
@@ -209,7 +216,8 @@ def test_loading_gives_the_same_model_frozen(saved, model):
 @pytest.mark.parametrize("key, value, message", [
     ("model_type", "qwen2", "model_type is 'qwen2'"), ("attention_bias", True, "attention_bias"),
     ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling of type 'yarn'"), ("hidden_size", 64, "config.json says"),
-    ("num_hidden_layers", 7, "9 tensors are missing"), ("vocab_size", None, "'vocab_size' is missing")])
+    ("num_hidden_layers", 7, "9 tensors are missing"), ("vocab_size", None, "missing or no number .*'vocab_size'"),
+    ("vocab_size", "many", "missing or no number"), ("rope_scaling", {"rope_type": "llama3"}, "'factor'")])
 def test_a_foreign_config_is_refused_by_name(saved, key, value, message):
     config = json.loads((saved / "config.json").read_text())
     config.pop(key, None)

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from compress import load_adapter, load_cache, newest_adapter, save_adapter, save_cache
@@ -140,7 +141,19 @@ def test_foreign_and_damaged_files_are_refused(tiny, tmp_path, capsys):
     with pytest.raises(BadInput, match="cannot be read"):
         load_cache(tmp_path / "nowhere", model, tok)
 
+    save_cache(cache_file, comp.compress(model, ctx, keep=0.5), model, tok)
+    with safe_open(cache_file, "pt") as f:
+        header, parts = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+    for name, bad in (("bias", parts["bias"][0]), ("bias", parts["bias"] * torch.nan), ("k", parts["k"][:-1]),
+                      ("positions", parts["positions"][:, :-1]), ("next_position", parts["next_position"][0])):
+        save_file(parts | {name: bad.contiguous().clone()}, cache_file, metadata=header)
+        with pytest.raises(BadInput, match="no cache of this model has"):
+            load_cache(cache_file, model, tok)
+
     tensors = load_file(tmp_path / "a" / "adapter.safetensors")
+    save_file(tensors | {"gamma": torch.tensor(torch.nan)}, tmp_path / "a" / "adapter.safetensors")
+    with pytest.raises(BadInput, match="not finite"):
+        load_adapter(tmp_path / "a", model, tok)
     save_file({k: v[:1] if k == "b_q" else v for k, v in tensors.items()}, tmp_path / "a" / "adapter.safetensors")
     with pytest.raises(BadInput, match="not those that adapter.json describes"):
         load_adapter(tmp_path / "a", model, tok)
@@ -155,9 +168,13 @@ def test_compress_refuses_bad_input(tiny, tmp_path):
     base = ("--weights", tiny)
     for args, message in (
             (("--context", tmp_path / "nowhere.txt"), "no such file"), (("--context", empty), "context is empty"),
-            (("--context", binary), "not a UTF-8 text file"), (("--keep", "0"), "keep is 0"),
+            (("--context", binary), "cannot be read as UTF-8 text"), (("--keep", "0"), "keep is 0"),
             (("--keep", "1.5"), "keep is 1.5"),
-            (("--tokens", "0"), "tokens is 0"), (("--keep", "0.1", "--tokens", "3"), "not allowed with"),
+            (("--tokens", "0"), "tokens is 0"), (("--context", ""), "cannot be read"),
+            (("--seed", "-1"), "whole number"),
+            (("--max-new-tokens", "0"), "at least 1"), (("--save", tmp_path), "expected the name of a file"),
+            (("--context", empty / "x"), "cannot be read"),
+            (("--keep", "0.1", "--tokens", "3"), "not allowed with"),
             (("--kep", "0.1"), "unrecognized arguments"), (("--load", "x"), "needs at least one --question"),
             (("--load", "x", "--keep", "0.5", "--question", "q"), "--load asks"),
             (("--adapter", tmp_path / "nowhere"), "no such file"), (("--device", "toaster"), "cannot be used")):
@@ -223,7 +240,9 @@ def test_train_learns_on_a_tiny_model(tiny, tiny_run, tmp_path):
 def test_train_refuses_bad_input(tiny, tiny_run, tmp_path):
     for args, message in ((("--steps", "0"), "--steps is 0"), (("--batch", "3", "--micro", "2"), "must divide --batch"),
                           (("--keep-high", "1.0"), "keep-low"), (("--mix", "sing=1"), "expected KIND=COUNT"),
-                          (("--decay", "linear"), "expected centred or sigmoid"),
+                          (("--decay", "linear"), "expected centred or sigmoid"), (("--chunk", "-1"), "--chunk is -1"),
+                          (("--warmup", "0"), "at least 1"), (("--clip", "0"), "above 0"), (("--soft", "7"), "share"),
+                          (("--seed", "-3"), "whole number"), (("--scorer-lr", "-1"), "--scorer-lr is -1"),
                           (("--stpes", "5"), "unrecognized arguments"),
                           (("--lam", "2"), "expected 0"), (("--steps", "many"), "invalid int value")):
         assert message in one_line_error("train.py", "--weights", tiny, *args), args
@@ -233,9 +252,10 @@ def test_train_refuses_bad_input(tiny, tiny_run, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tiny_run, tmp_path):
-    message = one_line_error("train.py", *tiny_run, "--steps", "30", "--lr", "1e30", "--warmup", "1",
-                             "--out", tmp_path / "run", "--eval-contexts", "0")
-    assert re.search(r"step \d+: .*(the loss is|not a finite)", message), message
+    for which in ("--lr", "--scorer-lr"):
+        message = one_line_error("train.py", *tiny_run, "--steps", "30", which, "1e30", "--warmup", "1",
+                                 "--out", tmp_path / "run", "--eval-contexts", "0")
+        assert re.search(r"step \d+: .*(the loss is|not a finite)", message), message
 
 
 @pytest.mark.parametrize("program", ["compress.py", "train.py", "eval.py", "data/fetch.py", "data/prepare.py"])

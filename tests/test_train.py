@@ -42,7 +42,7 @@ def test_accumulation_is_one_large_batch(model, soft):
     many = gradients(model, [collate([s]) for s in samples], soft=soft)
     assert math.isclose(one[0], many[0], rel_tol=1e-5)
     for name, g in one[1].items():
-        if g is not None:
+        if g is not None and name != "scorer.w2.bias":  # shifting all scores changes nothing: its gradient is noise
             assert (g - many[1][name]).norm() <= 1e-4 * g.norm() + 1e-7, name
 
 
