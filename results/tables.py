@@ -25,12 +25,17 @@ def quick_tables(result: dict) -> str:
 
     kinds = markdown(["KL, nats per token"] + [f"{kind} {keep}" for keep in (0.25, 0.1) for kind in KINDS],
                      [[m] + [kl(m, keep, kind) for keep in (0.25, 0.1) for kind in KINDS] for m in methods])
-    both = {(m, k): f"{kl(m, k, 'all')}, {cell[m, k, 'all']['agree']:.0%}" for m in methods for k in KEEPS}
-    keeps = markdown(["all kinds: KL, top-1 agreement"] + [f"keep {keep}" for keep in KEEPS],
-                     [[m] + [both[m, keep] for keep in KEEPS] for m in methods])
+    def both(method, keep):
+        c = cell[method, keep, "all"]
+        low, high = c["ci95"]
+        return f"{kl(method, keep, 'all')} ({low:.2f}–{high:.2f}), {c['agree']:.0%}"
+
+    keeps = markdown(["all kinds: KL (95 %), top-1 agreement"] + [f"keep {keep}" for keep in KEEPS],
+                     [[m] + [both(m, keep) for keep in KEEPS] for m in methods])
     counts = ", ".join(f"{cell[methods[0], 0.25, k]['n']} {k}" for k in KINDS)
     source = (f"From `results/quick.json`: `{result['command']}`, {result['seconds'] / 60:.1f} minutes on "
-              f"{result['threads']} threads, seed {result['seed']}; answer tokens: {counts}.")
+              f"{result['threads']} threads, {result['dtype']}, seed {result['seed']}, commit {result['commit']}; answer "
+              f"tokens: {counts}. Intervals: bootstrap over the contexts.")
     return f"{kinds}\n\n{keeps}\n\n{source}"
 
 
