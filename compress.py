@@ -73,7 +73,7 @@ def kept_count(n, keep: float | None = None, tokens: int | None = None):
     if tokens is not None and tokens < 1:
         raise BadInput(f"tokens is {tokens}, expected at least 1")
     if keep is None:
-        return n.clamp(max=tokens)
+        return n.clamp(max=min(tokens, 1 << 62))  # int64 holds it
     k = (keep * n.cpu().double() - 1e-9).ceil().clamp(min=1).long()  # on the CPU: not every device has float64
     return k.to(n.device).minimum(n)
 

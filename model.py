@@ -164,7 +164,7 @@ def attend(q, k, v, mask=None):
 
 @dataclass
 class Route:
-    """One layer's low-rank addition to W_Q and W_O, for the tokens where mask is 1 (METHOD.md, part 4)."""
+    """One layer's low-rank addition to W_Q and W_O, for the tokens where mask is 1: part 4 of the method (compress.py)."""
     mask: torch.Tensor  # (B, T, 1), 1 for a token that will be kept
     a_q: torch.Tensor   # (r, D)
     b_q: torch.Tensor   # (H·d, r)

@@ -67,7 +67,7 @@ class DistillKL(torch.autograd.Function):
 
 
 class AttentionTarget:
-    """How much attention each context token gets from the continuation in the teacher's own pass (METHOD.md, 3b).
+    """How much attention each context token gets from the continuation in the teacher's own pass.
 
     Mean over heads and over layers from `eta` on, maximum over the supervised positions. The teacher's `watch`.
     """

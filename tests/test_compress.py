@@ -1,4 +1,5 @@
-"""The method's invariants (numbered as in METHOD.md) on tiny random models, where each can be checked to rounding.
+"""The method's ten invariants on tiny random models, where each can be checked to rounding (8 is in test_programs.py,
+10 in test_results.py).
 
 The models have weights large enough that attention to each token matters: a test that compares logits cannot pass by
 everything being near zero. `test_the_tests_can_fail` checks that.
@@ -129,7 +130,7 @@ def test_3_kept_count_is_the_ceiling_without_rounding_noise(n, keep, want):
 
 def test_kept_count_refuses_nonsense():
     n = torch.tensor([10])
-    assert kept_count(n, tokens=99).tolist() == [10]
+    assert kept_count(n, tokens=99).tolist() == kept_count(n, tokens=10 ** 30).tolist() == [10]
     for bad in ({"keep": 0.0}, {"keep": 1.1}, {"tokens": 0}, {}, {"keep": 0.1, "tokens": 3}):
         with pytest.raises(BadInput):
             kept_count(n, **bad)
