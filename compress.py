@@ -204,7 +204,7 @@ class Compressor(nn.Module):
             if not 0 <= i < len(self.a_q):
                 return None
             return Route(mask, self.a_q[i].to(dtype), self.b_q[i].to(dtype), self.a_o[i].to(dtype),
-                         self.b_o[i].to(dtype), scale=1.0)    # α = r
+                         self.b_o[i].to(dtype))
         return route
 
     @torch.no_grad()

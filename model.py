@@ -164,19 +164,18 @@ def attend(q, k, v, mask=None):
 
 @dataclass
 class Route:
-    """One layer's low-rank addition to W_Q and W_O, for the tokens where mask is 1: part 4 of the method (compress.py)."""
+    """One layer's low-rank addition to W_Q and W_O, for the tokens where mask is 1: the method's part 4."""
     mask: torch.Tensor  # (B, T, 1), 1 for a token that will be kept
     a_q: torch.Tensor   # (r, D)
     b_q: torch.Tensor   # (H·d, r)
     a_o: torch.Tensor   # (r, H·d)
-    b_o: torch.Tensor   # (D, r)
-    scale: float        # α / r
+    b_o: torch.Tensor   # (D, r); α = r, so no scale
 
     def q(self, x):     # (B, T, D) -> (B, T, H·d)
-        return self.mask * F.linear(F.linear(x, self.a_q), self.b_q * self.scale)
+        return self.mask * F.linear(F.linear(x, self.a_q), self.b_q)
 
     def o(self, y):     # (B, T, H·d) -> (B, T, D)
-        return self.mask * F.linear(F.linear(y, self.a_o), self.b_o * self.scale)
+        return self.mask * F.linear(F.linear(y, self.a_o), self.b_o)
 
 
 class Attention(nn.Module):

@@ -34,8 +34,8 @@ def quick_tables(result: dict) -> str:
                      [[m] + [both(m, keep) for keep in KEEPS] for m in methods])
     counts = ", ".join(f"{cell[methods[0], 0.25, k]['n']} {k}" for k in KINDS)
     source = (f"From `results/quick.json`: `{result['command']}`, {result['seconds'] / 60:.1f} minutes on "
-              f"{result['threads']} threads, {result['dtype']}, seed {result['seed']}, commit {result['commit']}; answer "
-              f"tokens: {counts}. Intervals: bootstrap over the contexts.")
+              f"{result['threads']} threads, {result['dtype']}, seed {result['seed']}, commit {result['commit']}; "
+              f"answer tokens: {counts}. Intervals: bootstrap over the contexts.")
     return f"{kinds}\n\n{keeps}\n\n{source}"
 
 

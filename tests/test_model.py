@@ -6,22 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from conftest import ROOT, tiny_llama
+from conftest import ROOT, hf_config, save_llama, tiny_llama
 from data import BadInput
-from model import Cache, Config, attend, attention_mask, generate, load_llama, offsets, pad_right, rope_frequencies
+from model import Cache, attend, attention_mask, generate, load_llama, offsets, pad_right, rope_frequencies
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
-
-
-def hf_config(cfg: Config) -> dict:
-    return dict(model_type="llama", hidden_act="silu", vocab_size=cfg.vocab_size, num_hidden_layers=cfg.n_layer,
-                num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_kv_head, head_dim=cfg.head_dim,
-                hidden_size=cfg.n_embd, intermediate_size=cfg.n_ffn, max_position_embeddings=cfg.max_positions,
-                rms_norm_eps=cfg.norm_eps, rope_theta=cfg.rope_theta, rope_scaling=cfg.rope_scaling,
-                tie_word_embeddings=cfg.tied)
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied": False}, {"n_kv_head": 4}, {"n_kv_head": 1}, {"rope_theta": 500.0},
@@ -195,15 +186,7 @@ def test_more_tokens_than_positions_are_refused(model):
 
 @pytest.fixture
 def saved(tmp_path, model):
-    (tmp_path / "config.json").write_text(json.dumps(hf_config(model.cfg)))
-    names = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-    parts = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attn.wq": "self_attn.q_proj",
-             "attn.wk": "self_attn.k_proj", "attn.wv": "self_attn.v_proj", "attn.wo": "self_attn.o_proj",
-             "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
-    for i in range(model.cfg.n_layer):
-        names |= {f"layers.{i}.{a}.weight": f"model.layers.{i}.{b}.weight" for a, b in parts.items()}
-    save_file({names[k]: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
-    return tmp_path
+    return save_llama(model, tmp_path)
 
 
 def test_loading_gives_the_same_model_frozen(saved, model):

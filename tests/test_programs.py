@@ -14,27 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from compress import load_adapter, load_cache, newest_adapter, save_adapter, save_cache
-from conftest import ROOT, tiny_compressor, tiny_llama
+from conftest import ROOT, save_llama, tiny_compressor, tiny_llama
 from data import BadInput, run_program
 from data.tokenizer import Tokenizer
 from model import load_llama
 from test_data import tiny_tokenizer_json
-from test_model import hf_config
-
-PARTS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attn.wq": "self_attn.q_proj",
-         "attn.wk": "self_attn.k_proj", "attn.wv": "self_attn.v_proj", "attn.wo": "self_attn.o_proj",
-         "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
-
 
 def write_model(folder, **changes):
     """A tiny random Llama with a byte-level tokenizer, in the Hugging Face layout."""
-    model = tiny_llama(vocab_size=310, max_positions=4096, **changes)
-    names = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-    for i in range(model.cfg.n_layer):
-        names |= {f"layers.{i}.{a}.weight": f"model.layers.{i}.{b}.weight" for a, b in PARTS.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({names[k]: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(hf_config(model.cfg)))
+    save_llama(tiny_llama(vocab_size=310, max_positions=4096, **changes), folder)
     (folder / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json()), encoding="utf-8")
     return folder
 
