@@ -45,7 +45,7 @@ class CompressorConfig:
 
 class Scorer(nn.Module):
     """Part 1. s = W₂·GELU(W₁·x), fp32; x is the RMS-normalised hidden state and, with `positions`, how much text lies
-    behind and before the token. A causal hidden state cannot know how much is still to come (measured in LOG.md)."""
+    behind and before the token: a causal hidden state cannot know how much is still to come (LOG.md)."""
 
     def __init__(self, n_embd: int, positions: bool):
         super().__init__()
@@ -351,7 +351,10 @@ def load_cache(path, model: Llama, tokenizer) -> Cache:
         raise BadInput(f"{path}: cannot be read as a saved cache ({e}); write it again with --save") from None
     if base is None or set(t) != {"k", "v", "bias", "positions", "next_position"} or t["positions"].dim() != 2:
         raise BadInput(f"{path}: a safetensors file, but not a saved cache; give one that --save wrote")
-    check_base(path, json.loads(base), model, tokenizer)
+    try:
+        check_base(path, json.loads(base), model, tokenizer)
+    except (json.JSONDecodeError, AttributeError) as e:
+        raise BadInput(f"{path}: its header cannot be read ({e}); write it again with --save") from None
     c, (B, K) = model.cfg, t["positions"].shape
     shape = (c.n_layer, B, c.n_kv_head, K, c.head_dim)
     want = {"k": shape, "v": shape, "bias": (B, K), "positions": (B, K), "next_position": (B,)}

@@ -35,7 +35,7 @@ def fastest_dtype() -> torch.dtype:
 
 def keep_freed_memory() -> None:
     """Ask glibc to keep large freed blocks. It would hand each back to the kernel and fault it in again, page by page,
-    for every activation of every step: 1.3 to 3 times slower on a virtual machine (LOG.md). Elsewhere: no effect."""
+    for every activation of every step: a step took 1.7 times as long on a virtual machine (LOG.md). Only on Linux."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap

@@ -138,6 +138,11 @@ def test_foreign_and_damaged_files_are_refused(tiny, tmp_path, capsys):
         with pytest.raises(BadInput, match="no cache of this model has"):
             load_cache(cache_file, model, tok)
 
+    for header in ("{", "[]"):
+        save_file(parts, cache_file, metadata={"kvdistill_cache": header})
+        with pytest.raises(BadInput, match="header cannot be read"):
+            load_cache(cache_file, model, tok)
+
     tensors = load_file(tmp_path / "a" / "adapter.safetensors")
     save_file(tensors | {"gamma": torch.tensor(torch.nan)}, tmp_path / "a" / "adapter.safetensors")
     with pytest.raises(BadInput, match="not finite"):
