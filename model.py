@@ -159,6 +159,9 @@ def attend(q, k, v, mask=None):
     """
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if q.shape[2] == 1:  # decoding: the query heads that share a key head become rows of one product, so that keys are
+        rows = q.reshape(k.shape[0], k.shape[1], -1, q.shape[3])  # read once, not H/G times: (B, G, H/G, d)
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.to(q.dtype)).view(q.shape)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), enable_gqa=True)
 
 
