@@ -1,190 +1,463 @@
-"""Measure what a short cache keeps: fidelity to the full cache, teacher-forced, against training-free ways to choose.
+"""Measure what a short cache keeps: the paper's tasks, every baseline through the same gather and the same cache.
 
-    python eval.py --adapter adapters/quick --contexts 40
+    python eval.py --tasks fidelity --n 20             # held-out text: which method answers as the full cache?
+    python eval.py --tasks squad --data squad=dev-v1.1.json --pack 5 --keep 0.25,0.1 --out results/squad.json
 
-The same table ends `train.py`. Every method answers from a cache of the same size, about the same contexts, with the
-chat header protected. Two rows take the trained compressor apart: `trained-random-selection` is its routing with tokens
-chosen blindly, `trained-no-routing` its choice of tokens from the plain cache, with β = 0.
+The protocol: a document is compressed before any question is known, the chat header kept; then all questions are asked
+of the one cache. `full` is the ceiling, `none` (no document) the floor. Intervals are 95 % bootstrap intervals with the
+document as unit. The parts, in order: the baselines' scores, one method's cache, how answers are judged, the loop,
+cells from records, the program. Tasks and metrics are in data/tasks.py.
+
+Shapes: B = 1 document, N its tokens, K kept ones, L layers, H query heads, G key-value heads, d head width.
 """
 import argparse
+import hashlib
 import json
+import math
+import random
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from compress import Compressor, Context, drop_from, kept_count, open_compressor, select
+from compress import Compressor, Context, base_of, drop_from, kept_count, open_compressor, select
 from data import BadInput, provenance, run_program, write_json
-from data.prepare import SHARDS, Shard, prepare
-from data.samples import KINDS, Batch, Samples, collate
+from data import tasks as T
+from data.judge import Judge, clock
+from data.prepare import SHARDS
+from data.records import append_records, cells_of, continue_from, keeps_of, print_table
+from data.tasks import MAX_NEW_TOKENS, METRICS, Case
 from data.weights import add_model_flags, open_model, seed_flag
-from model import Cache, Llama
+from model import Cache, Llama, gather
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)
-EVAL_MIX = {"continue": 1, "recite": 1, "cloze": 2, "title": 2}  # continuations per held-out context
+SINKS, WINDOW, KERNEL, CHUNK, TAIL = 4, 64, 5, 2048, 8  # tokens; the originals' defaults
 
-METHODS = ("none", "random", "streaming", "knorm", "untrained", "trained", "trained-random-selection",
-           "trained-no-routing")
+# A score per token, (N,), or per layer, head and token, (L, G, N): then each head keeps tokens of its own.
+SCORES = ("random", "streaming", "knorm", "h2o", "snapkv", "tova", "kvzip")
+METHODS = ("full", "none", *SCORES, "truncate", "question", "untrained", "kvdistill", "no-routing",
+           *(f"kvdistill:{name}" for name in SCORES))
+QUICK_METHODS = ("none", "random", "streaming", "snapkv", "untrained", "kvdistill", "kvdistill:random", "no-routing")
+DEFAULT_METHODS = "full,none,random,streaming,knorm,snapkv,kvzip,kvdistill,kvdistill:random,no-routing"
 
 
-def baseline_scores(method: str, ctx: Context, full: Cache, rng: torch.Generator):
-    """Scores (B, N) fp32 of a training-free method; the same positions are kept in every layer and head.
+# ---------------------------------------------------------------------------------------------------- the baselines
 
-    random: uniform. streaming: the 4 first and the most recent (StreamingLLM, arXiv 2309.17453).
-    knorm: small keys first, their norm averaged over layers and heads (arXiv 2406.11430; per head in the original).
+def weights(q, k, own: int, block: int = 256) -> Iterator[torch.Tensor]:
+    """Causal attention weights of queries q (1, H, T, d) over keys k (1, G, S, d), a block of queries at a time.
+
+    own: the index among the keys of query 0's own; what lies before it, every query sees. Yields fp32 (G, H/G, t, S):
+    blocks, because all of them at 8k tokens would take 2.4 GB for each layer of nine heads.
     """
-    B, N = ctx.tokens.shape
-    if method == "random":
-        return torch.rand(B, N, generator=rng).to(ctx.h.device)
-    if method == "streaming":
-        place = ctx.candidates.long().cumsum(1)                   # 1, 2, … among the compressible tokens
-        return torch.where(place <= 4, N + 5 - place, place).float()
-    if method == "knorm":
-        return -torch.stack([k.float().norm(dim=-1).mean(1) for k in full.k]).mean(0)
-    raise ValueError(method)
+    _, H, T, d = q.shape
+    q = q[0].view(k.shape[1], -1, T, d)                                                    # (G, H/G, T, d)
+    place = torch.arange(k.shape[2], device=k.device)
+    for i in range(0, T, block):
+        logits = (q[:, :, i:i + block] @ k[0, :, None].transpose(2, 3)).float() * d ** -0.5
+        query = own + i + torch.arange(logits.shape[2], device=k.device)
+        yield logits.masked_fill_(place > query[:, None], -math.inf).softmax(-1)
 
 
-@torch.no_grad()
-def short_caches(method: str, model: Llama, compressors: dict[str, Compressor], ctx: Context, full: Cache, keeps, rng):
-    """Yield (keep, cache) of one method for a batch of contexts."""
-    if method == "none":  # no document: only what is protected, and the question right behind it
-        header = int(ctx.protected.sum(1)[0])
-        cache = model.prefill(ctx.tokens[:, :header])
-        yield from ((keep, cache) for keep in keeps)
-        return
-    comp = compressors.get(method)
-    if method == "trained-no-routing":
-        scores = compressors["trained"].scores(ctx)
-    elif not comp:
-        name = "random" if method == "trained-random-selection" else method
-        scores = baseline_scores(name, ctx, full, rng)
-    for keep in keeps:
-        if comp:
-            yield keep, comp.compress(model, ctx, keep)
-        elif method == "trained-random-selection":
-            yield keep, compressors["trained"].compress(model, ctx, keep, scores=scores)
-        else:
-            yield keep, drop_from(full, ctx, select(scores, ctx.candidates, kept_count(ctx.candidates.sum(1), keep)))
-
-
-@torch.no_grad()
-def divergence(student, teacher, head, chunk: int = 128):
-    """KL(p ‖ q) in nats and top-1 agreement (1 or 0) per row, from hidden states (R, D) and the head (V, D); fp32."""
-    kl, agree = [], []
-    for q, p in zip(student.split(chunk), teacher.split(chunk)):
-        log_q, log_p = (F.linear(x, head).float().log_softmax(-1) for x in (q, p))  # (chunk, V)
-        kl.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q))
-        agree.append((log_q.argmax(-1) == log_p.argmax(-1)).float())
-    return torch.cat(kl), torch.cat(agree)
-
-
-def mean_and_interval(context, values, resamples: int = 1000) -> tuple[float, list[float]]:
-    """Mean of `values`, one per token, and its 95 % bootstrap interval with the context as unit.
-
-    Tokens of one context are not independent, so whole contexts are drawn with replacement. Args: numpy (n,) each.
-    """
-    _, unit = np.unique(context, return_inverse=True)
-    sums, counts = np.bincount(unit, values), np.bincount(unit)
-    drawn = np.random.default_rng(0).integers(0, len(counts), (resamples, len(counts)))
-    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
-    return float(values.mean()), [float(low), float(high)]
-
-
-@torch.no_grad()
-def fidelity(model: Llama, compressors: dict[str, Compressor], batches: list[Batch], kinds, methods=METHODS,
-             keeps=KEEPS, seed: int = 0, progress=iter) -> list[dict]:
-    """KL(p_full ‖ q) in nats and top-1 agreement per answer token, for every method, keep and kind, and "all".
-
-    compressors: {"trained": …, "untrained": …}. Returns rows {"method", "keep", "kind", "kl", "agree", "n", "ci95",
-    "contexts"}: n answer tokens, ci95 the interval of kl. "all" is the mean over tokens of all kinds.
-    """
-    rng, found, n_before = torch.Generator().manual_seed(seed), {}, 0
-    for b in progress(batches):
-        comp = next(iter(compressors.values()))
-        ctx = comp.read(model, b.tokens, b.lengths, b.protect)
-        full = comp.full(model, ctx)
-        teacher = model(b.cont, full, b.segments)[b.supervised]
-        about = torch.stack([n_before + b.supervised.nonzero()[:, 0], b.kinds[b.supervised]]).cpu()  # context, kind
-        n_before += len(b.tokens)
-        for method in methods:
-            for keep, cache in short_caches(method, model, compressors, ctx, full, keeps, rng):
-                if method != "none" or keep == keeps[0]:  # no document is no document, at every keep
-                    student = model(b.cont, cache, b.segments)[b.supervised]
-                    kl, agree = divergence(student, teacher, model.head_weight)
-                found.setdefault((method, keep), []).append(torch.cat([about, torch.stack([kl, agree]).cpu()]))
+def watched(model: Llama, tokens, cache, score) -> torch.Tensor:
+    """score(q, k) -> (G, N) of every layer while the model reads `tokens` on top of `cache`: (L, G, N)."""
     rows = []
-    for (method, keep), parts in found.items():
-        context, kind_of, kl, agree = torch.cat(parts, 1).double().numpy()
-        for i, kind in [*enumerate(kinds), (None, "all")]:
-            at = np.ones(len(kl), bool) if i is None else kind_of == i
-            if at.any():
-                mean, interval = mean_and_interval(context[at], kl[at])
-                rows.append({"method": method, "keep": keep, "kind": kind, "kl": mean, "agree": float(agree[at].mean()),
-                             "n": int(at.sum()), "ci95": interval, "contexts": len(np.unique(context[at]))})
-    return rows
+    model(tokens, cache, watch=lambda layer, q, k: rows.append(score(q, k)))
+    return torch.stack(rows)
 
 
-def print_table(rows: list[dict], methods, kinds) -> None:
-    """KL per kind, a block per kept fraction; the smallest KL of a column is marked with *."""
-    at = {(r["method"], r["keep"], r["kind"]): r["kl"] for r in rows}
-    kinds = [k for k in (*kinds, "all") if any(r["kind"] == k for r in rows)]
-    for keep in sorted({r["keep"] for r in rows}, reverse=True):
-        print(f"\nkeep {keep:<20}" + "".join(f"{k:>11}" for k in kinds) + "    KL(full || short), nats per token")
-        best = {k: min(at[m, keep, k] for m in methods) for k in kinds}
-        for m in methods:
-            row = [f"{at[m, keep, k]:10.3f}" + ("*" if at[m, keep, k] == best[k] else " ") for k in kinds]
-            print(f"{m:25}" + "".join(row))
+def random_scores(ctx: Context, rng: torch.Generator):
+    return torch.rand(ctx.tokens.shape[1], generator=rng).to(ctx.h.device)
 
 
-def held_out_table(model: Llama, tokenizer, comp: Compressor, sources: str, folder, context: int, contexts: int,
+def streaming(ctx: Context):
+    """The 4 first compressible tokens and the most recent ones (StreamingLLM, arXiv 2309.17453)."""
+    place = ctx.candidates[0].long().cumsum(0)                                             # 1, 2, …
+    return torch.where(place <= SINKS, len(place) + SINKS + 1 - place, place).float()
+
+
+def knorm(full: Cache):
+    """Small keys first (arXiv 2406.11430)."""
+    return -torch.stack([k[0].float().norm(dim=-1) for k in full.k])
+
+
+def h2o(model: Llama, ctx: Context, k: int | None = None):
+    """Attention a token has received from all others, summed; of k tokens the last k/2 stay (H2O, arXiv 2306.14048).
+
+    Mean over the query heads of a group. kvpress divides the sum by the number of queries that could see the token and
+    forces no recent ones. k None: the sums alone.
+    """
+    scores = watched(model, ctx.tokens, None, lambda q, k: sum(w.sum(2) for w in weights(q, k, 0)).mean(1))
+    if k is not None and k > 1:
+        scores[..., -(k // 2):] = math.inf
+    return scores
+
+
+def snapkv(model: Llama, ctx: Context, full: Cache, window: int, kernel: int = KERNEL):
+    """Attention from the last `window` tokens, averaged and smoothed over 5 neighbours; they stay themselves (SnapKV,
+    arXiv 2404.14469). Those tokens are read once more, on top of the cache of what lies before them."""
+    n = ctx.tokens.shape[1] - window
+    before = Cache([k[:, :, :n] for k in full.k], [v[:, :, :n] for v in full.v], full.bias[:, :n],
+                   full.positions[:, :n], full.next_position - window)
+    scores = watched(model, ctx.tokens[:, n:], before, lambda q, k: attention_from(q, k, n, kernel))
+    return F.pad(scores, (0, window), value=math.inf)
+
+
+def attention_from(q, k, n: int, kernel: int):
+    """Mean attention of all queries over the first n keys, smoothed: (G, n). Smoothing pads with zeros."""
+    mean = next(weights(q, k, n, block=q.shape[2]))[..., :n].mean(2)                       # (G, H/G, n)
+    return F.avg_pool1d(mean, kernel, stride=1, padding=kernel // 2).mean(1)
+
+
+def tova(model: Llama, ctx: Context, full: Cache):
+    """SnapKV with a window of one token, all heads of a layer alike, nothing smoothed (TOVA, arXiv 2401.06104)."""
+    scores = snapkv(model, ctx, full, window=1, kernel=1)
+    return scores.mean(1, keepdim=True).expand_as(scores)
+
+
+def question_scores(model: Llama, full: Cache, prompt: list[int]):
+    """SnapKV whose window is the *question*: an upper reference, for the cache fits this one question only."""
+    tokens = torch.tensor([prompt], device=full.bias.device)
+    return watched(model, tokens, full, lambda q, k: attention_from(q, k, full.n_slots, KERNEL))
+
+
+def kvzip_replays(tokenizer, ids: list[int], first: int, chunk: int = CHUNK) -> list[tuple[int, int, list[int]]]:
+    """[(start, end, ids to read on top of the cache)]: an instruction to repeat, then ids[start:end] themselves."""
+    out = []
+    for a in range(first, len(ids), chunk):
+        ask = tokenizer.encode("\n\nRepeat the previous context exactly.")
+        if a > first:
+            ask = (tokenizer.encode("\n\nRepeat the part of the previous context exactly, starting with")
+                   + ids[max(a - TAIL, first):a])
+        out.append((a, min(a + chunk, len(ids)), ask + tokenizer.turn + ids[a:a + chunk]))
+    return out
+
+
+def kvzip(model: Llama, tokenizer, ctx: Context, full: Cache, chunk: int = CHUNK):
+    """The most attention a token gets while the context reconstructs itself (KVzip, arXiv 2505.23416).
+
+    Maximum over the queries of the replay and over a group's heads; the softmax runs over the first 4 keys, the chunk's
+    own, and the replay's. Here every layer and head keeps K tokens; the original shares one budget among them.
+    """
+    ids, n = ctx.tokens[0].tolist(), ctx.tokens.shape[1]
+    parts = []
+    for a, b, replay in kvzip_replays(tokenizer, ids, int(ctx.protected.sum()), chunk):
+        def score(q, k, a=a, b=b):
+            sinks = min(SINKS, a)
+            keys = torch.cat([k[:, :, :sinks], k[:, :, a:b], k[:, :, n:]], 2)
+            best = [w[..., sinks:sinks + b - a].amax((1, 2)) for w in weights(q, keys, sinks + b - a)]
+            return torch.stack(best).amax(0)                                               # (G, b − a)
+        parts.append(watched(model, torch.tensor([replay], device=model.device), full, score))
+    scores = torch.cat(parts, -1)
+    return F.pad(scores, (n - scores.shape[-1], 0))                                        # the header is protected
+
+
+def keep_per_head(full: Cache, ctx: Context, scores, k: int) -> Cache:
+    """The k best tokens of each layer and head, by scores (L, G, N), and the protected ones, in order of position."""
+    header = ctx.protected[0].nonzero()[:, 0]
+    free = scores.masked_fill(~ctx.candidates[0], -math.inf).argsort(dim=-1, descending=True, stable=True)[..., :k]
+    index = torch.cat([header.expand(*free.shape[:2], -1), free], -1).sort(-1).values      # (L, G, header + k)
+    ks, vs = ([gather(x, i[None]) for x, i in zip(xs, index)] for xs in (full.k, full.v))
+    return Cache(ks, vs, full.bias.new_zeros(1, index.shape[-1]), index[None], full.next_position)
+
+
+# ------------------------------------------------------------------------------------------------ one method's cache
+
+class Document:
+    """A case read once: its context up to layer η, its whole cache, and every method's scores, made when asked for."""
+
+    def __init__(self, model: Llama, tokenizer, comps: dict[str, Compressor], case: Case, seed: str):
+        self.model, self.tok, self.comps, self.case, self.seed, self.memo = model, tokenizer, comps, case, seed, {}
+        tokens = torch.tensor([case.context], device=model.device)
+        protect = torch.arange(tokens.shape[1], device=model.device)[None] < case.n_protect
+        self.comp = comps["kvdistill"]
+        t0 = clock(model)
+        self.ctx = self.comp.read(model, tokens, protect=protect)
+        t1 = clock(model)
+        self.full = self.comp.full(model, self.ctx)
+        self.seconds = {"read": t1 - t0, "prefill": clock(model) - t0}
+
+    def scores(self, name: str, k: int):
+        """(N,) or (L, G, N) fp32. Those of h2o and snapkv depend on how many tokens are kept."""
+        window = max(1, min(WINDOW, k // 2))
+        key = (name, {"h2o": k, "snapkv": window}.get(name))
+        if key not in self.memo:
+            rng = torch.Generator().manual_seed(random.Random(self.seed).getrandbits(62))
+            self.memo[key] = {"random": lambda: random_scores(self.ctx, rng),
+                              "streaming": lambda: streaming(self.ctx),
+                              "knorm": lambda: knorm(self.full),
+                              "h2o": lambda: h2o(self.model, self.ctx, k),
+                              "snapkv": lambda: snapkv(self.model, self.ctx, self.full, window),
+                              "tova": lambda: tova(self.model, self.ctx, self.full),
+                              "kvzip": lambda: kvzip(self.model, self.tok, self.ctx, self.full)}[name]()
+        return self.memo[key]
+
+    def cache(self, method: str, keep: float) -> Cache:
+        """The short cache of one method: one row, or, for `question`, a row per query."""
+        model, ctx, full, comps = self.model, self.ctx, self.full, self.comps
+        k = int(kept_count(ctx.candidates.sum(1), keep)[0]) if 0 < keep < 1 else self.case.n
+        name = method.partition(":")[2] or method
+        if method == "full":
+            return full
+        if method == "none":
+            return model.prefill(ctx.tokens[:, :self.case.n_protect])
+        if method == "truncate":  # the last k tokens, read anew right behind the header
+            return model.prefill(torch.cat([ctx.tokens[:, :self.case.n_protect], ctx.tokens[:, -k:]], 1))
+        if method in ("kvdistill", "untrained"):
+            return comps[method].compress(model, ctx, tokens=k)
+        if method == "no-routing":  # the trained choice of tokens, from the plain cache
+            return drop_from(full, ctx, select(self.comp.scores(ctx), ctx.candidates, torch.tensor([k])))
+        if method == "question":
+            rows = [keep_per_head(full, ctx, question_scores(model, full, q.prompt), k) for q in self.case.queries]
+            return rows[0] if len(rows) == 1 else stack(rows)
+        scores = self.scores(name, k)
+        if method.startswith("kvdistill:"):  # another choice of tokens under the trained routing; one for all heads
+            shared = scores.nan_to_num(posinf=1e9)
+            shared = shared.mean((0, 1)) if shared.dim() == 3 else shared
+            return self.comp.compress(model, ctx, tokens=k, scores=shared[None])
+        if scores.dim() == 3:
+            return keep_per_head(full, ctx, scores, k)
+        return drop_from(full, ctx, select(scores[None], ctx.candidates, torch.tensor([k], device=model.device)))
+
+    def timed_cache(self, method: str, keep: float) -> tuple[Cache, dict]:
+        """And its seconds: `prefill` is what the method needs of reading the context plainly, `compress` the rest."""
+        start = clock(self.model)
+        cache = self.cache(method, keep)
+        own = clock(self.model) - start
+        if method == "full":
+            own = 0.0
+        read = {"truncate": 0.0, "none": 0.0, "kvdistill": self.seconds["read"], "untrained": self.seconds["read"]}
+        return cache, {"prefill": read.get(method, self.seconds["prefill"]), "compress": own}
+
+
+def stack(rows: list[Cache]) -> Cache:
+    """Caches of equal shapes as the rows of one."""
+    return Cache([torch.cat(k) for k in zip(*(c.k for c in rows))], [torch.cat(v) for v in zip(*(c.v for c in rows))],
+                 *(torch.cat([getattr(c, x) for c in rows]) for x in ("bias", "positions", "next_position")))
+
+
+# -------------------------------------------------------------------------------------------------------- the loop
+
+@torch.no_grad()
+def measure(task: str, model: Llama, tokenizer, comps: dict[str, Compressor], cases: list[tuple[int, Case]], methods,
+            keeps, seed: int, done=frozenset()) -> Iterator[list[dict]]:
+    """Ask every case's queries of every method's cache; yields the records of one case after the other.
+
+    Args: comps: {"kvdistill": …, "untrained": …}; cases: (number, case), any subset: a case's records depend on its
+    number and nothing else, so ranks may share them out; done: (number, method, keep) to leave out.
+    A record: {"task", "case", "unit", "method", "keep", "N", "K", "bytes", "seconds", "answers": what `Judge` says}.
+    """
+    for i, case in cases:
+        todo = [(m, keep) for m in methods for keep in keeps_of(m, keeps) if (i, m, keep) not in done]
+        if not todo:
+            continue
+        document = Document(model, tokenizer, comps, case, f"{seed}/{task}/{i}")
+        judge, records = Judge(task, model, tokenizer, case, document.full), []
+        for method, keep in todo:
+            cache, seconds = document.timed_cache(method, keep)
+            start = clock(model)
+            answers = judge(cache)
+            seconds["decode"] = clock(model) - start
+            rows = cache.bias.shape[0]
+            kept = cache.n_slots - case.n_protect
+            records.append({"task": task, "case": i, "unit": case.unit, "method": method, "keep": keep, "N": case.n,
+                            "K": kept, "bytes": cache.nbytes() // rows, "seconds": seconds, "answers": answers})
+        yield records
+
+
+
+
+def held_out_table(model: Llama, tokenizer, comp: Compressor, sources: str, shards, context: int, contexts: int,
                    seed: int, keeps=KEEPS) -> list[dict]:
-    """Measure and print `fidelity` on `contexts` held-out contexts of `context` compressible tokens each."""
-    shards = [Shard(f, "val", tokenizer) for f in prepare(sources.split(","), tokenizer, folder)]
-    samples = Samples(shards, tokenizer, context, EVAL_MIX, n_answer=32, seed=seed + 1)
-    drawn = [samples(i) for i in range(contexts)]
-    batches = [collate(drawn[i:i + 2]).to(model.device) for i in range(0, contexts, 2)]
+    """What ends a training run: the cells of `fidelity` for a few methods on held-out text, printed."""
+    cases = list(enumerate(T.fidelity(tokenizer, contexts, seed, context, sources, shards)))
+    records, bar = [], tqdm(cases, desc="held-out table", unit="document")
+    for part in measure("fidelity", model, tokenizer, compressors(comp, model, seed), bar, QUICK_METHODS, keeps, seed):
+        records += part
+    cells = cells_of(records)
+    print_table(cells)
+    return cells
+
+
+def compressors(comp: Compressor, model: Llama, seed: int) -> dict[str, Compressor]:
     torch.manual_seed(seed + 1)
-    untrained = Compressor(model.cfg, comp.cfg).to(model.device)
-    rows = fidelity(model, {"trained": comp, "untrained": untrained}, batches, KINDS, keeps=keeps, seed=seed,
-                    progress=lambda it: tqdm(it, desc="held-out table", unit="batch"))
-    print_table(rows, METHODS, KINDS)
-    return rows
+    return {"kvdistill": comp, "untrained": Compressor(model.cfg, comp.cfg).to(model.device)}
+
+
+# ----------------------------------------------------------------------------------------------------- the program
+
+def parse_args() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description="What a short cache keeps: tasks, baselines, cost.")
+    p.add_argument("--tasks", default="fidelity", help=f"comma-separated, of {', '.join(METRICS)}; default fidelity")
+    p.add_argument("--methods", default=DEFAULT_METHODS, help=f"comma-separated, of {', '.join(METHODS)}; default "
+                   f"{DEFAULT_METHODS}")
+    p.add_argument("--keep", default=",".join(map(str, KEEPS)), help="kept fractions; default 0.5,0.25,0.1,0.05")
+    p.add_argument("--n", type=int, default=20, help="fidelity: documents per kind; squad, choice: questions; niah, "
+                   "summary: documents; cost: repeats; default 20")
+    p.add_argument("--data", action="append", default=[], metavar="TASK=PATH", help="repeatable: squad=FILE, "
+                   "summary=FILE, choice=FILE, niah=TEXT or cost=TEXT (default: essays), fidelity=SOURCES (default: "
+                   "wiki,sotu)")
+    p.add_argument("--pack", type=int, default=1, help="squad: paragraphs per document; default 1")
+    p.add_argument("--context", type=int, default=512, help="fidelity: compressible tokens per document; default 512")
+    p.add_argument("--lengths", default="512,1024", help="niah, cost: compressible tokens; default 512,1024")
+    p.add_argument("--depths", default="0,0.25,0.5,0.75,1", help="niah: where needles lie; default 0,0.25,0.5,0.75,1")
+    p.add_argument("--against", metavar="METHOD", help="add each cell's paired difference to this method")
+    p.add_argument("--truncate", action="store_true", help="cut documents that are too long for the model's positions")
+    p.add_argument("--adapter", metavar="DIR", help="trained compressor; default: the newest in adapters/ and out/")
+    p.add_argument("--seed", type=seed_flag, default=0, help="of the documents and of random choices")
+    p.add_argument("--out", metavar="FILE", help="results as JSON, answers beside it as .jsonl.gz; a run goes on "
+                   "where it stopped")
+    p.add_argument("--plot", action="store_true", help="draw the figures of --out beside it (needs matplotlib)")
+    add_model_flags(p)
+    return p.parse_args()
+
+
+def numbers(a: argparse.Namespace, name: str, kind, low: float, high: float) -> list:
+    text = getattr(a, name)
+    try:
+        values = [kind(x) for x in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(low <= v <= high for v in values):
+        raise BadInput(f"--{name} is {text!r}: expected numbers from {low} to {high}, such as {name_default(name)}")
+    return values
+
+
+def name_default(name: str) -> str:
+    return {"keep": "0.5,0.1", "lengths": "512,1024", "depths": "0,0.5,1"}[name]
+
+
+def check(a: argparse.Namespace) -> dict:
+    """Refuse what cannot work before the weights are loaded; returns the lists that the flags spell."""
+    lists = {"tasks": a.tasks.split(","), "methods": list(dict.fromkeys(a.methods.split(",")))}
+    for flag, known in (("tasks", METRICS), ("methods", METHODS)):
+        for name in lists[flag]:
+            if name not in known:
+                raise BadInput(f"--{flag}: {name!r} is unknown, expected some of {', '.join(known)}")
+    if a.against is not None and a.against not in lists["methods"]:
+        raise BadInput(f"--against is {a.against!r}: expected one of --methods ({a.methods})")
+    lists["keep"] = numbers(a, "keep", float, 1e-6, 1)
+    lists["lengths"] = numbers(a, "lengths", int, 64, 1 << 20)
+    lists["depths"] = numbers(a, "depths", float, 0, 1)
+    if a.n < 1 or a.pack < 1 or a.context < 16:
+        raise BadInput("--n and --pack must be at least 1, --context at least 16 tokens")
+    lists["data"] = dict(part.partition("=")[::2] for part in a.data)
+    for task, path in lists["data"].items():
+        if task not in METRICS or not path:
+            raise BadInput(f"--data {task}={path}: expected TASK=PATH with a task of {', '.join(METRICS)}")
+        if task != "fidelity" and not Path(path).is_file():
+            raise BadInput(f"--data {task}={path}: no such file")
+    for task in ("squad", "summary", "choice"):
+        if task in lists["tasks"] and task not in lists["data"]:
+            raise BadInput(f"task {task} needs its file: --data {task}=PATH (README says where to get one)")
+    if a.out is not None and (not a.out or Path(a.out).is_dir()):
+        raise BadInput(f"--out {a.out!r}: expected the name of a file")
+    if a.plot:
+        if a.out is None:
+            raise BadInput("--plot draws what --out names: give both")
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise BadInput("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
+    return lists
+
+
+def build(task: str, a: argparse.Namespace, lists: dict, tokenizer) -> tuple[list[Case], dict]:
+    """A task's cases, and the settings that make them what they are."""
+    path = lists["data"].get(task)
+    n = {"n": a.n}
+    if task == "fidelity":
+        settings = n | {"context": a.context, "sources": path or "wiki,sotu"}
+        cases = T.fidelity(tokenizer, a.n, a.seed, a.context, path or "wiki,sotu", SHARDS, lists["data"].get("squad"))
+        if "squad" not in lists["data"]:
+            print("fidelity: without the kind squad; --data squad=PATH adds it")
+    elif task == "squad":
+        settings = n | {"pack": a.pack}
+        cases = T.squad(tokenizer, path, a.n, a.seed, a.pack)
+    elif task == "niah":
+        settings = n | {"lengths": lists["lengths"], "depths": lists["depths"]}
+        cases = T.niah(tokenizer, path, a.n, a.seed, lists["lengths"], lists["depths"])
+    elif task == "cost":
+        settings, cases = n | {"lengths": lists["lengths"]}, T.cost(tokenizer, path, a.n, lists["lengths"])
+    else:
+        settings, cases = n, {"summary": T.summary, "choice": T.choice}[task](tokenizer, path, a.n, a.seed)
+    content = json.dumps([asdict(c) for c in cases]).encode()
+    return cases, settings | {"documents": hashlib.sha256(content).hexdigest()[:16]}
+
+
+def fit(cases: list[Case], task: str, max_positions: int, truncate: bool) -> None:
+    """Refuse documents that leave no room for question and answer, or cut their ends off."""
+    cut = 0
+    for c in cases:
+        asked = max(len(q.prompt) + len(q.answer) + MAX_NEW_TOKENS.get(task, 64) for q in c.queries)
+        over = len(c.context) + asked - max_positions
+        if over > 0:
+            if not truncate or over >= c.n:
+                raise BadInput(f"{task}: document {c.unit} has {c.n} tokens, the model {max_positions} positions, "
+                               "question and answer included; --truncate cuts it")
+            c.context, cut = c.context[:-over], cut + 1
+    if cut:
+        print(f"{task}: {cut} documents were cut to the model's {max_positions} positions")
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="Fidelity of a compressor to the full cache, on held-out text.")
-    p.add_argument("--adapter", metavar="DIR", help="trained compressor; default: the newest in adapters/ and out/")
-    p.add_argument("--sources", default="wiki,sotu", help="wiki, sotu, or paths; default wiki,sotu")
-    p.add_argument("--shards", default=SHARDS, metavar="DIR", help="folder for their tokens; default: data/shards")
-    p.add_argument("--context", type=int, default=300, help="compressible tokens per context; default 300")
-    p.add_argument("--contexts", type=int, default=20, help="held-out contexts; default 20")
-    p.add_argument("--keep", default=",".join(map(str, KEEPS)), help="kept fractions; default 0.5,0.25,0.1,0.05")
-    p.add_argument("--seed", type=seed_flag, default=0, help="of the contexts and of random choices")
-    p.add_argument("--out", metavar="FILE", help="also write the result to this JSON file")
-    add_model_flags(p)
-    a = p.parse_args()
-    try:
-        keeps = [float(k) for k in a.keep.split(",")]
-    except ValueError:
-        raise BadInput(f"--keep is {a.keep!r}: expected fractions such as 0.5,0.1") from None
-    for k in keeps:
-        kept_count(torch.tensor([1]), keep=k)
-    if a.contexts < 1 or a.context < 16:
-        raise BadInput("--contexts must be at least 1, and --context at least 16 tokens")
-    if a.out is not None and (not a.out or Path(a.out).is_dir()):
-        raise BadInput(f"--out {a.out!r}: expected the name of a file")
-    start, about = time.perf_counter(), provenance(a.seed)
+    a = parse_args()
+    lists, about, start = check(a), provenance(a.seed), time.perf_counter()
     model, tokenizer = open_model(a)
     comp = open_compressor(a.adapter, model, tokenizer, a.seed)
-    table = held_out_table(model, tokenizer, comp, a.sources, a.shards, a.context, a.contexts, a.seed, keeps)
-    result = {"table": table, "dtype": str(model.dtype)[6:], "context": a.context,
-              "seconds": round(time.perf_counter() - start, 1), **about}
-    if a.out is not None:
-        write_json(a.out, result)
-    print(json.dumps(result))
+    state = b"".join(v.cpu().numpy().tobytes() for v in comp.state_dict().values())
+    settings = {"weights": base_of(model, tokenizer)["weights"][:16], "dtype": str(model.dtype)[6:],
+                "adapter": hashlib.sha256(state).hexdigest()[:16], "seed": a.seed, "tasks": {}}
+    work = {}
+    for task in lists["tasks"]:
+        work[task], settings["tasks"][task] = build(task, a, lists, tokenizer)
+        fit(work[task], task, model.cfg.max_positions, a.truncate)
+
+    out = None if a.out is None else Path(a.out)
+    answers = out and out.with_suffix(".jsonl.gz")
+    result = {"settings": settings, **about, "device": str(model.device), "versions": {"torch": torch.__version__}}
+    records = continue_from(out, answers, result) if out else []
+    comps = compressors(comp, model, a.seed)
+    for task, cases in work.items():
+        done = {(r["case"], r["method"], r["keep"]) for r in records if r["task"] == task}
+        wanted = {(i, m, k) for i in range(len(cases)) for m in lists["methods"] for k in keeps_of(m, lists["keep"])}
+        if wanted & done:
+            print(f"{task}: {len(wanted & done)} of {len(wanted)} caches were asked before and are skipped")
+        bar = tqdm(list(enumerate(cases)), desc=task, unit="document", mininterval=1)
+        metric = next(iter(METRICS[task]))
+        for part in measure(task, model, tokenizer, comps, bar, lists["methods"], lists["keep"], a.seed, done):
+            records += part
+            if answers:
+                append_records(answers, part)
+            bar.set_postfix_str(running(records, task, metric, lists["methods"]))
+        result["seconds"] = round(result.get("seconds", 0) + time.perf_counter() - start, 1)
+        start = time.perf_counter()
+        result["cells"] = cells_of(records, a.against)
+        if out:
+            write_json(out, result)
+    print_table([c for c in result["cells"] if c["task"] in lists["tasks"]])
+    if a.plot:
+        from results.plots import draw
+        for path in draw(result, out):
+            print(f"figure: {path}")
+    means = {}
+    for c in result["cells"]:
+        means.setdefault(c["task"], {}).setdefault(c["kind"], {}).setdefault(c["method"], {})[c["keep"]] = c["mean"]
+    print(json.dumps(means))
+
+
+def running(records: list[dict], task: str, metric: str, methods) -> str:
+    """The score so far of a few methods, at the smallest kept fraction that each was asked at."""
+    text = []
+    for m in [m for m in ("full", "none", "streaming", "kvzip", "kvdistill") if m in methods]:
+        mine = [r for r in records if r["task"] == task and r["method"] == m]
+        low = min(r["keep"] for r in mine)
+        values = [(x[metric], x["weight"]) for r in mine if r["keep"] == low for x in r["answers"]]
+        text.append(f"{m} {sum(v * w for v, w in values) / sum(w for _, w in values):.2f}")
+    return " ".join(text)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ class Cache:
     k: list[torch.Tensor]         # n_layer tensors (B, G, S, d), rotated to the positions they were computed at
     v: list[torch.Tensor]         # n_layer tensors (B, G, S, d)
     bias: torch.Tensor            # (B, S) fp32, added to the attention logits of every layer and head
-    positions: torch.Tensor       # (B, S) int64, where the token stood in the context; -1 for padding
+    positions: torch.Tensor       # (B, S) int64, where the token stood in the context, -1 for padding; (B, L, G, S)
+    #                               if each layer and head holds tokens of its own
     next_position: torch.Tensor   # (B,) int64, where a continuation starts: the *original* context length
     length: int | None = None     # slots in use, when this cache is a buffer with room; None: all, and read-only
 
@@ -93,7 +94,7 @@ class Cache:
             pad[dim] = extra
             return torch.cat([x, x.new_full(pad, fill)], dim)
         return Cache([grow(k, 2, 0) for k in self.k], [grow(v, 2, 0) for v in self.v], grow(self.bias, 1, NEG),
-                     grow(self.positions, 1, -1), self.next_position.clone(), length=self.bias.shape[1])
+                     grow(self.positions, -1, -1), self.next_position.clone(), length=self.bias.shape[1])
 
     def rows(self, index) -> "Cache":
         """The rows `index` (a list), each as often as it is named: one context for several questions."""
@@ -116,8 +117,9 @@ class Cache:
 
     def nbytes(self) -> int:
         """Bytes of keys, values, biases and positions as stored, over all slots in use."""
-        parts = [self.k[0], self.v[0]] * len(self.k) + [self.bias[:, None, :, None], self.positions[:, None, :, None]]
-        return sum(x[:, :, :self.n_slots].numel() * x.element_size() for x in parts)
+        per_slot = sum(x[..., 0, :].numel() * x.element_size() for x in (*self.k, *self.v))
+        per_slot += sum(x[..., 0].numel() * x.element_size() for x in (self.bias, self.positions))
+        return per_slot * self.n_slots
 
 
 # ------------------------------------------------------------------------------------------------------ the parts
@@ -302,7 +304,8 @@ class Llama(nn.Module):
         real = torch.arange(T, device=positions.device) < lengths[:, None]  # (B, T)
         new = slice(cache.length, cache.length + T)
         cache.bias[:, new] = torch.where(real, 0.0, NEG)
-        cache.positions[:, new] = torch.where(real, positions, -1)
+        each = (B, *[1] * (cache.positions.dim() - 2), T)
+        cache.positions[..., new] = torch.where(real, positions, -1).view(each)
         cache.next_position = cache.next_position + lengths
         cache.length += T
 
@@ -336,8 +339,9 @@ class Llama(nn.Module):
 
 
 def gather(x, index):
-    """Rows `index` (B, K) of keys or values x (B, G, N, d) -> (B, G, K, d)."""
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    """Rows `index` (B, K), or (B, G, K) for heads that differ, of keys or values x (B, G, N, d) -> (B, G, K, d)."""
+    index = index[:, None] if index.dim() == 2 else index
+    return x.gather(2, index[..., None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def whole_cache(ks, vs, lengths=None) -> Cache:

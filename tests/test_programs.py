@@ -22,7 +22,7 @@ from test_data import tiny_tokenizer_json
 
 def write_model(folder, **changes):
     """A tiny random Llama with a byte-level tokenizer, in the Hugging Face layout."""
-    save_llama(tiny_llama(vocab_size=310, max_positions=4096, **changes), folder)
+    save_llama(tiny_llama(vocab_size=310, **{"max_positions": 4096} | changes), folder)
     (folder / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json()), encoding="utf-8")
     return folder
 
@@ -218,10 +218,10 @@ def test_train_learns_on_a_tiny_model(tiny, tiny_run, tmp_path):
     first, last = (sum(line["loss"] for line in part) for part in (log[:10], log[-10:]))
     assert last < 0.95 * first
     result = json.loads(out.strip().splitlines()[-1])
-    assert {"table", "seconds", "threads", "command", "commit", "seed"} <= set(result)
-    cells = {(r["method"], r["keep"], r["kind"]) for r in result["table"]}
-    assert ("trained", 0.25, "cloze") in cells and ("none", 0.05, "all") in cells
-    assert all(r["kl"] >= 0 and 0 <= r["agree"] <= 1 and r["n"] > 0 for r in result["table"])
+    assert {"cells", "seconds", "threads", "command", "commit", "seed"} <= set(result)
+    cells = {(c["method"], c["keep"], c["kind"]) for c in result["cells"]}
+    assert ("kvdistill", 0.25, "cloze") in cells and ("none", 0.0, "all") in cells
+    assert all(c["mean"]["kl"] >= 0 and 0 <= c["mean"]["agree"] <= 1 and c["n"] > 0 for c in result["cells"])
     model, tok = load_llama(tiny), Tokenizer(tiny)
     comp = load_adapter(tmp_path / "run" / "adapter", model, tok)
     assert comp.b_q.abs().max() > 0

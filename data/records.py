@@ -1,0 +1,143 @@
+"""From answers to tables: records on disk, means with bootstrap intervals, paired differences.
+
+A record is what one compressed document answered (eval.measure). Records are appended to a .jsonl.gz as they are made,
+so that an interrupted run goes on where it stopped; cells are computed from all of them.
+"""
+import gzip
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from data import BadInput, read_json, write_atomic, write_json
+from data.tasks import METRICS
+
+
+def keeps_of(method: str, keeps) -> list[float]:
+    """The full cache and no document have one kept fraction each; all other methods have `keeps`."""
+    return {"full": [1.0], "none": [0.0]}.get(method, list(keeps))
+
+
+def load_records(path) -> list[dict]:
+    """The records in a .jsonl.gz. A run that was killed while writing leaves half a line: it is cut off."""
+    path, text = Path(path), b""
+    if not path.exists():
+        return []
+    whole = True
+    try:
+        with gzip.open(path) as f:
+            for line in f:
+                text += line
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        whole = False
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read ({e}); move it away, or give another --out") from None
+    lines = text.split(b"\n")
+    whole = whole and lines[-1] == b""
+    try:
+        records = [json.loads(line) for line in lines[:-1]]
+    except json.JSONDecodeError as e:
+        raise BadInput(f"{path}: not JSON lines ({e}); move it away, or give another --out") from None
+    if not whole:
+        write_atomic(path, lambda tmp: tmp.write_bytes(gzip.compress(b"".join(x + b"\n" for x in lines[:-1]))))
+    return records
+
+
+def append_records(path, records: list[dict]) -> None:
+    """One gzip member more, flushed to disk."""
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    with open(path, "ab") as f:
+        f.write(gzip.compress(text.encode()))
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def continue_from(out: Path, answers: Path, result: dict) -> list[dict]:
+    """The records of an earlier run, which `result` then continues; BadInput if its settings were others."""
+    if not out.exists():
+        write_json(out, result | {"cells": []})
+        answers.unlink(missing_ok=True)
+        return []
+    before = read_json(out)
+    old, new = before.get("settings"), result["settings"]
+    if not isinstance(old, dict) or "tasks" not in old:
+        raise BadInput(f"{out}: not a result of this program; give another --out")
+    flat = lambda s: {**{k: v for k, v in s.items() if k != "tasks"},  # noqa: E731
+                      **{f"{t} {k}": v for t, x in s["tasks"].items() if t in new["tasks"] for k, v in x.items()}}
+    for key, value in flat(old).items():
+        if flat(new)[key] != value:
+            raise BadInput(f"{out}: made with {key} = {value}, this run has {flat(new)[key]}; use the same settings, "
+                           "or give another --out")
+    new["tasks"] = {**old["tasks"], **new["tasks"]}
+    result["seconds"] = before.get("seconds", 0)
+    commits = before.get("commit", "").split(", ")
+    result["commit"] = ", ".join(commits + [result["commit"]] * (result["commit"] not in commits))
+    return load_records(answers)
+
+
+def mean_and_interval(units, values, weights=None, resamples: int = 1000) -> tuple[float, list[float]]:
+    """Weighted mean of `values` and its 95 % bootstrap interval, with whole units (documents) drawn with replacement:
+    answers about one document are not independent. Args: sequences of equal length."""
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
+    _, unit = np.unique(np.asarray(list(units)), return_inverse=True)
+    sums, counts = np.bincount(unit, np.asarray(values, float) * weights), np.bincount(unit, weights)
+    drawn = np.random.default_rng(0).integers(0, len(counts), (resamples, len(counts)))
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
+    return float(sums.sum() / counts.sum()), [float(low), float(high)]
+
+
+def cells_of(records: list[dict], against: str | None = None) -> list[dict]:
+    """A cell for each task, kind (every prefix of its path, and "all"), method and keep; with `against`, also the
+    differences to that method at the same keep, paired answer by answer."""
+    groups = {}
+    for r in records:
+        for j, a in enumerate(r["answers"]):
+            path = a["kind"].split("/")
+            kinds = dict.fromkeys(["/".join(path[:n]) for n in range(len(path), 0, -1)] + ["all"])
+            for kind in kinds:
+                groups.setdefault((r["task"], kind, r["method"], r["keep"]), []).append((r, j, a))
+    cells = []
+    for (task, kind, method, keep), found in groups.items():
+        units, weights = [r["unit"] for r, _, _ in found], [a["weight"] for _, _, a in found]
+        contexts = list({r["case"]: r for r, _, _ in found}.values())
+        cell = {"task": task, "kind": kind, "method": method, "keep": keep, "n": len(found), "contexts": len(contexts),
+                **{x: round(float(np.mean([r[x] for r in contexts])), 1) for x in ("N", "K")},
+                "cache_bytes": round(float(np.mean([r["bytes"] for r in contexts]))), "mean": {}, "ci95": {},
+                "seconds": {x: round(float(np.mean([r["seconds"][x] for r in contexts])), 4)
+                            for x in ("prefill", "compress", "decode")}}
+        other = {(r["case"], j): a for r, j, a in groups.get((task, kind, against, keeps_of(against, [keep])[0]), [])}
+        pairs = [(a, other.get((r["case"], j))) for r, j, a in found]
+        for metric in METRICS[task]:
+            mean, ci = mean_and_interval(units, [a[metric] for _, _, a in found], weights)
+            cell["mean"][metric], cell["ci95"][metric] = round(mean, 5), [round(x, 5) for x in ci]
+            if against and all(b for _, b in pairs):
+                mean, ci = mean_and_interval(units, [a[metric] - b[metric] for a, b in pairs], weights)
+                cell.setdefault("difference", {"against": against, "mean": {}, "ci95": {}})
+                cell["difference"]["mean"][metric] = round(mean, 5)
+                cell["difference"]["ci95"][metric] = [round(x, 5) for x in ci]
+        cells.append(cell)
+    return cells
+
+
+def print_table(cells: list[dict]) -> None:
+    """For each task and kind the headline metric: a row per method, a column per kept fraction, with intervals."""
+    for task in dict.fromkeys(c["task"] for c in cells):
+        mine = [c for c in cells if c["task"] == task]
+        metric = next(iter(METRICS[task]))
+        for kind in sorted({c["kind"] for c in mine}, key=lambda k: (k.count("/"), k == "all", k)):
+            at = {(c["method"], c["keep"]): c for c in mine if c["kind"] == kind}
+            if "/" in kind or (kind != "all" and len({c["kind"] for c in mine}) == 2):
+                continue
+            keeps = sorted({keep for _, keep in at if 0 < keep < 1}, reverse=True)
+            some = next(iter(at.values()))
+            print(f"\n{task} · {kind}: {metric} (95 %)    n = {some['n']} in {some['contexts']} documents of "
+                  f"{some['N']:.0f} tokens")
+            print(f"{'':22}" + "".join(f"{f'keep {keep}':>22}" for keep in keeps or [""]))
+            for m in dict.fromkeys(m for m, _ in at):
+                row = [at.get((m, keep)) for keep in (keeps if (m, 1.0) not in at and (m, 0.0) not in at else
+                                                      keeps_of(m, []))]
+                text = [f"{c['mean'][metric]:.3f} ({c['ci95'][metric][0]:.3f}–{c['ci95'][metric][1]:.3f})" if c else ""
+                        for c in row]
+                print(f"{m:22}" + "".join(f"{x:>22}" for x in text))

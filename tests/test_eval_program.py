@@ -1,0 +1,140 @@
+"""eval.py as a user runs it: every task on a tiny model, interrupted and continued, with good and with bad input."""
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT, tiny_compressor
+from compress import save_adapter
+from data.records import load_records
+from data.tokenizer import Tokenizer
+from model import load_llama
+from test_programs import one_line_error, run, write_model
+from test_tasks import squad_file
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny model with an adapter, and small files of our own for every task."""
+    folder = tmp_path_factory.mktemp("eval")
+    weights = write_model(folder / "tiny")
+    model, tok = load_llama(weights), Tokenizer(weights)
+    save_adapter(folder / "adapter", tiny_compressor(model), model, tok, {})
+    squad_file(folder / "squad.json")
+    (folder / "hay.txt").write_text(" ".join(f"This is sentence {i} of many." for i in range(400)))
+    texts = ["The mill was built by Ada. It burned in 1817, and nobody rebuilt it. " * 4, "Ships came at dawn. " * 9]
+    (folder / "s.jsonl").write_text("".join(json.dumps({"document": t, "summary": t[:30]}) + "\n" for t in texts))
+    asked = {"question": "Who?", "options": ["Ada", "Ben", "Cy"], "answer": 0}
+    (folder / "c.jsonl").write_text("".join(json.dumps({"document": t} | asked) + "\n" for t in texts))
+    (folder / "texts").mkdir()
+    for i in range(60):
+        (folder / "texts" / f"{i}.txt").write_text(f"Text {i} says that the Old Mill was built in {1500 + i}. " * 15)
+    return folder
+
+
+def flags(files, *more, data=("squad=squad.json", "niah=hay.txt", "summary=s.jsonl", "choice=c.jsonl", "cost=hay.txt",
+                              "fidelity=texts")):
+    return ("--weights", files / "tiny", "--adapter", files / "adapter", "--dtype", "fp32", "--device", "cpu",
+            *(x for d in data for x in ("--data", d.replace("=", f"={files}/"))), *more)
+
+
+@pytest.fixture(autouse=True)
+def shards(monkeypatch, tmp_path):
+    import eval as program
+    monkeypatch.setattr(program, "SHARDS", tmp_path / "shards")
+
+
+def test_all_tasks_in_one_run_then_continued_with_another_method(files, tmp_path):
+    out = tmp_path / "r.json"
+    what = ("--tasks", "squad,niah,summary,choice,cost", "--n", "6", "--keep", "0.5,0.2", "--pack", "2", "--lengths",
+            "700", "--depths", "0,1", "--out", out)
+    stdout, _ = run("eval.py", *flags(files, *what, "--methods", "full,none,random,kvzip,kvdistill"))
+    result = json.loads(out.read_text())
+    cells = {(c["task"], c["kind"], c["method"], c["keep"]): c for c in result["cells"]}
+    for task, metric in (("squad", "f1"), ("niah", "match"), ("summary", "rougeL"), ("choice", "accuracy"),
+                         ("cost", "tokens_per_s")):
+        for method, keep in (("full", 1.0), ("none", 0.0), ("random", 0.2), ("kvdistill", 0.5), ("kvzip", 0.2)):
+            c = cells[task, "all", method, keep]
+            low, high = c["ci95"][metric]
+            assert low <= c["mean"][metric] <= high and c["n"] > 0
+            assert set(c["seconds"]) == {"prefill", "compress", "decode"}
+            assert (c["K"] == c["N"]) == (method == "full") and (c["K"] == 0) == (method == "none")
+        assert cells[task, "all", "random", 0.2]["cache_bytes"] < 0.4 * cells[task, "all", "full", 1.0]["cache_bytes"]
+    assert cells["squad", "all", "random", 0.2]["n"] == 6
+    assert cells["choice", "all", "full", 1.0]["mean"]["chance"] == 0.33333
+    assert ("niah", "single/700/1.0", "kvzip", 0.5) in cells and ("cost", "700", "full", 1.0) in cells
+    assert {"command", "commit", "seed", "threads", "device", "versions", "settings", "seconds"} <= set(result)
+    means = json.loads(stdout.strip().splitlines()[-1])
+    assert means["squad"]["all"]["kvzip"]["0.2"] == cells["squad", "all", "kvzip", 0.2]["mean"]
+    before = load_records(out.with_suffix(".jsonl.gz"))
+    assert all("prediction" in a for r in before if r["task"] in ("squad", "niah", "summary") for a in r["answers"])
+
+    more, _ = run("eval.py", *flags(files, *what, "--methods", "none,streaming,kvdistill", "--against", "streaming"))
+    assert "summary: 6 of 10 caches were asked before and are skipped" in more
+    after = load_records(out.with_suffix(".jsonl.gz"))
+    assert after[:len(before)] == before and {r["method"] for r in after[len(before):]} == {"streaming"}
+    again = {(c["task"], c["kind"], c["method"], c["keep"]): c for c in json.loads(out.read_text())["cells"]}
+    assert all(again[k]["mean"] == c["mean"] for k, c in cells.items())
+    difference = again["squad", "all", "kvdistill", 0.2]["difference"]
+    assert difference["against"] == "streaming"
+    assert difference["mean"]["f1"] == pytest.approx(again["squad", "all", "kvdistill", 0.2]["mean"]["f1"]
+                                                     - again["squad", "all", "streaming", 0.2]["mean"]["f1"], abs=2e-5)
+    assert "squad n = 6, this run has 7" in one_line_error("eval.py", *flags(files, *what[:3], "7", *what[4:]))
+
+
+def test_a_killed_run_goes_on_where_it_stopped(files, tmp_path):
+    """SIGKILL in the middle; then the same command: nothing asked twice, and the same cells as in one go."""
+    what = ("--tasks", "niah", "--n", "12", "--keep", "0.5", "--lengths", "700", "--depths", "0,1", "--methods",
+            "random,kvdistill")
+    out = tmp_path / "killed.json"
+    p = subprocess.Popen([sys.executable, ROOT / "eval.py", *map(str, flags(files, *what, "--out", out))], cwd=ROOT,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    answers = out.with_suffix(".jsonl.gz")
+    while not (answers.exists() and len(answers.read_bytes()) > 600):
+        assert p.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    done = len(load_records(answers))
+    assert 0 < done < 24 and json.loads(out.read_text())["cells"] == []
+    stdout, _ = run("eval.py", *flags(files, *what, "--out", out))
+    assert f"niah: {done} of 24 caches were asked before" in stdout
+    whole = tmp_path / "whole.json"
+    run("eval.py", *flags(files, *what, "--out", whole))
+    timeless = lambda path: [{k: v for k, v in c.items() if k != "seconds"}  # noqa: E731
+                             for c in json.loads(path.read_text())["cells"]]
+    assert timeless(out) == timeless(whole)
+
+
+def test_fidelity_on_texts_and_squad_answers(files):
+    stdout, _ = run("eval.py", *flags(files, "--tasks", "fidelity", "--n", "2", "--context", "300", "--keep", "0.2",
+                                      "--methods", "full,none,kvdistill"))
+    means = json.loads(stdout.strip().splitlines()[-1])["fidelity"]
+    assert set(means) == {"all", "continue", "recite", "cloze", "squad"}
+    assert means["all"]["full"]["1.0"]["kl"] < 1e-6 < means["all"]["kvdistill"]["0.2"]["kl"]
+
+
+def test_bad_input_is_one_line_that_says_what_to_do(files, tmp_path):
+    for args, message in ((("--tasks", "squod"), "'squod' is unknown, expected some of fidelity, squad"),
+                          (("--methods", "magic"), "'magic' is unknown, expected some of full, none, random"),
+                          (("--keep", "2"), "--keep is '2'"), (("--keep", "half"), "--keep is 'half'"),
+                          (("--lengths", "1"), "--lengths is '1'"), (("--depths", "5"), "--depths is '5'"),
+                          (("--n", "0"), "at least 1"), (("--against", "tova"), "expected one of --methods"),
+                          (("--out", str(tmp_path)), "expected the name of a file"),
+                          (("--data", "squad"), "expected TASK=PATH"), (("--plot",), "--plot draws what --out names")):
+        assert message in one_line_error("eval.py", *flags(files, *args)), args
+    assert "needs its file: --data squad=PATH" in one_line_error("eval.py", *flags(files, "--tasks", "squad", data=()))
+    assert "no such file" in one_line_error("eval.py", *flags(files, "--tasks", "squad", data=("squad=none.json",)))
+    assert "made for a model with" in one_line_error("eval.py", "--weights", write_model(tmp_path / "other", n_layer=7),
+                                                     "--adapter", files / "adapter", "--dtype", "fp32")
+    small = write_model(tmp_path / "small", max_positions=800)
+    model = load_llama(small)
+    save_adapter(tmp_path / "small-adapter", tiny_compressor(model), model, Tokenizer(small), {})
+    what = ("--weights", small, "--adapter", tmp_path / "small-adapter", "--tasks", "cost", "--data",
+            f"cost={files}/hay.txt", "--lengths", "790", "--n", "1", "--methods", "full", "--dtype", "fp32")
+    assert "790 tokens, the model 800 positions" in one_line_error("eval.py", *what)
+    out, _ = run("eval.py", *what, "--truncate")
+    assert "cost: 1 documents were cut" in out

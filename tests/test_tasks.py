@@ -1,0 +1,198 @@
+"""Metrics on hand-worked cases and against their reference packages; documents and questions of every task."""
+import json
+import random
+
+import pytest
+from transformers.data.metrics import squad_metrics
+
+from data import BadInput
+from data.tasks import (N_KEYS, Case, Query, choice, contains, cost, exact_match, f1, fidelity, niah, normalize,
+                        rouge_l, spread, squad, squad_answers, string_match_all, summary)
+from data.tokenizer import Tokenizer
+from test_data import tiny_tokenizer_json
+
+
+@pytest.fixture
+def tok(tmp_path):
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json()), encoding="utf-8")
+    return Tokenizer(tmp_path / "tok")
+
+
+# metrics ------------------------------------------------------------------------------------------------------------
+
+def test_squad_metrics_by_hand():
+    assert normalize(" The  Cat's, hat! ") == "cats hat"
+    assert exact_match("the Cat", ["a dog", "cat."]) == 1 and exact_match("cats", ["cat"]) == 0
+    assert f1("the cat sat", ["cat"]) == 2 / 3                       # precision 1/2, recall 1
+    assert f1("in 1817", ["1817", "year 1817"]) == 2 / 3
+    assert f1("b b a", ["b"]) == f1("b b", ["b"]) == 2 / 3           # "a" is an article; only one b counts
+    assert contains("It was built in 1817, they say.", ["1817"]) == 1 and contains("18170", ["1817"]) == 0
+    assert contains("new york", ["New York City", "York"]) == 1
+    for metric in (exact_match, f1, contains):
+        assert metric("", ["x"]) == 0
+    assert exact_match("", ["the"]) == 1 and f1("", ["the"]) == contains("", ["the"]) == 0, "as the v1.1 script has it"
+
+
+def test_squad_metrics_equal_the_reference():
+    rng = random.Random(0)
+    words = ["The", "cat", "sat,", "a", "mat.", "1,000", "an", "Old", "old", "cat's", "-"]
+    for _ in range(300):
+        a, b = (" ".join(rng.choices(words, k=rng.randint(1, 5))) for _ in "ab")
+        assert exact_match(a, [b]) == squad_metrics.compute_exact(b, a), (a, b)
+        if normalize(a) and normalize(b):  # v2's script, which transformers has, counts two empty answers as right
+            assert f1(a, [b]) == pytest.approx(squad_metrics.compute_f1(b, a)), (a, b)
+
+
+def test_needle_metric_by_hand():
+    assert string_match_all("It is 1234567.", ["1234567"]) == 1 and string_match_all("12345678", ["1234567"]) == 1
+    assert string_match_all("123456", ["1234567"]) == 0 == string_match_all("", ["7"])
+    assert string_match_all("7 and Nine", ["7", "nine", "5"]) == 2 / 3
+
+
+def test_rouge_by_hand_and_equal_to_the_reference():
+    assert rouge_l("the cat sat", ["the cat ran"]) == 2 / 3
+    assert rouge_l("a b c d", ["d c b a"]) == 0.25 and rouge_l("b d", ["a b c d"]) == 2 / 3
+    assert rouge_l("", ["x"]) == rouge_l("x", [""]) == 0 and rouge_l("x", ["y", "X!"]) == 1
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
+    rng = random.Random(0)
+    words = "The bill, (H.R. 12) amends naïve law's part-time workers in 2019".split()
+    for _ in range(100):
+        a, b = (" ".join(rng.choices(words, k=rng.randint(0, 30))) for _ in "ab")
+        assert rouge_l(a, [b]) == pytest.approx(scorer.score(b, a)["rougeL"].fmeasure), (a, b)
+
+
+# documents and questions --------------------------------------------------------------------------------------------
+
+def squad_file(path, articles=3, paragraphs=4):
+    def paragraph(a, p):
+        qas = [{"question": f"Who built mill {a}-{p}-{q}?", "answers": [{"text": f"Ada {q}"}, {"text": f"Ada {q}"}]}
+               for q in range(2)]
+        return {"context": f"Mill {a}-{p} stands here. Ada built it.", "qas": [*qas, {"question": "?", "answers": []}]}
+    data = [{"title": f"T{a}", "paragraphs": [paragraph(a, p) for p in range(paragraphs)]} for a in range(articles)]
+    path.write_text(json.dumps({"data": data}))
+    return path
+
+
+def text_of(tok, case: Case) -> str:
+    return tok.decode(case.context[case.n_protect:])
+
+
+def test_squad_packs_paragraphs_and_spreads_questions(tok, tmp_path, capsys):
+    path = squad_file(tmp_path / "squad.json")
+    cases = squad(tok, path, 12, 0, pack=2)
+    assert [len(c.queries) for c in cases] == [2] * 6, "twelve questions over six documents"
+    assert [c.unit for c in cases] == ["T0/0", "T0/1", "T1/2", "T1/3", "T2/4", "T2/5"]
+    assert text_of(tok, cases[1]) == "Mill 0-2 stands here. Ada built it.\n\nMill 0-3 stands here. Ada built it."
+    for c in cases:
+        for q in c.queries:
+            asked = tok.decode(q.prompt).split("mill ")[1].split("?")[0]
+            assert tok.decode(q.prompt).endswith('The answer is "')
+            assert f"Mill {asked[:3]}" in text_of(tok, c) and q.gold == [f"Ada {asked[4:]}"]
+    assert squad(tok, path, 12, 0, pack=2) == cases != squad(tok, path, 12, 1, pack=2)
+    assert sum(len(c.queries) for c in squad(tok, path, 999, 0)) == 24
+    assert "--n 999 is more than there is: 24 questions" in capsys.readouterr().out
+
+
+def test_squad_answers_fill_documents_of_a_given_length(tok, tmp_path):
+    path = squad_file(tmp_path / "squad.json")
+    one = len(tok.encode("Mill 0-2 stands here. Ada built it."))
+    cases = squad_answers(tok, path, 6, 0, n_context=3 * one)
+    assert len(cases) == 6 and {c.unit for c in cases} == {"squad/T0", "squad/T1", "squad/T2"}
+    for c in cases:
+        assert 2 * one < c.n <= 3 * one and text_of(tok, c).count("Mill") == 2
+        assert all(q.kind == "squad" and tok.decode(q.answer) == q.gold[0] + '"' for q in c.queries)
+
+
+def test_spread_takes_from_every_group_in_turn():
+    parts = spread([[1, 2, 3], [4], []], 3, random.Random(0))
+    assert [len(p) for p in parts] == [2, 1, 0] and set(parts[0]) < {1, 2, 3}
+    assert [sorted(p) for p in spread([[1, 2], [3]], 9, random.Random(0))] == [[1, 2], [3]]
+
+
+@pytest.fixture
+def haystack(tmp_path):
+    path = tmp_path / "hay.txt"
+    path.write_text(" ".join(f"This is sentence {i} of many." for i in range(400)))
+    return path
+
+
+def test_needles_lie_where_they_should(tok, haystack):
+    cases = niah(tok, haystack, 12, 0, [1000, 2000], [0.0, 0.5, 1.0])
+    assert len(cases) == 12
+    kinds = [c.queries[0].kind for c in cases]
+    assert kinds[:3] == ["single/1000/0.0", "single/1000/0.5", "single/1000/1.0"] and "2000/0.0" in kinds[4]
+    seen = set()
+    for c in cases:
+        text, (kind, length, _) = text_of(tok, c), c.queries[0].kind.split("/")
+        assert text.startswith("Some special magic numbers") and abs(c.n - int(length)) <= 30
+        assert len(c.queries) == (1 if kind == "single" else N_KEYS) == text.count("One of the special magic numbers")
+        for q in c.queries:
+            value, = q.gold
+            key = tok.decode(q.prompt).split(" number for ")[1].split(" mentioned")[0]
+            assert f"One of the special magic numbers for {key} is: {value}." in text and len(value) == 7
+            assert tok.decode(q.prompt).endswith(f"special magic number for {key} mentioned in the provided text is")
+            share = text.index(value) / len(text)
+            assert abs(share - float(q.kind.split("/")[2])) < 0.35, "introduction and other needles move it"
+            seen.add((key, value))
+    assert len(seen) == sum(len(c.queries) for c in cases), "new keys and values in every document"
+    assert niah(tok, haystack, 12, 0, [1000, 2000], [0.0, 0.5, 1.0]) == cases
+    with pytest.raises(BadInput, match="tokens, 99999 are asked for"):
+        niah(tok, haystack, 1, 0, [99999], [0.5])
+
+
+def test_summary_and_choice_read_their_layouts(tok, tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_text('{"report": "Long text.", "summary": "Short."}\n\n{"document": "Another.", "summary": "It."}\n')
+    cases = summary(tok, path, 2, 0)
+    found = {text_of(tok, c): c.queries[0].gold for c in cases}
+    assert found == {"Another.": ["It."], "Long text.": ["Short."]}
+    path.write_text('{"document": "D1", "question": "Q1?", "options": ["x", "y"], "answer": 1}\n'
+                    '{"document": "D1", "question": "Q2?", "options": ["x", "y"], "answer": "x"}\n'
+                    '{"article": "D2", "questions": [{"question": "Q3?", "options": ["u", "v", "w"], '
+                    '"gold_label": 3}]}\n')
+    cases = choice(tok, path, 3, 0)
+    assert [len(c.queries) for c in cases] == [2, 1] and [text_of(tok, c) for c in cases] == ["D1", "D2"]
+    found = {tok.decode(q.prompt).split("?")[0].strip(): q for c in cases for q in c.queries}
+    assert {k: q.gold for k, q in found.items()} == {"Q1": ["y"], "Q2": ["x"], "Q3": ["w"]}
+    assert "- u\n- v\n- w" in tok.decode(found["Q3"].prompt)
+
+
+@pytest.mark.parametrize("build, text, message", [
+    (squad, "{", "not valid JSON"), (squad, "{}", "not in SQuAD's layout"),
+    (squad, '{"data": [{"title": "a", "paragraphs": [{"qas": []}]}]}', "article 1"),
+    (squad, '{"data": []}', "no question with an answer"),
+    (summary, "", "no line with an object"), (summary, '{"document": "x", "summary": "y"}\n{', ":2: not valid JSON"),
+    (summary, '{"text": "x", "summary": "y"}', ":1: no text under 'document' or 'report'; it has text, summary"),
+    (summary, "[1]", ":1: a JSON list"),
+    (choice, '{"document": "x", "question": "q", "options": ["y"]}', "two or more"),
+    (choice, '{"document": "x", "question": "q", "options": ["y", "z"], "answer": 2}', ":1: answer is 2"),
+])
+def test_broken_data_is_refused_with_its_place(tok, tmp_path, build, text, message):
+    path = tmp_path / "broken"
+    path.write_text(text)
+    with pytest.raises(BadInput, match="broken") as e:
+        build(tok, path, 5, 0)
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_fidelity_has_enough_documents_of_every_kind(tok, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(60):
+        (texts / f"{i}.txt").write_text(f"Text {i} says that the Old Mill was built in {1500 + i} by Ada. " * 12)
+    cases = fidelity(tok, 5, 0, 300, str(texts), tmp_path / "shards", squad_file(tmp_path / "squad.json"))
+    count = {}
+    for c in cases:
+        for kind in {q.kind for q in c.queries}:
+            count[kind] = count.get(kind, 0) + 1
+        assert all(q.answer and q.prompt for q in c.queries)
+    assert count == {"continue": 5, "recite": 5, "cloze": 5, "squad": 5}, "plain texts have no titles to ask for"
+    assert fidelity(tok, 5, 0, 300, str(texts), tmp_path / "shards")[0] == cases[0]
+
+
+def test_cost_has_one_document_per_length_and_repeat(tok, haystack):
+    cases = cost(tok, haystack, 2, [64, 128])
+    assert [c.n for c in cases] == [64, 64, 128, 128]
+    assert [c.queries[0].kind for c in cases] == ["64", "64", "128", "128"]
+    assert isinstance(cases[0].queries[0], Query)
