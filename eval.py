@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import math
+import platform
 import random
 import time
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from data.judge import Judge, clock
 from data.prepare import SHARDS
 from data.records import append_records, cells_of, continue_from, keeps_of, print_table
 from data.tasks import MAX_NEW_TOKENS, METRICS, Case
-from data.weights import add_model_flags, open_model, seed_flag
+from data.weights import add_model_flags, model_name, open_model, seed_flag
 from model import Cache, Llama, gather
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)
@@ -53,12 +54,12 @@ def weights(q, k, own: int, block: int = 256) -> Iterator[torch.Tensor]:
     own: the index among the keys of query 0's own; what lies before it, every query sees. Yields fp32 (G, H/G, t, S):
     blocks, because all of them at 8k tokens would take 2.4 GB for each layer of nine heads.
     """
-    _, H, T, d = q.shape
-    q = q[0].view(k.shape[1], -1, T, d)                                                    # (G, H/G, T, d)
-    place = torch.arange(k.shape[2], device=k.device)
+    (_, H, T, d), (_, G, S, _) = q.shape, k.shape
+    place = torch.arange(S, device=k.device)
     for i in range(0, T, block):
-        logits = (q[:, :, i:i + block] @ k[0, :, None].transpose(2, 3)).float() * d ** -0.5
-        query = own + i + torch.arange(logits.shape[2], device=k.device)
+        rows = q[0].view(G, H // G, T, d)[:, :, i:i + block]                               # (G, H/G, t, d)
+        logits = (rows.reshape(G, -1, d) @ k[0].transpose(1, 2)).float().view(*rows.shape[:3], S) * d ** -0.5
+        query = own + i + torch.arange(rows.shape[2], device=k.device)
         yield logits.masked_fill_(place > query[:, None], -math.inf).softmax(-1)
 
 
@@ -84,16 +85,15 @@ def knorm(full: Cache):
     return -torch.stack([k[0].float().norm(dim=-1) for k in full.k])
 
 
-def h2o(model: Llama, ctx: Context, k: int | None = None):
-    """Attention a token has received from all others, summed; of k tokens the last k/2 stay (H2O, arXiv 2306.14048).
+def h2o(model: Llama, ctx: Context):
+    """Attention a token has received from all others, summed; mean over the query heads of a group (H2O, arXiv
+    2306.14048). kvpress divides the sum by the number of queries that could see the token."""
+    return watched(model, ctx.tokens, None, lambda q, k: sum(w.sum(2) for w in weights(q, k, 0)).mean(1))
 
-    Mean over the query heads of a group. kvpress divides the sum by the number of queries that could see the token and
-    forces no recent ones. k None: the sums alone.
-    """
-    scores = watched(model, ctx.tokens, None, lambda q, k: sum(w.sum(2) for w in weights(q, k, 0)).mean(1))
-    if k is not None and k > 1:
-        scores[..., -(k // 2):] = math.inf
-    return scores
+
+def with_recent(scores, count: int):
+    """The last `count` tokens stay whatever they score: half of H2O's budget (kvpress's version forces none)."""
+    return torch.cat([scores[..., :scores.shape[-1] - count], torch.full_like(scores[..., :count], math.inf)], -1)
 
 
 def snapkv(model: Llama, ctx: Context, full: Cache, window: int, kernel: int = KERNEL):
@@ -181,19 +181,19 @@ class Document:
         self.seconds = {"read": t1 - t0, "prefill": clock(model) - t0}
 
     def scores(self, name: str, k: int):
-        """(N,) or (L, G, N) fp32. Those of h2o and snapkv depend on how many tokens are kept."""
+        """(N,) or (L, G, N) fp32. Those of h2o and snapkv depend on k, the tokens to keep."""
         window = max(1, min(WINDOW, k // 2))
-        key = (name, {"h2o": k, "snapkv": window}.get(name))
+        key = (name, window if name == "snapkv" else None)
         if key not in self.memo:
             rng = torch.Generator().manual_seed(random.Random(self.seed).getrandbits(62))
             self.memo[key] = {"random": lambda: random_scores(self.ctx, rng),
                               "streaming": lambda: streaming(self.ctx),
                               "knorm": lambda: knorm(self.full),
-                              "h2o": lambda: h2o(self.model, self.ctx, k),
+                              "h2o": lambda: h2o(self.model, self.ctx),
                               "snapkv": lambda: snapkv(self.model, self.ctx, self.full, window),
                               "tova": lambda: tova(self.model, self.ctx, self.full),
                               "kvzip": lambda: kvzip(self.model, self.tok, self.ctx, self.full)}[name]()
-        return self.memo[key]
+        return with_recent(self.memo[key], k // 2) if name == "h2o" else self.memo[key]
 
     def cache(self, method: str, keep: float) -> Cache:
         """The short cache of one method: one row, or, for `question`, a row per query."""
@@ -418,7 +418,9 @@ def main() -> None:
 
     out = None if a.out is None else Path(a.out)
     answers = out and out.with_suffix(".jsonl.gz")
-    result = {"settings": settings, **about, "device": str(model.device), "versions": {"torch": torch.__version__}}
+    result = {"settings": settings, **about, "model": model_name(a.weights), "adapter": a.adapter or "newest",
+              "device": str(model.device),
+              "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     records = continue_from(out, answers, result) if out else []
     comps = compressors(comp, model, a.seed)
     for task, cases in work.items():

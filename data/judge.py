@@ -22,7 +22,7 @@ def divergence(log_q, log_p):
     log_m = ((p + q) / 2).clamp(min=1e-38).log()
     kl = torch.linalg.vecdot(p, log_p - log_q)
     js = (torch.linalg.vecdot(p, log_p - log_m) + torch.linalg.vecdot(q, log_q - log_m)) / 2
-    return torch.stack([kl, js, (log_q.argmax(-1) == log_p.argmax(-1)).float()])
+    return torch.stack([kl.clamp(min=0), js.clamp(min=0), (log_q.argmax(-1) == log_p.argmax(-1)).float()])
 
 
 class Judge:

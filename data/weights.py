@@ -50,6 +50,10 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
                    help="of the frozen model; auto (the default): what is fast on the device")
 
 
+def model_name(weights: str | None) -> str:
+    return "SmolLM2-135M-Instruct, Q4_1 dequantised" if weights is None else Path(weights).resolve().name
+
+
 def seed_flag(text: str) -> int:
     if not text.isdigit() or int(text) >= 1 << 32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^32 - 1")
