@@ -435,8 +435,10 @@ def main() -> None:
             if answers:
                 append_records(answers, part)
             bar.set_postfix_str(running(records, task, metric, lists["methods"]))
-        result["seconds"] = round(result.get("seconds", 0) + time.perf_counter() - start, 1)
-        start = time.perf_counter()
+        spent, start = time.perf_counter() - start, time.perf_counter()
+        result["seconds"] = round(result.get("seconds", 0) + spent, 1)
+        fresh = [r for r in records if r["task"] == task and (r["case"], r["method"], r["keep"]) not in done]
+        print(f"{task}: {sum(len(r['answers']) for r in fresh)} answers from {len(fresh)} caches in {spent:.0f} s")
         result["cells"] = cells_of(records, a.against)
         if out:
             write_json(out, result)

@@ -88,11 +88,20 @@ def mean_and_interval(units, values, weights=None, resamples: int = 1000) -> tup
     return float(sums.sum() / counts.sum()), [float(low), float(high)]
 
 
+def finished(records: list[dict]) -> list[dict]:
+    """The records of those methods and kept fractions that were asked about all of a task's documents."""
+    seen = {}
+    for r in records:
+        seen.setdefault(r["task"], {}).setdefault((r["method"], r["keep"]), set()).add(r["case"])
+    every = {task: max(map(len, groups.values())) for task, groups in seen.items()}
+    return [r for r in records if len(seen[r["task"]][r["method"], r["keep"]]) == every[r["task"]]]
+
+
 def cells_of(records: list[dict], against: str | None = None) -> list[dict]:
     """A cell for each task, kind (every prefix of its path, and "all"), method and keep; with `against`, also the
     differences to that method at the same keep, paired answer by answer."""
     groups = {}
-    for r in records:
+    for r in finished(records):
         for j, a in enumerate(r["answers"]):
             path = a["kind"].split("/")
             kinds = dict.fromkeys(["/".join(path[:n]) for n in range(len(path), 0, -1)] + ["all"])

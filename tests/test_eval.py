@@ -277,6 +277,11 @@ def test_cells_by_hand():
     assert cell["b", "ours"]["seconds"] == {"prefill": 1, "compress": 2, "decode": 3}
 
 
+def test_a_method_asked_about_some_documents_only_has_no_cell(model, comps):
+    found = records(model, comps, methods=("none", "random")) + records(model, comps, methods=("knorm",), cases=(1,))
+    assert {(c["method"], c["contexts"]) for c in cells_of(found)} == {("none", 2), ("random", 2)}
+
+
 def test_a_case_gives_the_same_record_whoever_measures_it(model, comps):
     """In one process or shared out over two ranks, in any order."""
     drop = lambda rs: [{k: v for k, v in r.items() if k != "seconds"} for r in rs]  # noqa: E731
