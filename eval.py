@@ -367,6 +367,8 @@ def check(a: argparse.Namespace) -> dict:
     if a.out is not None and (not a.out or Path(a.out).is_dir()):
         raise BadInput(f"--out {a.out!r}: expected the name of a file")
     if a.plot:
+        if "cost" in lists["tasks"] and "full" not in lists["methods"]:
+            raise BadInput("--plot draws cost against the method full; add it to --methods")
         if a.out is None:
             raise BadInput("--plot draws what --out names: give both")
         try:

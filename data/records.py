@@ -109,6 +109,10 @@ def finished(records: list[dict]) -> list[dict]:
     for r in records:
         seen.setdefault(r["task"], {}).setdefault((r["method"], r["keep"]), set()).add(r["case"])
     every = {task: max(map(len, groups.values())) for task, groups in seen.items()}
+    for task, groups in seen.items():
+        half = [f"{m} {keep:g} ({len(cases)})" for (m, keep), cases in groups.items() if len(cases) < every[task]]
+        if half:
+            print(f"{task}: {every[task]} documents; left out, as asked about fewer: {', '.join(half)}")
     return [r for r in records if len(seen[r["task"]][r["method"], r["keep"]]) == every[r["task"]]]
 
 

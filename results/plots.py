@@ -1,0 +1,167 @@
+"""Draw the figures of results/*.json (needs matplotlib):
+
+    python results/plots.py          # README's figures, results/*.png
+
+`eval.py --plot --out FILE.json` draws the same for one result.
+"""
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import BadInput  # noqa: E402
+from data.tasks import METRICS  # noqa: E402
+
+NAMES = {"kl": "KL to the full cache, nats per token", "f1": "SQuAD F1", "match": "values found", "rougeL": "ROUGE-L F",
+         "accuracy": "accuracy"}
+COLOURS = {"kvdistill": "#c1121f", "kvdistill:random": "#e9a6a6", "no-routing": "#b5838d", "kvzip": "#1d4e89",
+           "snapkv": "#3a86c8", "h2o": "#6a994e", "tova": "#a7c957", "streaming": "#f4a259", "knorm": "#8d99ae",
+           "random": "#adb5bd", "truncate": "#9c6644", "question": "#000000"}
+
+
+def style(method: str) -> dict:
+    return {"color": COLOURS.get(method, "#7b2cbf"), "lw": 2.4 if method == "kvdistill" else 1.2,
+            "ls": ":" if method == "question" else "--" if method.startswith("kvdistill:") else "-",
+            "label": "question (sees the question)" if method == "question" else method,
+            "zorder": 3 if method == "kvdistill" else 2}
+
+
+def save(fig, path: Path) -> Path:
+    fig.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(fig)
+    return path
+
+
+def about(result: dict, cells: list[dict]) -> str:
+    c = cells[0]
+    return (f"{result['model']}, {result['settings']['dtype']}; n = {c['n']} in {c['contexts']} documents of "
+            f"{c['N']:.0f} tokens; bars: 95 % bootstrap over documents")
+
+
+def quality(result: dict, task: str, path: Path) -> Path:
+    """Headline metric against kept fraction, with intervals; the full cache as ceiling, no document as floor."""
+    metric = next(iter(METRICS[task]))
+    cells = [c for c in result["cells"] if c["task"] == task and c["kind"] == "all"]
+    keeps = sorted({c["keep"] for c in cells if 0 < c["keep"] < 1})
+    fig, ax = plt.subplots(figsize=(7, 4.2))
+    for method in dict.fromkeys(c["method"] for c in cells):
+        mine = sorted((c for c in cells if c["method"] == method), key=lambda c: c["keep"])
+        if method in ("full", "none"):
+            name = {"full": "full cache", "none": "no document"}[method]
+            ax.axhline(mine[0]["mean"][metric], color="#444444", lw=1, ls=(0, (1, 2)))
+            ax.annotate(name, (1, mine[0]["mean"][metric]), xycoords=("axes fraction", "data"), va="center", fontsize=8,
+                        xytext=(4, 0), textcoords="offset points")
+            continue
+        y = np.array([c["mean"][metric] for c in mine])
+        low, high = (np.array([(c["ci95"][metric] or [v, v])[i] for c, v in zip(mine, y)]) for i in (0, 1))
+        shift = 1.012 ** (list(COLOURS).index(method) - 6 if method in COLOURS else 7)  # so that bars do not overlap
+        ax.errorbar([c["keep"] * shift for c in mine], y, yerr=[y - low, high - y], marker="o", ms=3.5, capsize=2,
+                    elinewidth=0.8, **style(method))
+    ax.set_xscale("log")
+    ax.set_xticks(keeps, [f"{k:g}\n({1 / k:g}×)" for k in keeps])
+    ax.minorticks_off()
+    ax.set_xlabel("kept fraction (compression)")
+    ax.set_ylabel(NAMES.get(metric, metric))
+    ax.legend(fontsize=7, ncols=2, frameon=False)
+    ax.set_title(about(result, cells), fontsize=7, loc="left")
+    ax.spines[["top", "right"]].set_visible(False)
+    return save(fig, path)
+
+
+def needles(result: dict, path: Path) -> Path:
+    """Share of single needles found: depth against length, a panel per method, a row of panels per keep."""
+    cells = [c for c in result["cells"] if c["task"] == "niah" and c["kind"].startswith("single/")
+             and c["kind"].count("/") == 2]
+    at = {(c["method"], c["keep"], c["kind"]): c["mean"]["match"] for c in cells}
+    lengths = sorted({int(c["kind"].split("/")[1]) for c in cells})
+    depths = sorted({float(c["kind"].split("/")[2]) for c in cells})
+    methods = list(dict.fromkeys(c["method"] for c in cells))
+    keeps = sorted({c["keep"] for c in cells if 0 < c["keep"] < 1}, reverse=True) or [1.0]
+    fig, axes = plt.subplots(len(keeps), len(methods), figsize=(1.35 * len(methods), 1.75 * len(keeps)), squeeze=False,
+                             sharex=True, sharey=True)
+    for row, keep in zip(axes, keeps):
+        for ax, m in zip(row, methods):
+            key = {"full": 1.0, "none": 0.0}.get(m, keep)
+            grid = [[at.get((m, key, f"single/{x}/{d}"), np.nan) for x in lengths] for d in depths]
+            ax.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            ax.set_title(m, fontsize=7)
+            ax.set_xticks(range(len(lengths)), lengths, fontsize=5, rotation=90)
+            ax.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=5)
+        row[0].set_ylabel(f"keep {keep:g}\ndepth", fontsize=7)
+    axes[-1][0].set_xlabel("tokens", fontsize=6)
+    fig.suptitle(f"{result['model']}; needle found: red 0, green 1; {cells[0]['n']} documents a field", fontsize=7)
+    return save(fig, path)
+
+
+def cost_rows(result: dict) -> list[dict]:
+    """Per length and method: bytes, (prefill + compression) / plain prefill, rates, and the break-even: after how many
+    questions of one short answer each compressing has paid (None: never)."""
+    cells = {(int(c["kind"]), c["method"], c["keep"]): c for c in result["cells"]
+             if c["task"] == "cost" and c["kind"] != "all"}
+    if not any(method == "full" for _, method, _ in cells):
+        raise BadInput("cost is drawn against the method full; measure it too")
+    rows = []
+    for (length, method, keep), c in sorted(cells.items(), key=lambda x: x[0][0]):
+        full = cells[length, "full", 1.0]
+        spent, plain = c["seconds"]["prefill"] + c["seconds"]["compress"], full["seconds"]["prefill"]
+        gain = full["mean"]["question_s"] - c["mean"]["question_s"]
+        rows.append({"length": length, "method": method, "keep": keep, "bytes": c["cache_bytes"], "seconds": spent,
+                     "ratio": spent / plain, "tokens_per_s": c["mean"]["tokens_per_s"],
+                     "tokens_per_s_8": c["mean"]["tokens_per_s_8"],
+                     "break_even": max(0.0, (spent - plain) / gain) if gain > 0 else None})
+    return rows
+
+
+def cost(result: dict, path: Path) -> Path:
+    """Bytes, time to a cache, decoding speed and break-even against context length."""
+    rows = cost_rows(result)
+    fig, axes = plt.subplots(1, 4, figsize=(13, 3))
+    for key, ax, title in zip(("bytes", "ratio", "tokens_per_s_8", "break_even"), axes, (
+            "bytes of the cache", "(prefill + compression) / prefill", "tokens per second, batch 8",
+            "questions until compressing paid")):
+        for method in dict.fromkeys(r["method"] for r in rows):
+            mine = [r for r in rows if r["method"] == method and r[key] is not None]
+            if not (key == "break_even" and method in ("full", "none")):
+                look = style(method) | ({"color": "#444444", "ls": "--"} if method in ("full", "none") else {})
+                ax.plot([r["length"] for r in mine], [r[key] for r in mine], marker="o", ms=3, **look)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log" if key != "ratio" else "linear")
+        ax.set_title(title, fontsize=8)
+        ax.set_xlabel("context, tokens", fontsize=7)
+        ax.tick_params(labelsize=7)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=6, frameon=False)
+    keep = sorted({r["keep"] for r in rows if 0 < r["keep"] < 1})
+    fig.suptitle(f"{result['model']}, {result['settings']['dtype']}, {result['threads']} threads; keep "
+                 f"{', '.join(f'{k:g}' for k in keep)}", fontsize=7)
+    return save(fig, path)
+
+
+def draw(result: dict, out: Path) -> list[Path]:
+    """All figures that a result has cells for, as PNG files beside `out`."""
+    made = []
+    for task in dict.fromkeys(c["task"] for c in result["cells"]):
+        where = {"niah": "needles", "cost": "cost"}.get(task, "quality")
+        path = Path(out).with_name(f"{Path(out).stem}-{where}.png" if len(made) == 0 or where != "quality" else
+                                   f"{Path(out).stem}-{task}-{where}.png")
+        made.append({"niah": lambda: needles(result, path), "cost": lambda: cost(result, path)}.get(
+            task, lambda: quality(result, task, path))())
+    return made
+
+
+def main() -> None:
+    for name in ("fidelity", "squad", "niah", "cost"):
+        path = ROOT / "results" / f"{name}.json"
+        for made in draw(json.loads(path.read_text(encoding="utf-8")), path):
+            print(made)
+
+
+if __name__ == "__main__":
+    main()
