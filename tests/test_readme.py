@@ -29,7 +29,7 @@ def test_every_file_and_function_named_in_tables_exists():
 
 
 def test_every_flag_named_in_readme_exists():
-    programs = ("train.py", "compress.py", "eval.py", "data/weights.py")
+    programs = ("train.py", "compress.py", "eval.py", "data/weights.py", "data/options.py")
     sources = "".join((ROOT / f).read_text(encoding="utf-8") for f in programs)
     for flag in set(re.findall(r"(?<=[ `(])--([a-z][a-z-]+)", README)) - {"local-dir"}:
         assert f'"--{flag}"' in sources or f"{flag.replace('-', '_')}:" in sources, flag

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import tiny_compressor, tiny_llama
 from data.samples import Continuation, Sample, collate
 from model import attention_mask
-from train import AttentionTarget, Distiller, step_flops
+from train import AttentionTarget, Distiller, Work, step_flops
 
 
 def sample(seed, n_context=40, lengths=(9, 6)):
@@ -19,16 +19,16 @@ def sample(seed, n_context=40, lengths=(9, 6)):
 
 
 def distiller(model, comp, **changes):
-    return Distiller(model, comp, **(dict(lam=0.6, chunk=7, target=0.5, noise=0.0, tau=0.15) | changes))
+    return Distiller(model, comp, **(dict(lam=0.6, chunk=7, target=0.5, tau=0.15) | changes))
 
 
-def gradients(model, parts, keep=0.3, soft=False, **changes):
+def gradients(model, parts, keep=0.3, soft=False, noise=None, **changes):
     comp = tiny_compressor(model)
     rows = sum(int(b.supervised.sum()) for b in parts)
     contexts = sum(len(b.tokens) for b in parts)
     step, loss = distiller(model, comp, **changes), 0.0
     for b in parts:
-        out = step(b, keep, soft, rows, contexts)
+        out = step(Work.of(b, keep, soft, noise), soft, rows, contexts)
         out["loss"].backward()
         loss += float(out["loss"].detach())
     return loss, {name: p.grad for name, p in comp.named_parameters()}
@@ -61,7 +61,8 @@ def test_5_the_frozen_model_gets_no_gradient_and_keeps_every_bit(model):
     optimizer = torch.optim.AdamW(comp.parameters(), lr=1e-2)
     b, step = collate([sample(0)]), distiller(model, comp)
     for i in range(4):
-        step(b, 0.3, i % 2 == 0, int(b.supervised.sum()), 1)["loss"].backward()
+        soft = i % 2 == 0
+        step(Work.of(b, 0.3, soft), soft, int(b.supervised.sum()), 1)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
@@ -93,11 +94,11 @@ def test_attention_target_is_the_attention(model, compressor):
 
 
 def test_noise_changes_the_choice_and_nothing_else(model):
-    """Gumbel noise moves the selection; without it the step is deterministic."""
+    """Noise moves the selection; without it the step is deterministic."""
     b = [collate([sample(0)])]
     assert gradients(model, b)[0] == gradients(model, b)[0]
-    torch.manual_seed(0)
-    assert gradients(model, b, noise=5.0)[0] != gradients(model, b)[0]
+    noise = 5 * torch.randn(b[0].tokens.shape, generator=torch.Generator().manual_seed(0))
+    assert gradients(model, b, noise=noise)[0] != gradients(model, b)[0]
 
 
 def test_flops_agree_with_pytorchs_counter():
@@ -107,6 +108,6 @@ def test_flops_agree_with_pytorchs_counter():
     b = collate([sample(0, n_context=120, lengths=(40, 30)), sample(1, n_context=120, lengths=(40, 30))])
     rows = int(b.supervised.sum())
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it counts no CPU flash attention
-        distiller(model, comp, target=0.0)(b, 0.25, False, rows, 2)["loss"].backward()
-    ours = step_flops(model, comp.cfg.eta, 240, 140, 60, rows, 2)
+        distiller(model, comp, target=0.0)(Work.of(b, 0.25), False, rows, 2)["loss"].backward()
+    ours = step_flops(model.cfg, comp.cfg, 240, 140, 60, rows, 2, target=False)
     assert 0.85 < ours / counter.get_total_flops() < 1.15
