@@ -54,22 +54,22 @@ def rates(tokens: float, flops: float, seconds: float) -> dict:
 
 def gemm_rate(model: Llama, tokens: int, seconds: float = 2.0) -> float:
     """Operations per second of bare matrix products: one block's seven at `tokens` rows, in the model's dtype and on
-    its device, the best of those that fit into `seconds`. What a step is held against."""
+    its device, the median of those that fit into `seconds`. What a step is held against."""
     cfg, inner, kv = model.cfg, model.cfg.n_head * model.cfg.head_dim, model.cfg.n_kv_head * model.cfg.head_dim
     D, make = cfg.n_embd, {"device": model.device, "dtype": model.dtype}
     shapes = [(tokens, D, inner), (tokens, D, kv), (tokens, D, kv), (tokens, inner, D), (tokens, D, cfg.n_ffn),
               (tokens, D, cfg.n_ffn), (tokens, cfg.n_ffn, D)]
     work = [(torch.randn(m, k, **make), torch.randn(n, k, **make)) for m, k, n in shapes]
     wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-    best, until = float("inf"), time.perf_counter() + seconds
+    taken, until = [], time.perf_counter() + seconds
     while time.perf_counter() < until:
         wait()
         start = time.perf_counter()
         for x, w in work:
             F.linear(x, w)
         wait()
-        best = min(best, time.perf_counter() - start)
-    return sum(2 * m * k * n for m, k, n in shapes) / best
+        taken.append(time.perf_counter() - start)
+    return sum(2 * m * k * n for m, k, n in shapes) / sorted(taken)[len(taken) // 2]
 
 
 def choose_parallel(asked: str, folder: Path, dtype: str, size: int, local_size: int, device: torch.device) -> str:
