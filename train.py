@@ -97,7 +97,7 @@ class AttentionTarget:
             return
         B, H, T, d = q.shape
         q = q.view(B, k.shape[1], -1, d)                                     # (B, G, H/G·T, d)
-        logits = (q @ k.transpose(2, 3)).view(B, H, T, -1).float() * d ** -0.5 + self.mask
+        logits = (q @ k.transpose(2, 3)).view(B, H, T, -1).float().mul_(d ** -0.5).add_(self.mask)  # large: in place
         self.sum = self.sum + logits.softmax(-1)[..., :self.n].mean(1)       # (B, T, N)
         self.layers += 1
 

@@ -99,8 +99,8 @@ def empty_model(folder) -> Llama:
 
 
 def continuation_tokens(mix: dict, answer: int) -> float:
-    """Expected tokens asked about one context: what `data.samples` makes of each kind, on average (LOG.md)."""
-    return sum(count * {"continue": answer, "recite": 31 + answer, "cloze": 62, "title": 34}[kind]
+    """Tokens asked about one context: the average of what `data.samples` makes of each kind, measured (LOG.md)."""
+    return sum(count * {"continue": answer, "recite": 24 + answer, "cloze": 54, "title": 29}[kind]
                for kind, count in mix.items())
 
 
@@ -136,15 +136,19 @@ def memory(cfg: Config, c, mix: dict, dtype: str, size: int, parallel: str) -> d
     else:
         activations = adapted * read_block + L * ask_block
     context = n * e * (D + comp.eta * 2 * kv)                             # h^η, and the keys and values below it
+    short, logits = L * kept * e * 2 * kv, min(c.chunk, t) * V * (4 * 4 + 2 * e)
+    # the teacher, before all that: the cache of every other layer, and one layer's attention for the scorer's target
+    teacher = (L - comp.eta) * n * e * 2 * kv + t * cfg.n_head * (t_each + n / c.micro) * (8 + e) * (c.target > 0)
     return {
         "weights, frozen": weights,
         "adapters and scorer, fp32": 4.0 * trained,
         "their gradient" + (", and its flat copy" if size > 1 else ""): (4.0 if size == 1 else 8.0) * trained,
         "AdamW's two moments": 8.0 * trained,
         "context up to layer η": context,
-        "short cache, in every layer": L * kept * e * 2 * kv,
+        "short cache, in every layer": short,
         "kept for backward": activations,
-        "logits of one chunk": min(c.chunk, t) * V * (4 * 4 + 2 * e),
+        "logits of one chunk": logits,
+        "what the teacher's pass needs beyond these": max(0.0, teacher - short - activations - logits),
     }
 
 
