@@ -273,8 +273,9 @@ def add_gradients(distil: Distiller, works: list[Work], soft: bool, contexts: in
     divided by the count of the whole step before it is added up.
     """
     device = world.device
-    counts = world.sum(torch.tensor([sum(len(w.at) for w in works), sum(int(w.batch.lengths.sum()) for w in works),
-                                     sum(int((w.batch.segments >= 0).sum()) for w in works)]).float().to(device))
+    counts = [sum(len(w.at) for w in works), sum(int(w.batch.lengths.sum()) for w in works),
+              sum(int((w.batch.segments >= 0).sum()) for w in works)]  # of this process; fp32 counts exactly to 2^24
+    counts = world.sum(torch.tensor(counts, dtype=torch.float32).to(device, non_blocking=True))
     sums = torch.zeros(4, device=device)
     for work in works:
         got = distil(work.to(device), soft, counts[0], contexts)
@@ -284,8 +285,7 @@ def add_gradients(distil: Distiller, works: list[Work], soft: bool, contexts: in
     return torch.cat([counts, world.sum_gradients(distil.parameters(), torch.cat([sums, stop]))])
 
 
-def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: dict,
-          world: World) -> Compressor:
+def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: dict, world: World) -> Compressor:
     """Train a compressor, from where the run in `out` stopped, and leave it in out/adapter, described by `about`.
 
     Errors: BadInput for settings that diverge, or need more memory than there is.
@@ -308,11 +308,14 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: 
 
     state = load_state(out, comp, optimizer) or {"step": 0, "processes": world.size}
     begin = state["step"]
+    if world.agree(begin) != begin:
+        raise BadInput(f"{out}: process {world.rank} sees the state of another step than process 0; give an --out on a "
+                       "disk that all hosts share")
     if begin:
         print(f"resuming {out} after {begin} of {c.steps} steps")
     if state["processes"] != world.size:
-        print(f"{world.size} processes go on where {state['processes']} stopped: the same contexts in the same order, "
-              "but sums are rounded differently from here on")
+        print(f"processes: {world.size}, and {state['processes']} before: the same contexts in the same order, but "
+              "sums are rounded differently from here on")
     if not world.rank:
         trim_log(out / "log.jsonl", begin)
 
@@ -332,7 +335,8 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: 
 
     recent, stop = {}, 0  # running KL per bucket of kept fractions, for the progress bar
     bar = tqdm(range(begin, c.steps), initial=begin, total=c.steps, unit="step", mininterval=1, disable=world.rank > 0)
-    with open(out / "log.jsonl", "a", encoding="utf-8") as log, ThreadPoolExecutor(1) as reader, Signals() as signals:
+    path = os.devnull if world.rank else out / "log.jsonl"
+    with open(path, "a", encoding="utf-8") as log, ThreadPoolExecutor(1) as reader, Signals() as signals:
         ahead = reader.submit(draw, begin)
         for step in bar:
             start = time.perf_counter()

@@ -53,7 +53,7 @@ class TrainConfig:
 # Flags that --preset sets at once; a flag given as well has the last word.
 PRESETS = {
     "quick": {},
-    "small": dict(steps=2400, batch=4, context=400, rank=64, lr=1e-3, scorer_lr=1e-3, warmup=50, save_every=50,
+    "small": dict(steps=1800, batch=4, context=400, rank=64, lr=1e-3, scorer_lr=1e-3, warmup=50, save_every=50,
                   eval_contexts=40),
     # eta, rank, lam, lr, batch and bf16 are the paper's; the rest, steps and context included, is our choice
     "paper": dict(weights=str(ROOT / "weights" / "llama-3.1-8b-instruct"), dtype="bf16", steps=10000, batch=32,
@@ -86,6 +86,11 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--utilisation", type=float, default=0.4, help="share of --gpu-tflops that --plan counts on")
     p.set_defaults(**PRESETS[p.parse_known_args()[0].preset])
     a = p.parse_args()
+    for name in ("gpus", "gpu_memory", "gpu_tflops", "utilisation"):
+        if not getattr(a, name) > 0:
+            p.error(f"--{name.replace('_', '-')} is {getattr(a, name)}: a number above 0 is needed")
+    if a.profile < 0:
+        p.error(f"--profile is {a.profile}: at least 1 step is needed")
     a.config = TrainConfig(**{f.name: getattr(a, f.name) for f in fields(TrainConfig)})
     return a
 

@@ -256,7 +256,7 @@ def test_another_number_of_processes_goes_on_with_the_same_contexts(command, uni
     lines = (out / "log.jsonl").read_bytes().count(b"\n")
     assert int(max((out / "state").glob("*.safetensors")).stem) == lines < STEPS_OF_RUN
     got = run(command, out)
-    assert "1 processes go on where 2 stopped: the same contexts in the same order" in got.stdout
+    assert "processes: 1, and 2 before: the same contexts in the same order" in got.stdout
     (x, log_x), (y, log_y) = outcome(out), outcome(uninterrupted)
     assert [line["keep"] for line in log_x] == [line["keep"] for line in log_y]
     assert all(abs(a["loss"] - b["loss"]) <= 1e-3 * b["loss"] for a, b in zip(log_x, log_y))
