@@ -429,7 +429,7 @@ def main() -> None:
     a.device = str(world.device)
     dtype = world.agree(None if world.rank else pick_dtype(a.dtype, world.device))  # all must come to the same
     a.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    c.parallel = choose_parallel(c.parallel, Path(a.weights), a.dtype, world.size, world.local_size, world.device)
+    c.parallel = choose_parallel(c.parallel, a.weights, a.dtype, world.size, world.device)
     model, tokenizer = open_model(a, world.shard if c.parallel == "fsdp" else None)
     model.recompute = c.recompute
     if c.compile:

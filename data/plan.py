@@ -72,7 +72,7 @@ def gemm_rate(model: Llama, tokens: int, seconds: float = 2.0) -> float:
     return sum(2 * m * k * n for m, k, n in shapes) / sorted(taken)[len(taken) // 2]
 
 
-def choose_parallel(asked: str, folder: Path, dtype: str, size: int, local_size: int, device: torch.device) -> str:
+def choose_parallel(asked: str, folder, dtype: str, size: int, device: torch.device) -> str:
     """ddp or fsdp for `size` processes, by bytes where --parallel is auto; says why. One process has no choice."""
     if size == 1:
         if asked == "fsdp":

@@ -1,5 +1,7 @@
-"""One training step: what gets a gradient and what does not, accumulation, the attention target, the count of FLOPs."""
+"""One training step: what gets a gradient and what does not, accumulation, the attention target, the count of FLOPs;
+and the devices and processes it runs on."""
 import math
+import signal
 
 import pytest
 import torch
@@ -7,9 +9,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import tiny_compressor, tiny_llama
+from data import BadInput
+from data.checkpoint import Signals
+from data.plan import choose_parallel
 from data.samples import Continuation, Sample, collate
+from data.weights import pick_dtype
 from model import attention_mask
-from train import AttentionTarget, Distiller, Work, step_flops
+from train import AttentionTarget, Distiller, Work, World, main, step_flops
 
 
 def sample(seed, n_context=40, lengths=(9, 6)):
@@ -111,3 +117,46 @@ def test_flops_agree_with_pytorchs_counter():
         distiller(model, comp, target=0.0)(Work.of(b, 0.25), False, rows, 2)["loss"].backward()
     ours = step_flops(model.cfg, comp.cfg, 240, 140, 60, rows, 2, target=False)
     assert 0.85 < ours / counter.get_total_flops() < 1.15
+
+
+# devices and processes ----------------------------------------------------------------------------------------------
+
+def test_a_gpu_without_bf16_gets_fp32_or_a_clear_word(monkeypatch):
+    """As on a T4 or a V100; auto is bf16 on a GPU that has it."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert pick_dtype("auto", gpu) == pick_dtype("fp32", gpu) == torch.float32
+    with pytest.raises(BadInput, match="Tesla T4 has no units for it; use --dtype fp32"):
+        pick_dtype("bf16", gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert pick_dtype("auto", gpu) == pick_dtype("bf16", gpu) == torch.bfloat16
+    assert pick_dtype("auto", torch.device("mps")) == torch.float32
+
+
+def test_what_cannot_be_shared_is_refused(monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1",
+                        "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match="mps is one GPU"):
+        World.start("mps")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BadInput, match="3 processes and 1 GPUs on this host"):
+        World.start("cuda")
+    monkeypatch.setattr(World, "start", lambda device: World(torch.device("cpu"), size=3))
+    monkeypatch.setattr("sys.argv", ["train.py", "--batch", "4"])
+    with pytest.raises(BadInput, match="--batch 4 cannot be shared by 3 processes"):
+        main()
+    with pytest.raises(BadInput, match="spreads the model over processes and there is one"):
+        choose_parallel("fsdp", None, "bf16", 1, torch.device("cpu"))
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    before = signal.getsignal(signal.SIGINT)
+    with Signals() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert signals.got == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
