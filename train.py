@@ -252,7 +252,7 @@ class World:
         mesh = init_device_mesh(self.device.type, (self.size // self.local_size, self.local_size),
                                 mesh_dim_names=("hosts", "shards"))["shards"]
         for block in model.layers:
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)  # not by default: each block is a root
 
 
 def share(step: int, batch: int, micro: int, world: World) -> list[list[int]]:

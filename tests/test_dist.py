@@ -17,12 +17,13 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 from compress import base_of
 from conftest import ROOT, save_llama, tiny_compressor, tiny_llama
 from data.samples import collate
 from data.tokenizer import Tokenizer
-from model import load_llama
+from model import load_llama, own_rows
 from test_data import tiny_tokenizer_json
 from test_train import distiller, sample
 from train import Work, World, add_gradients, share
@@ -63,9 +64,14 @@ def worker(folder, out):
     for parallel, recompute in (("ddp", False), ("fsdp", False), ("fsdp", True)):
         model = load_llama(folder, shard=world.shard if parallel == "fsdp" else None)
         model.recompute = recompute
-        own = sum(p.numel() for p in model.state_dict().values() if not hasattr(p, "to_local"))
-        own += sum(p.to_local().numel() for p in model.state_dict().values() if hasattr(p, "to_local"))
-        got = gradients(model, world, micro=2) | {"own": torch.tensor(own)}
+        own = sum(own_rows(p)[0].numel() for p in model.parameters())
+        together = []
+
+        def count(*_):  # how many blocks' weights are whole in this process, whenever one runs
+            together.append(sum(not isinstance(block.mlp.up.weight, DTensor) for block in model.layers))
+        for block in model.layers:
+            block.register_forward_hook(count)
+        got = gradients(model, world, micro=2) | {"own": torch.tensor([own, max(together)])}
         print(base_of(model, Tokenizer(folder))["weights"])
         if not world.rank:
             save_file(got, f"{out}/{parallel}{'-recompute' * recompute}.safetensors")
@@ -94,7 +100,7 @@ def test_two_processes_compute_what_one_does(tiny, two_processes, how):
     model = load_llama(tiny)
     one = gradients(model, World(torch.device("cpu")), micro=2)
     two = load_file(two_processes[0] / f"{how}.safetensors")
-    own = two.pop("own")
+    own, together = two.pop("own").tolist()
     assert one.keys() == two.keys()
     for step in range(len(STEPS)):
         names = [name for name in one if name.startswith(f"{step}.") and not name.endswith("numbers")]
@@ -103,6 +109,7 @@ def test_two_processes_compute_what_one_does(tiny, two_processes, how):
         assert torch.allclose(one[f"{step}.numbers"], two[f"{step}.numbers"], rtol=1e-5)
     shared = 310 * 48 + 48  # embedding (which is the head) and last norm stay whole
     whole = sum(p.numel() for p in model.parameters())
+    assert together == 6 if how == "ddp" else together <= 2  # the block that runs, and one whose backward is not over
     assert own == (whole if how == "ddp" else shared + (whole - shared) // 2)
     assert set(two_processes[1].split()) == {base_of(model, Tokenizer(tiny))["weights"]}  # of sharded weights, the same
 
