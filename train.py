@@ -28,7 +28,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from compress import (DEMO, Compressor, CompressorConfig, base_of, decay, kept_count, open_text, save_adapter, select,
@@ -252,7 +253,11 @@ class World:
         mesh = init_device_mesh(self.device.type, (self.size // self.local_size, self.local_size),
                                 mesh_dim_names=("hosts", "shards"))["shards"]
         for block in model.layers:
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)  # not by default: each block is a root
+            fully_shard(block, mesh=mesh)
+        # the model as the root: with it, weights of the next block travel while this one computes. A context is read by
+        # `read`, everything else by `forward`
+        fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if not isinstance(p, DTensor)})
+        register_fsdp_forward_method(model, "read")
 
 
 def share(step: int, batch: int, micro: int, world: World) -> list[list[int]]:
