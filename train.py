@@ -38,7 +38,7 @@ from data import BadInput, provenance, run_program, write_json
 from data.checkpoint import Signals, append_line, claim, load_state, save_state, sign, sync, trim_log
 from data.fetch import fetch
 from data.options import TrainConfig, check, parse_args
-from data.plan import choose_parallel, gemm_rate, out_of_memory, print_plan, rates, step_flops
+from data.plan import choose_parallel, gemm_rate, out_of_memory, parameters, print_plan, rates, step_flops
 from data.prepare import SHARDS, Shard, prepare
 from data.samples import Batch, Samples, collate
 from data.weights import open_model, pick_device, pick_dtype
@@ -449,7 +449,8 @@ def main() -> None:
         return print(f"{out}: this run is finished, its adapter is in {out / 'adapter'}; for another, give a new --out")
     print(" ".join(f"{k}={v}" for k, v in asdict(c).items()) + f"\nwriting to {out}")
     if not world.rank:
-        sign(out, wanted | about)
+        trained = parameters(model.cfg, CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_positions))[0]
+        sign(out, wanted | {"trained_parameters": trained} | about)
     comp = train(c, mix, model, tokenizer, out, about, world)
     print(f"adapter saved in {out / 'adapter'} after {time.perf_counter() - start:.0f} s")
     result = {"table": []}
