@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -258,6 +259,7 @@ class World:
         # `read`, everything else by `forward`
         fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if not isinstance(p, DTensor)})
         register_fsdp_forward_method(model, "read")
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody here writes into
 
 
 def share(step: int, batch: int, micro: int, world: World) -> list[list[int]]:
