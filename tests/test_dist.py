@@ -236,18 +236,16 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(command, uninterru
     assert_same(out, uninterrupted)
 
 
-def test_torchrun_starts_a_run_again_that_lost_a_process(command, tiny, tmp_path):
-    """--max-restarts, one of two processes killed: the same adapter as that of two processes left alone. (Three
-    restarts: on a busy machine gloo may not find itself again at once.)"""
+def test_two_processes_of_which_one_was_lost_end_as_if_it_had_not_been(command, tiny, tmp_path):
+    """SIGKILL to one of two under torchrun, which then gives up; the same command again ends with the same adapter."""
     whole, out = tmp_path / "whole", tmp_path / "run"
     two = [*command[:-1], "--parallel", "fsdp", "--out"]
     run([*two[:-1], "--eval-contexts", 2, "--out"], whole, launch=torchrun(2))
-    process = subprocess.Popen([*torchrun(2, "--max-restarts=3"), *map(str, two), str(out)], env=ENV,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([*torchrun(2), *map(str, two), str(out)], env=ENV, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     os.kill(child_after(process, out, 5), signal.SIGKILL)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, said[-3000:]
-    assert f"resuming {out} after" in said
+    assert process.wait(timeout=90) != 0
+    assert f"resuming {out} after" in run(two, out, launch=torchrun(2)).stdout
     assert_same(out, whole)
 
     model, tok = load_llama(tiny), Tokenizer(tiny)  # and the table that the two made is the one that one process makes
