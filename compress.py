@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from data import BadInput, read_json, run_program, write_atomic, write_json
 from data.weights import add_model_flags, open_model, seed_flag
@@ -78,26 +79,28 @@ def kept_count(n, keep: float | None = None, tokens: int | None = None):
     return k.to(n.device).minimum(n)
 
 
-def select(scores, candidates, k):
+def select(scores, candidates, k, check: bool = True):
     """Part 2. The k best-scored candidates of each row; of equal scores the earlier token.
 
-    Args: scores (B, N) fp32; candidates (B, N) bool, the compressible tokens; k (B,) int64.
-    Returns: kept (B, N) bool. Errors: BadInput for a score that is not a finite number.
+    Args: scores (B, N) fp32; candidates (B, N) bool, the compressible tokens; k (B,) int64; check: look at the scores.
+    Returns: kept (B, N) bool. Errors: BadInput, with check, for a score that is not a finite number.
     """
-    if not torch.isfinite(scores[candidates]).all():
+    if check and not torch.isfinite(scores[candidates]).all():
         raise BadInput("a score is not a finite number; the adapter is damaged, or training diverged (--scorer-lr)")
     order = scores.masked_fill(~candidates, -math.inf).argsort(dim=1, descending=True, stable=True)
     place = order.argsort(dim=1)  # of a permutation: its inverse
     return candidates & (place < k[:, None])
 
 
-def positions_of(mask):
+def positions_of(mask, slots: int | None = None):
     """The True positions of each row in ascending order: (B, N) bool -> index (B, M) int64, real (B, M) bool.
 
-    M is the largest count; shorter rows are filled up with positions that `real` disowns.
+    M is the largest count; shorter rows are filled up with positions that `real` disowns. A caller who knows M gives
+    it as `slots`: asking a GPU for it means waiting for the GPU.
     """
     counts = mask.sum(1)
-    index = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :int(counts.max())]
+    slots = int(counts.max()) if slots is None else slots
+    index = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :slots]
     return index, torch.arange(index.shape[1], device=mask.device) < counts[:, None]
 
 
@@ -156,9 +159,8 @@ class Context:
 
 def short_cache(ks, vs, index, real, beta, ctx: Context) -> Cache:
     """The cache of gathered keys and values. A padded slot holds zeros, and its bias keeps everybody away from it."""
-    if not real.all():
-        pad = real[:, None, :, None]
-        ks, vs = [k * pad for k in ks], [v * pad for v in vs]
+    pad = real[:, None, :, None]
+    ks, vs = [k * pad for k in ks], [v * pad for v in vs]
     return Cache(ks, vs, torch.where(real, beta.gather(1, index), NEG), torch.where(real, index, -1), ctx.lengths)
 
 
@@ -224,14 +226,15 @@ class Compressor(nn.Module):
         _, ks, vs = model.read(ctx.h, self.cfg.eta)
         return whole_cache(ctx.ks + ks, ctx.vs + vs, ctx.lengths)
 
-    def encode(self, model: Llama, ctx: Context, kept, beta, everything: bool = False) -> Cache:
+    def encode(self, model: Llama, ctx: Context, kept, beta, everything: bool = False,
+               slots: int | None = None) -> Cache:
         """Read the context again from layer η+1 on with `kept` (B, N) bool routed; keep those tokens' keys and values.
 
         beta: (B, N) fp32, the decay of the kept tokens. Protected tokens stay too, unrouted, with β = 0. With
-        `everything` no token is dropped from the cache (decayed, not dropped).
+        `everything` no token is dropped from the cache (decayed, not dropped). slots: see `positions_of`.
         """
         stay = ctx.real if everything else kept | ctx.protected
-        index, real = positions_of(stay)
+        index, real = positions_of(stay, slots)
         some = (kept.sum(1) < ctx.candidates.sum(1))[:, None]  # a row that keeps all of its tokens is not compressed
         beta, route = beta * some, self.routes(kept & some, model.dtype)
         if self.cfg.two_pass:
@@ -270,10 +273,13 @@ def open_text(comp: Compressor, model: Llama, tokenizer, text: str) -> Context:
 
 def base_of(model: Llama, tokenizer) -> dict:
     """What an adapter or a saved cache is bound to: architecture, tokenizer and (a warning only) weights."""
-    some = (model.norm.weight, model.embed.weight[:64], model.layers[-1].mlp.down.weight[:8])  # as bf16: equal in fp32
-    raw = b"".join(w.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes() for w in some)
-    return {"architecture": asdict(model.cfg), "tokenizer": tokenizer.fingerprint,
-            "weights": hashlib.sha256(raw).hexdigest()}
+    if model.fingerprint is None:  # once: where weights are sharded, all processes have to take part
+        down = model.layers[-1].mlp.down.weight
+        down = down.full_tensor() if isinstance(down, DTensor) else down
+        some = (model.norm.weight, model.embed.weight[:64], down[:8])  # as bf16: equal in fp32
+        raw = b"".join(w.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes() for w in some)
+        model.fingerprint = hashlib.sha256(raw).hexdigest()
+    return {"architecture": asdict(model.cfg), "tokenizer": tokenizer.fingerprint, "weights": model.fingerprint}
 
 
 def check_base(path, found: dict, model: Llama, tokenizer) -> None:

@@ -277,12 +277,16 @@ def measure(task: str, model: Llama, tokenizer, comps: dict[str, Compressor], ca
 
 
 def held_out_table(model: Llama, tokenizer, comp: Compressor, sources: str, shards, context: int, contexts: int,
-                   seed: int, keeps=KEEPS) -> list[dict]:
-    """What ends a training run: the cells of `fidelity` for a few methods on held-out text, printed."""
+                   seed: int, keeps=KEEPS, world=None) -> list[dict]:
+    """What ends a training run: the cells of `fidelity` for a few methods on held-out text, printed. world: the
+    processes (train.World) that share the documents out; the numbers do not depend on how many they are."""
     cases = list(enumerate(T.fidelity(tokenizer, contexts, seed, context, sources, shards)))
-    records, bar = [], tqdm(cases, desc="held-out table", unit="document")
+    mine = cases[world.rank::world.size] if world else cases
+    records, bar = [], tqdm(mine, desc="held-out table", unit="document", disable=bool(world and world.rank))
     for part in measure("fidelity", model, tokenizer, compressors(comp, model, seed), bar, QUICK_METHODS, keeps, seed):
         records += part
+    if world:
+        records = sorted(world.gather(records), key=lambda r: r["case"])
     cells = cells_of(records)
     print_table(cells)
     return cells

@@ -21,6 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from data import BadInput, read_json
 
@@ -254,6 +256,9 @@ class Llama(nn.Module):
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         if not cfg.tied:
             self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.recompute = False  # in passes with a gradient: keep only each block's input, compute the rest again
+        self.frequencies = None
+        self.fingerprint = None  # of the weights; compress.base_of fills it in
 
     @property
     def head_weight(self) -> torch.Tensor:  # (V, D)
@@ -267,15 +272,29 @@ class Llama(nn.Module):
     def dtype(self):
         return self.embed.weight.dtype
 
-    def rope(self, positions):
-        """cos and sin of every position's angles: (B, T) -> two (B, 1, T, d/2) in the model's dtype."""
-        if positions.numel() and int(positions.max()) >= self.cfg.max_positions:
-            raise BadInput(f"{int(positions.max()) + 1} tokens are more than the model's {self.cfg.max_positions} "
-                           "positions; use a shorter text")
-        angle = positions[:, None, :, None].float() * rope_frequencies(self.cfg).to(positions.device)
+    def rope(self, positions, last: int | None = None):
+        """cos and sin of every position's angles: (B, T) -> two (B, 1, T, d/2) in the model's dtype.
+
+        last: the largest position, from a caller who knows it; asking a GPU for it means waiting for the GPU.
+        """
+        if positions.numel():
+            last = int(positions.max()) if last is None else last
+            if last >= self.cfg.max_positions:
+                raise BadInput(f"{last + 1} tokens are more than the model's {self.cfg.max_positions} positions; "
+                               "use a shorter text")
+        if self.frequencies is None or self.frequencies.device != positions.device:
+            self.frequencies = rope_frequencies(self.cfg).to(positions.device)
+        angle = positions[:, None, :, None].float() * self.frequencies
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
-    def forward(self, tokens, cache: Cache | None = None, segments=None, lengths=None, watch=None):
+    def block(self, layer: int, h, *args, **kwargs):
+        """One layer, through Block.forward: h, k, v. Where memory is short, what its backward needs is not kept."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.layers[layer], h, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return self.layers[layer](h, *args, **kwargs)
+
+    def forward(self, tokens, cache: Cache | None = None, segments=None, lengths=None, watch=None,
+                last: int | None = None):
         """Hidden states of `tokens` after the last norm; `logits` turns the ones that are wanted into logits.
 
         Args:
@@ -285,14 +304,15 @@ class Llama(nn.Module):
                 only, and each segment starts at the cache's next position. -1 is padding.
             lengths: (B,) int64, the real tokens of each row, where rows differ (not together with segments).
             watch: called as watch(layer, q (B, H, T, d), k (B, G, S + T, d)) in every layer.
+            last: the largest position among the tokens, if it is known; see `rope`.
         Returns: (B, T, D) in the model's dtype.
         """
         start = 0 if cache is None else cache.next_position[:, None]
         positions = start + offsets(tokens, segments)
-        rope, mask = self.rope(positions), attention_mask(tokens, cache, segments)
+        rope, mask = self.rope(positions, last), attention_mask(tokens, cache, segments)
         h = self.embed(tokens)
-        for layer, block in enumerate(self.layers):
-            h, _, _ = block(h, rope, mask, cache, layer, watch=watch)
+        for layer in range(self.cfg.n_layer):
+            h, _, _ = self.block(layer, h, rope, mask, cache, layer, watch=watch)
         if cache is not None and cache.length is not None:
             self.account(cache, positions, lengths)
         return self.norm(h)
@@ -323,10 +343,11 @@ class Llama(nn.Module):
         Returns: h after layer last−1, and lists of (B, G, K, d). In the model's last layer nothing but keys and values
         is computed: what else it would do, no cache sees.
         """
-        rope = self.rope(torch.arange(h.shape[1], device=h.device)[None])
+        rope = self.rope(torch.arange(h.shape[1], device=h.device)[None], last=h.shape[1] - 1)
         ks, vs = [], []
         for layer in range(first, self.cfg.n_layer if last is None else last):
-            h, k, v = self.layers[layer](h, rope, route=route and route(layer), kv_only=layer == self.cfg.n_layer - 1)
+            h, k, v = self.block(layer, h, rope, route=route and route(layer),
+                                 kv_only=layer == self.cfg.n_layer - 1)
             ks.append(k if index is None else gather(k, index))
             vs.append(v if index is None else gather(v, index))
         return h, ks, vs
@@ -392,25 +413,38 @@ def our_name(theirs: str) -> str:
     return theirs
 
 
-def load_llama(folder, device="cpu", dtype=torch.float32) -> Llama:
+def own_rows(tensor) -> tuple[torch.Tensor, int]:
+    """The part of a parameter that lies in this process, and the row it begins at: all of it, unless it is sharded."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    mesh, own = tensor.device_mesh, tensor.to_local()
+    return own, min(tensor.shape[0], mesh.get_local_rank() * -(-tensor.shape[0] // mesh.size()))
+
+
+def load_llama(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama:
     """A frozen Llama from a folder with config.json and model.safetensors, or shards with an index.
 
-    The model is made without memory ("meta") and each tensor is put in place as it is read, so the peak is one model
-    and one tensor. Errors: BadInput for a missing, truncated or foreign file, a missing tensor, a wrong shape.
+    The model is made without memory ("meta"), gets memory that is not filled, and each tensor is copied into place as
+    it is read, so the peak is one model and one tensor. shard: called with the model while it has no memory; it may
+    spread parameters over processes by rows (FSDP2), and then each process reads its own rows of the files and no
+    others. Errors: BadInput for a missing, truncated or foreign file, a missing tensor, a wrong shape.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, expected one with config.json and model.safetensors")
     cfg = Config.from_json(folder / "config.json")
-    with torch.device("meta"):
-        model = Llama(cfg)
-    wanted = dict(model.named_parameters())
     if (folder / "model.safetensors").exists():
         files = ["model.safetensors"]
     elif (folder / "model.safetensors.index.json").exists():
         files = sorted(set(read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values()))
     else:
         raise BadInput(f"{folder}: neither model.safetensors nor its index .json; download the weights again")
+    with torch.device("meta"):
+        model = Llama(cfg).to(dtype).requires_grad_(False).eval()
+    if shard is not None:
+        shard(model)
+    model.to_empty(device=device)
+    wanted = dict(model.named_parameters())
     for name in files:
         try:
             with safe_open(folder / name, "pt") as f:
@@ -418,17 +452,17 @@ def load_llama(folder, device="cpu", dtype=torch.float32) -> Llama:
                     ours = our_name(key)
                     if ours not in wanted:
                         continue  # a tied head stored twice, or old files' rotary tables
-                    if tuple(f.get_slice(key).get_shape()) != tuple(wanted[ours].shape):
-                        raise BadInput(f"{folder / name}: {key} is {f.get_slice(key).get_shape()}, config.json says "
+                    found = f.get_slice(key)
+                    if tuple(found.get_shape()) != tuple(wanted[ours].shape):
+                        raise BadInput(f"{folder / name}: {key} is {found.get_shape()}, config.json says "
                                        f"{list(wanted[ours].shape)}")
-                    tensor = f.get_tensor(key).to(device, dtype)
-                    model.load_state_dict({ours: tensor}, strict=False, assign=True)
-                    del wanted[ours]
+                    own, first = own_rows(wanted.pop(ours))
+                    own.copy_(found[first:first + len(own)])
         except (SafetensorError, OSError) as e:
             raise BadInput(f"{folder / name}: cannot be read as safetensors ({e}); download it again") from None
     if wanted:
         raise BadInput(f"{folder}: {len(wanted)} tensors are missing, the first is {next(iter(wanted))!r}")
-    return model.requires_grad_(False).eval()
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------ generation

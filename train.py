@@ -1,30 +1,48 @@
 """Train a compressor by distillation: the short cache must make the frozen model answer as the long one does.
 
-    python train.py                       # the quick experiment: SmolLM2-135M on two CPU cores, about ten minutes
-    python train.py --steps 2000 --batch 8 --out out/longer
+    python train.py                                            # the quick experiment: two CPU cores, ten minutes
+    python train.py --preset small                             # the same model, longer: one GPU, or a night on a CPU
+    torchrun --nproc_per_node=8 train.py --preset paper        # an 8B Llama on eight GPUs
+    python train.py --preset paper --plan --gpus 8             # what that takes: bytes, FLOPs, seconds
 
 Part 5 of the method, the loss, comes first: λ·KL(p‖q) + (1−λ)·KL(q‖p), p the model with the whole cache, q with the
-short one. Then one training step as one `forward`, the configuration, and the loop.
+short one. Then one training step as one `forward`; the processes that share it; the configuration; the loop. A run that
+was cut off goes on where it was when the same command is given again.
 """
-import argparse
 import json
 import math
+import os
 import random
+import signal
+import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass, field, fields
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from compress import (DEMO, Compressor, CompressorConfig, decay, kept_count, open_text, save_adapter, select,
+from compress import (DEMO, Compressor, CompressorConfig, base_of, decay, kept_count, open_text, save_adapter, select,
                       soft_decay)
 from data import BadInput, provenance, run_program, write_json
+from data.checkpoint import Signals, append_line, claim, load_state, save_state, sign, sync, trim_log
+from data.fetch import fetch
+from data.options import TrainConfig, check, parse_args
+from data.plan import choose_parallel, gemm_rate, out_of_memory, parameters, print_plan, rates, step_flops
 from data.prepare import SHARDS, Shard, prepare
-from data.samples import KINDS, Batch, Samples, collate
-from data.weights import add_model_flags, open_model
+from data.samples import Batch, Samples, collate
+from data.weights import open_model, pick_device, pick_dtype
 from eval import held_out_table
 from model import Llama, answer, attention_mask
 
@@ -81,7 +99,7 @@ class AttentionTarget:
             return
         B, H, T, d = q.shape
         q = q.view(B, k.shape[1], -1, d)                                     # (B, G, H/G·T, d)
-        logits = (q @ k.transpose(2, 3)).view(B, H, T, -1).float() * d ** -0.5 + self.mask
+        logits = (q @ k.transpose(2, 3)).view(B, H, T, -1).float().mul_(d ** -0.5).add_(self.mask)  # large: in place
         self.sum = self.sum + logits.softmax(-1)[..., :self.n].mean(1)       # (B, T, N)
         self.layers += 1
 
@@ -90,201 +108,268 @@ class AttentionTarget:
         return mean.masked_fill(~self.supervised[..., None], 0).amax(1)
 
 
+@dataclass
+class Work:
+    """One forward pass's share of a step, and what must be known of it beforehand: with it, nothing in the pass has to
+    wait for a number to come back from the device."""
+    batch: Batch
+    at: torch.Tensor              # (R,) int64, the supervised places among the B·T
+    k: torch.Tensor               # (B,) int64, tokens to keep
+    noise: torch.Tensor           # (B, N) fp32, added to the scores when choosing
+    slots: int                    # of the short cache: the most tokens that a row keeps, protected ones included
+    last: int                     # the largest position of a continuation
+
+    @classmethod
+    def of(cls, b: Batch, keep: float, soft: bool = False, noise=None) -> "Work":
+        """b: on the CPU. keep: kept fraction; soft: all tokens stay, decayed; noise: (B, N), none if not given."""
+        n = b.lengths - b.protect.sum(1)
+        k = kept_count(n, keep)
+        longest = max(int((b.segments == j).sum(1).max()) for j in range(int(b.segments.max()) + 1))
+        noise = torch.zeros(b.tokens.shape) if noise is None else noise
+        return cls(b, b.supervised.flatten().nonzero()[:, 0], k, noise,
+                   int((b.lengths if soft else b.lengths - n + k).max()), int(b.lengths.max()) + longest - 1)
+
+    def to(self, device) -> "Work":
+        def send(x):
+            return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+        return Work(Batch(*map(send, vars(self.batch).values())), send(self.at), send(self.k), send(self.noise),
+                    self.slots, self.last)
+
+
 class Distiller(nn.Module):
     """One training step as one forward: teacher, scores, encoding, student, loss. Layers 1…η are run once for both."""
 
-    def __init__(self, model: Llama, compressor: Compressor, lam: float, chunk: int, target: float, noise: float,
-                 tau: float):
+    def __init__(self, model: Llama, compressor: Compressor, lam: float, chunk: int, target: float, tau: float):
         super().__init__()
         self.compressor = compressor
         self.model = [model]  # in a list, so that the frozen model is no part of this module's parameters
-        self.lam, self.chunk, self.target, self.noise, self.tau = lam, chunk, target, noise, tau
+        self.lam, self.chunk, self.target, self.tau = lam, chunk, target, tau
 
-    def forward(self, b: Batch, keep: float, soft: bool, rows: int, contexts: int) -> dict:
-        """This batch's share of a step's loss, and what the log wants to know.
+    def forward(self, work: Work, soft: bool, rows, contexts: int) -> dict[str, torch.Tensor]:
+        """This work's share of a step's loss, and what the log wants to know: scalars, still on the device.
 
-        Args: keep: kept fraction; soft: decayed, not dropped; rows, contexts: supervised tokens and contexts of the
-        *whole* step (all micro-batches, all ranks), by which sums are divided.
+        Args: soft: decayed, not dropped; rows, contexts: supervised tokens and contexts of the *whole* step (all
+        forward passes, all processes), by which sums are divided. A mean per pass would weigh tokens unequally.
         """
-        model, comp = self.model[0], self.compressor
+        model, comp, b = self.model[0], self.compressor, work.batch
         with torch.no_grad():
             ctx = comp.read(model, b.tokens, b.lengths, b.protect)
             full = comp.full(model, ctx)
             mask = attention_mask(b.cont, full, b.segments)
             watch = AttentionTarget(mask, b.supervised, comp.cfg.eta, b.tokens.shape[1]) if self.target else None
-            teacher = model(b.cont, full, b.segments, watch=watch)[b.supervised]      # (R, D)
+            teacher = model(b.cont, full, b.segments, watch=watch, last=work.last).flatten(0, 1)[work.at]  # (R, D)
+            wanted = torch.where(ctx.candidates, watch.result(), 0) if watch else None                    # (B, N)
+            del full, mask, watch  # the largest things so far; the student needs their room
 
         scores, n = comp.scores(ctx), ctx.candidates.sum(1)                              # (B, N), (B,)
-        k = kept_count(n, keep)
-        chosen_by = scores.detach()
-        if self.noise:  # Gumbel
-            chosen_by = chosen_by - self.noise * torch.log(-torch.log(torch.rand_like(scores).clamp(1e-9, 1 - 1e-7)))
-        kept = select(chosen_by, ctx.candidates, k)
-        beta = (soft_decay(scores, ctx.candidates, k, self.tau) if soft else
+        kept = select(scores.detach() + work.noise, ctx.candidates, work.k, check=False)
+        beta = (soft_decay(scores, ctx.candidates, work.k, self.tau) if soft else
                 decay(scores, kept, n, comp.cfg.decay, comp.gamma))
-        cache = comp.encode(model, ctx, kept, beta, everything=soft)
-        student = model(b.cont, cache, b.segments)[b.supervised]                       # (R, D)
+        cache = comp.encode(model, ctx, kept, beta, everything=soft, slots=work.slots)
+        student = model(b.cont, cache, b.segments, last=work.last).flatten(0, 1)[work.at]  # (R, D)
 
         losses, kl, agree = DistillKL.apply(student, teacher, model.head_weight, self.lam, self.chunk)
         loss = losses.sum() / rows
-        missed = torch.zeros(())
-        if watch is not None:  # cross-entropy of softmax(s) against the attention that the continuation really paid
-            wanted = torch.where(ctx.candidates, watch.result(), 0)
+        missed = torch.zeros_like(loss)
+        if wanted is not None:  # cross-entropy of softmax(s) against the attention that the continuation really paid
             log_chosen = scores.masked_fill(~ctx.candidates, -1e9).log_softmax(1)
             missed = -(wanted / wanted.sum(1, keepdim=True).clamp(min=1e-9) * log_chosen).sum() / contexts
             loss = loss + self.target * missed
         return {"loss": loss, "kl": kl.sum() / rows, "agree": agree.sum() / rows, "target": missed}
 
 
-# --------------------------------------------------------------------------------------------------- configuration
-
-def flag(default, text):
-    return field(default=default, metadata={"help": text})
-
+# --------------------------------------------------------------------------------------------------- the processes
+# Training is data-parallel: every process has the whole compressor, takes its share of each step's contexts, and adds
+# its gradient to the others'. What is trained is small and always called through one `forward`, so this is one
+# all-reduce of one flat fp32 tensor, and torch's DDP wrapper would only hide it. The frozen model has no gradient to
+# share. Where it fits into one device, each process has its own (ddp). Where not, each block's weights are spread over
+# the processes of a host and brought together when the block runs (fsdp); the embedding and the head stay whole: of an
+# 8B Llama in bf16 they are 2.1 GB of 16, and the loss reads the head chunk by chunk. No weights travel between hosts.
 
 @dataclass
-class TrainConfig:
-    """Every field is a flag. The defaults are the quick experiment."""
-    steps: int = flag(110, "optimiser steps")
-    batch: int = flag(1, "contexts per step")
-    micro: int = flag(1, "contexts per forward pass; batch / micro passes are accumulated")
-    context: int = flag(300, "compressible tokens per context")
-    answer: int = flag(40, "tokens of a continuation or a recited passage")
-    mix: str = flag("continue=1,recite=2,cloze=2,title=2", "continuations per context, by kind")
-    sources: str = flag("wiki,sotu", "training texts: wiki, sotu, or paths, comma-separated")
-    shards: str = flag("", "folder for their tokens; empty: data/shards of this repository")
-    eta: int = flag(6, "the scorer reads the hidden state after this many layers")
-    rank: int = flag(32, "of the adapters on W_Q and W_O")
-    decay: str = flag("centred", "what a score does to attention: centred or sigmoid")
-    two_pass: bool = flag(False, "route all layers, in a second pass over the context")
-    no_positions: bool = flag(False, "let the scorer see the hidden state alone, not where a token stands")
-    lam: float = flag(0.6, "weight of KL(teacher || student); the rest is on the reverse")
-    keep_low: float = flag(0.05, "smallest kept fraction drawn; log-uniform, anew for each step")
-    keep_high: float = flag(0.5, "largest kept fraction drawn")
-    soft: float = flag(0.0, "share of steps in which tokens are decayed, not dropped")
-    tau: float = flag(0.15, "how sharply those steps tell kept from dropped, in standard deviations of the scores")
-    target: float = flag(1.0, "weight of the attention target, which teaches the scorer what was attended to; 0: off")
-    noise: float = flag(0.0, "Gumbel noise on the scores when choosing, in units of score")
-    lr: float = flag(2e-3, "peak rate of the adapters")
-    scorer_lr: float = flag(2e-3, "peak rate of the scorer")
-    warmup: int = flag(10, "steps over which the rates rise")
-    weight_decay: float = flag(0.0, "of AdamW")
-    clip: float = flag(1.0, "largest gradient norm, of the adapters and of the scorer")
-    chunk: int = flag(128, "rows of logits made at a time in the loss")
-    eval_contexts: int = flag(8, "held-out contexts per kind in the final table; 0: no table")
-    seed: int = flag(0, "of initialisation, data order, and kept fractions")
-    out: str = flag("out/quick", "folder for log.jsonl and adapter/; a number is added if it is taken")
+class World:
+    """The processes that train together, as torchrun tells through the environment; by default, one."""
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local: int = 0                # rank among the processes of this host
+    local_size: int = 1
+
+    @classmethod
+    def start(cls, device: str) -> "World":
+        """Join the others; device: --device. Errors: BadInput where this device cannot take part."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return cls(pick_device(device))
+        rank, size, local, local_size = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK",
+                                                                      "LOCAL_WORLD_SIZE"))
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        if torch.device(device).type == "mps":
+            raise BadInput("--device mps is one GPU and speaks to no other process; run `python train.py` without "
+                           "torchrun, or use --device cpu")
+        if device == "cuda":
+            if local >= torch.cuda.device_count():
+                raise BadInput(f"{local_size} processes and {torch.cuda.device_count()} GPUs on this host; lower "
+                               "--nproc_per_node")
+            device = f"cuda:{local}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=1))
+        if rank:
+            sys.stdout = open(os.devnull, "w")  # one process speaks; errors come from all
+        return cls(pick_device(device), rank, size, local, local_size)
+
+    @contextmanager
+    def one_first(self):
+        """One process of each host runs the block before the others, which then find its files."""
+        if self.size > 1 and self.local:
+            dist.barrier()
+        yield
+        if self.size > 1 and not self.local:
+            dist.barrier()
+
+    def agree(self, value):
+        """The first process's value (any picklable), in all of them."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def gather(self, rows: list) -> list:
+        """The rows (any picklable) of all processes, in each of them."""
+        parts = [rows]
+        if self.size > 1:
+            parts = [None] * self.size
+            dist.all_gather_object(parts, rows)
+        return [row for part in parts for row in part]
+
+    def sum(self, x):
+        """x, summed in place over the processes."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def sum_gradients(self, parameters, numbers):
+        """Every gradient and the fp32 `numbers` (n,), summed over the processes in one go; returns the latter."""
+        if self.size > 1:
+            grads = [p.grad for p in parameters if p.grad is not None]  # in all processes the same ones
+            flat = torch.cat([*(g.flatten() for g in grads), numbers])
+            *summed, numbers = self.sum(flat).split([*(g.numel() for g in grads), len(numbers)])
+            for g, x in zip(grads, summed):
+                g.copy_(x.view_as(g))
+        return numbers
+
+    def shard(self, model: Llama) -> None:
+        """Spread each block's weights over the processes of this host. The model may still be without memory."""
+        mesh = init_device_mesh(self.device.type, (self.size // self.local_size, self.local_size),
+                                mesh_dim_names=("hosts", "shards"))["shards"]
+        for block in model.layers:
+            fully_shard(block, mesh=mesh)
+        # the model as the root: with it, weights of the next block travel while this one computes. A context is read by
+        # `read`, everything else by `forward`
+        fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if not isinstance(p, DTensor)})
+        register_fsdp_forward_method(model, "read")
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody here writes into
 
 
-def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Distil a KV-cache compressor. Without flags: the quick experiment.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for f in fields(TrainConfig):
-        name = "--" + f.name.replace("_", "-")
-        if isinstance(f.default, bool):
-            p.add_argument(name, action="store_true", help=f.metadata["help"])
-        else:
-            p.add_argument(name, type=type(f.default), default=f.default, help=f.metadata["help"])
-    add_model_flags(p)
-    return p.parse_args()
-
-
-def check(c: TrainConfig) -> dict[str, int]:
-    """Refuse what cannot work before anything is loaded; returns the parsed mix."""
-    def need(ok, flag_name, text):
-        if not ok:
-            raise BadInput(f"--{flag_name.replace('_', '-')} is {getattr(c, flag_name.replace('-', '_'))}: {text}")
-    for name in ("steps", "chunk", "rank", "warmup"):
-        need(getattr(c, name) >= 1, name, "at least 1 is needed")
-    for name in ("lr", "scorer_lr", "clip", "tau"):
-        need(getattr(c, name) > 0, name, "a number above 0 is needed")
-    for name in ("eval_contexts", "target", "noise", "weight_decay"):
-        need(getattr(c, name) >= 0, name, "0 or more is needed")
-    need(0 <= c.soft <= 1, "soft", "a share, 0 … 1, is needed")
-    need(0 <= c.seed < 1 << 32, "seed", "a whole number from 0 to 2^32 - 1 is needed")
-    need(1 <= c.micro <= c.batch and c.batch % c.micro == 0, "micro", f"it must divide --batch ({c.batch})")
-    need(c.context >= 16, "context", "at least 16 tokens are needed")
-    need(c.answer >= 2, "answer", "at least 2 tokens are needed")
-    need(0 < c.keep_low <= c.keep_high < 1, "keep-low", f"0 < keep-low <= keep-high ({c.keep_high}) < 1 is needed")
-    need(c.decay in ("centred", "sigmoid"), "decay", "expected centred or sigmoid")
-    need(0 <= c.lam <= 1, "lam", "expected 0 … 1")
-    mix = {}
-    for part in c.mix.split(","):
-        kind, _, count = part.partition("=")
-        need(kind in KINDS and count.isdigit(), "mix", f"expected KIND=COUNT,… with the kinds {', '.join(KINDS)}")
-        mix[kind] = int(count)
-    need(sum(mix.values()) > 0, "mix", "at least one continuation is needed")
-    return mix
-
-
-def step_flops(model: Llama, eta: int, ctx: int, cont: int, kept: int, rows: int, contexts: int) -> float:
-    """Floating-point operations of one step, a multiply-add as two: ctx, cont, rows in tokens of the whole step.
-
-    Frozen weights need no gradient, so a backward pass through them costs one forward, not two; through attention, two.
-    Context: η layers once, the others for teacher, student and its backward. Continuation: all layers three times.
-    The scorer and the adapters are not counted.
-    """
-    c = model.cfg
-    matrices = 2 * sum(p.numel() for p in model.layers[0].parameters())                 # per token and layer
-    pair = 4 * c.n_head * c.head_dim                                                    # per query-key pair and layer
-    n, t = ctx / contexts, cont / contexts
-    after = c.n_layer - eta - 1
-    read = ctx * (matrices * (eta + 3 * after) + pair * n / 2 * (eta + 4 * after))
-    ask = cont * c.n_layer * (3 * matrices + pair * (n + t / 2 + 3 * (kept / contexts + t / 2)))
-    return read + ask + 3 * 2 * rows * c.n_embd * c.vocab_size
+def share(step: int, batch: int, micro: int, world: World) -> list[list[int]]:
+    """Sample numbers of this process's part of a step, by forward pass. Step s is samples s·batch … (s+1)·batch − 1,
+    whoever works on them: no sample is seen twice, and the order does not depend on the number of processes."""
+    each = batch // world.size
+    first = step * batch + world.rank * each
+    return [list(range(i, min(i + micro, first + each))) for i in range(first, first + each, micro)]
 
 
 # -------------------------------------------------------------------------------------------------------- the loop
 
-def free_folder(path: str) -> Path:
-    folder, i = Path(path), 1
-    while (folder / "log.jsonl").exists():
-        i += 1
-        folder = Path(f"{path}-{i}")
-    return folder
+def add_gradients(distil: Distiller, works: list[Work], soft: bool, contexts: int, world: World, signal_got: int = 0):
+    """One step's gradient, of all forward passes in all processes, in the .grad of what is trained; returns fp32 (9,):
+
+    supervised tokens, context tokens, continuation tokens; loss, KL, agreement, target; processes asked to stop by
+    SIGTERM, and by Ctrl-C. contexts: in the whole step. In several processes as in one, to rounding: every sum is
+    divided by the count of the whole step before it is added up.
+    """
+    device = world.device
+    counts = [sum(len(w.at) for w in works), sum(int(w.batch.lengths.sum()) for w in works),
+              sum(int((w.batch.segments >= 0).sum()) for w in works)]  # of this process; fp32 counts exactly to 2^24
+    counts = world.sum(torch.tensor(counts, dtype=torch.float32).to(device, non_blocking=True))
+    sums = torch.zeros(4, device=device)
+    for work in works:
+        got = distil(work.to(device), soft, counts[0], contexts)
+        got["loss"].backward()
+        sums += torch.stack([x.detach() for x in got.values()])
+    stop = torch.tensor([float(signal_got == s) for s in (signal.SIGTERM, signal.SIGINT)], device=device)
+    return torch.cat([counts, world.sum_gradients(distil.parameters(), torch.cat([sums, stop]))])
 
 
-def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: dict) -> Compressor:
-    """Train a compressor and leave it in out/adapter, described by `about`; each step is a line of out/log.jsonl."""
+def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: dict, world: World) -> Compressor:
+    """Train a compressor, from where the run in `out` stopped, and leave it in out/adapter, described by `about`.
+
+    Errors: BadInput for settings that diverge, or need more memory than there is.
+    """
     torch.manual_seed(c.seed)
     config = CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_positions)
     comp = Compressor(model.cfg, config).to(model.device)
-    distil = Distiller(model, comp, c.lam, c.chunk, c.target, c.noise, c.tau)
-    shards = [Shard(f, "train", tokenizer) for f in prepare(c.sources.split(","), tokenizer, c.shards or SHARDS)]
-    samples = Samples(shards, tokenizer, c.context, mix, c.answer, seed=c.seed)
+    distil = Distiller(model, comp, c.lam, c.chunk, c.target, c.tau)
+    with world.one_first():
+        folders = prepare(c.sources.split(","), tokenizer, c.shards or SHARDS)
+    samples = Samples([Shard(f, "train", tokenizer) for f in folders], tokenizer, c.context, mix, c.answer, c.seed)
 
     scorer = list(comp.scorer.parameters())
     adapters = [p for name, p in comp.named_parameters() if not name.startswith("scorer.")]
-    trained, frozen = (sum(p.numel() for p in m.parameters()) for m in (comp, model))
-    print(f"training {trained:,} parameters: {sum(p.numel() for p in scorer):,} in the scorer, the rest in adapters of "
-          f"rank {c.rank} in layers {comp.first + 1}…{model.cfg.n_layer - 1}; {frozen:,} are frozen")
+    print(f"training {sum(p.numel() for p in comp.parameters()):,} parameters: {sum(p.numel() for p in scorer):,} in "
+          f"the scorer, the rest in adapters of rank {c.rank} in layers {comp.first + 1}…{model.cfg.n_layer - 1}; "
+          f"{sum(p.numel() for p in model.parameters()):,} are frozen")
     groups = [{"params": adapters, "peak": c.lr}, {"params": scorer, "peak": c.scorer_lr}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=c.weight_decay)
 
-    recent = {}  # running KL per bucket of kept fractions, for the progress bar
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.jsonl", "w", encoding="utf-8") as log, tqdm(range(c.steps), unit="step", mininterval=1) as bar:
+    state = load_state(out, comp, optimizer) or {"step": 0, "processes": world.size}
+    begin = state["step"]
+    if world.agree(begin) != begin:
+        raise BadInput(f"{out}: process {world.rank} sees the state of another step than process 0; give an --out on a "
+                       "disk that all hosts share")
+    if begin:
+        print(f"resuming {out} after {begin} of {c.steps} steps")
+    if state["processes"] != world.size:
+        print(f"processes: {world.size}, and {state['processes']} before: the same contexts in the same order, but "
+              "sums are rounded differently from here on")
+    if not world.rank:
+        trim_log(out / "log.jsonl", begin)
+
+    def draw(step):
+        """What a step is made of: kept fraction, soft or not, this process's work. It depends on nothing before it."""
+        rng = random.Random(f"{c.seed}/step/{step}")
+        keep = math.exp(rng.uniform(math.log(c.keep_low), math.log(c.keep_high)))
+        soft, works = rng.random() < c.soft, []
+        for part in share(step, c.batch, c.micro, world):
+            b = collate([samples(i) for i in part], prompts=True)
+            noise = torch.zeros(b.tokens.shape)
+            for row, n, i in zip(noise, b.lengths, part if c.noise else ()):  # Gumbel, of a sample's own
+                g = torch.Generator().manual_seed(random.Random(f"{c.seed}/noise/{i}").getrandbits(63))
+                row[:n] = -c.noise * torch.log(-torch.log(torch.rand(int(n), generator=g).clamp(1e-9, 1 - 1e-7)))
+            works.append(Work.of(b, keep, soft, noise))
+        return keep, soft, works
+
+    recent, stop = {}, 0  # running KL per bucket of kept fractions, for the progress bar
+    bar = tqdm(range(begin, c.steps), initial=begin, total=c.steps, unit="step", mininterval=1, disable=world.rank > 0)
+    path = os.devnull if world.rank else out / "log.jsonl"
+    with open(path, "a", encoding="utf-8") as log, ThreadPoolExecutor(1) as reader, Signals() as signals:
+        ahead = reader.submit(draw, begin)
         for step in bar:
             start = time.perf_counter()
-            rng = random.Random(f"{c.seed}/step/{step}")  # what it draws depends on its number alone
-            keep = math.exp(rng.uniform(math.log(c.keep_low), math.log(c.keep_high)))
-            soft = rng.random() < c.soft
-            drawn = [samples(step * c.batch + i) for i in range(c.batch)]
-            parts = [collate(drawn[i:i + c.micro], prompts=True).to(model.device) for i in range(0, c.batch, c.micro)]
-            rows = sum(int(b.supervised.sum()) for b in parts)
-
-            sums = {"loss": 0.0, "kl": 0.0, "agree": 0.0, "target": 0.0}
-            for b in parts:
-                try:
-                    got = distil(b, keep, soft, rows, c.batch)
-                except BadInput as e:
-                    raise BadInput(f"step {step}: {e}") from None
-                got["loss"].backward()
-                sums = {key: sums[key] + float(got[key].detach()) for key in sums}
-            if not math.isfinite(sums["loss"]):
-                raise BadInput(f"step {step}: the loss is {sums['loss']}; lower --lr ({c.lr}) or "
+            keep, soft, works = ahead.result()
+            ahead = reader.submit(draw, step + 1)
+            try:
+                numbers = add_gradients(distil, works, soft, c.batch, world, signals.got)
+            except BadInput as e:
+                raise BadInput(f"step {step}: {e}") from None
+            except RuntimeError as e:
+                raise out_of_memory(e, c, world.size) or e
+            norms = [nn.utils.clip_grad_norm_(g["params"], c.clip) for g in optimizer.param_groups]
+            # the one place where a step waits for the device
+            numbers = torch.cat([numbers, torch.stack([*norms, comp.gamma.detach()])]).tolist()
+            rows, ctx, cont, loss, kl, agree, target, term, interrupt, *norms, gamma = numbers
+            if not all(map(math.isfinite, (loss, *norms))):
+                raise BadInput(f"step {step}: the loss is {loss}, its gradient {max(norms)}; lower --lr ({c.lr}) or "
                                f"--scorer-lr ({c.scorer_lr})")
-            norms = [float(nn.utils.clip_grad_norm_(g["params"], c.clip)) for g in optimizer.param_groups]
             rate = min(1, (step + 1) / c.warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / c.steps)))
             for g in optimizer.param_groups:
                 g["lr"] = g["peak"] * rate
@@ -292,20 +377,27 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: 
             optimizer.zero_grad()
 
             seconds = time.perf_counter() - start
-            ctx, cont = (sum(int(x.sum()) for x in xs) for xs in (
-                [b.lengths for b in parts], [b.segments >= 0 for b in parts]))
-            flops = step_flops(model, c.eta, ctx, cont, ctx if soft else int(keep * ctx), rows, c.batch)
-            line = {"step": step, "keep": round(keep, 4), "soft": soft, **sums,
-                    "grad_adapters": norms[0], "grad_scorer": norms[1], "gamma": float(comp.gamma.detach()),
-                    "lr": c.lr * rate, "seconds": round(seconds, 3),
-                    "tokens_per_s": round((ctx + cont) / seconds), "gflop_per_s": round(flops / seconds / 1e9, 1)}
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            flops = step_flops(model.cfg, config, ctx, cont, ctx if soft else keep * ctx, rows, c.batch, c.target > 0)
+            line = {"step": step, "keep": round(keep, 4), "soft": soft, "loss": loss, "kl": kl, "agree": agree,
+                    "target": target, "grad_adapters": norms[0], "grad_scorer": norms[1], "gamma": gamma,
+                    "lr": c.lr * rate, "seconds": round(seconds, 3), **rates(ctx + cont, flops, seconds)}
+            stop = 128 + signal.SIGTERM if term else 128 + signal.SIGINT if interrupt else 0
+            if not world.rank:
+                append_line(log, line)
+                if stop or (step + 1) % c.save_every == 0 or step + 1 == c.steps:
+                    sync(log)  # first the lines, then the state that says they are there
+                    save_state(out, step + 1, comp, optimizer, {"processes": world.size})
+            if stop:
+                break
             bucket = next(b for b in (0.1, 0.25, 1.0) if keep <= b)
-            recent[bucket] = 0.9 * recent.get(bucket, line["kl"]) + 0.1 * line["kl"]
+            recent[bucket] = 0.9 * recent.get(bucket, kl) + 0.1 * kl
             bar.set_postfix_str(" ".join(f"kl<={b}: {recent[b]:.2f}" for b in sorted(recent))
                                 + f" {line['tokens_per_s']} tok/s {line['gflop_per_s']:.0f} GFLOP/s")
-    save_adapter(out / "adapter", comp, model, tokenizer, {"train": asdict(c), **about})
+    if stop:
+        print(f"stopped after {step + 1} of {c.steps} steps; the same command goes on from there")
+        raise SystemExit(stop)
+    if not world.rank:
+        save_adapter(out / "adapter", comp, model, tokenizer, {"train": asdict(c), **about})
     return comp.requires_grad_(False)
 
 
@@ -320,24 +412,72 @@ def show_answers(comp: Compressor, model: Llama, tokenizer, keep: float = 0.1) -
         print(f"  {name:5} ({cache.nbytes():,} bytes)  {answer(model, tokenizer, cache, [question], 40)[0]}")
 
 
+def profile(c: TrainConfig, mix: dict, model: Llama, tokenizer, about: dict, world: World, steps: int) -> None:
+    """A few steps, the first of them not counted, against the speed of bare matrix products in the same minute."""
+    tokens = c.micro * (c.context + len(tokenizer.header))
+    before = gemm_rate(model, tokens)
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = world.agree(Path(tmp))
+        train(replace(c, steps=steps + 1), mix, model, tokenizer, tmp, about, world)
+        lines = [] if world.rank else list(map(json.loads, (tmp / "log.jsonl").read_text().splitlines()[1:]))
+    rate = (before + gemm_rate(model, tokens)) / 2 * world.size
+    if lines:
+        reached = sum(x["gflop_per_s"] * x["seconds"] for x in lines) / sum(x["seconds"] for x in lines) * 1e9
+        print(json.dumps({"steps": steps, "seconds_per_step": round(sum(x["seconds"] for x in lines) / steps, 3),
+                          "gflop_per_s": round(reached / 1e9, 1), "gemm_gflop_per_s": round(rate / 1e9, 1),
+                          "utilisation": round(reached / rate, 3), "micro": c.micro, "context": c.context,
+                          "dtype": str(model.dtype)[6:], "processes": world.size, **about}))
+
+
 def main() -> None:
     a = parse_args()
-    c = TrainConfig(**{f.name: getattr(a, f.name) for f in fields(TrainConfig)})
-    mix, start, about = check(c), time.perf_counter(), provenance(c.seed)
-    model, tokenizer = open_model(a)
-    out = free_folder(c.out)
+    c, start = a.config, time.perf_counter()
+    mix, about = check(c), provenance(c.seed)
+    if a.plan:
+        return print_plan(a, mix)
+    world = World.start(a.device)
+    if c.batch % (world.size * c.micro):
+        raise BadInput(f"--batch {c.batch} cannot be shared by {world.size} processes with --micro {c.micro}; "
+                       f"expected a multiple of {world.size * c.micro}")
+    with world.one_first():
+        a.weights = a.weights or fetch()
+    a.device = str(world.device)
+    dtype = world.agree(None if world.rank else pick_dtype(a.dtype, world.device))  # all must come to the same
+    a.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    c.parallel = choose_parallel(c.parallel, a.weights, a.dtype, world.size, world.device)
+    model, tokenizer = open_model(a, world.shard if c.parallel == "fsdp" else None)
+    model.recompute = c.recompute
+    if c.compile:
+        for block in model.layers:
+            block.mlp.compile()
+    if a.profile:
+        return profile(c, mix, model, tokenizer, about, world, a.profile)
+
+    wanted = {"train": asdict(c), "dtype": str(dtype)[6:], "base": base_of(model, tokenizer)}
+    out, finished = world.agree(None if world.rank else claim(wanted, c.out, f"out/{a.preset}"))
+    if finished:
+        return print(f"{out}: this run is finished, its adapter is in {out / 'adapter'}; for another, give a new --out")
     print(" ".join(f"{k}={v}" for k, v in asdict(c).items()) + f"\nwriting to {out}")
-    comp = train(c, mix, model, tokenizer, out, about)
+    if not world.rank:
+        trained = parameters(model.cfg, CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_positions))[0]
+        sign(out, wanted | {"trained_parameters": trained} | about)
+    comp = train(c, mix, model, tokenizer, out, about, world)
     print(f"adapter saved in {out / 'adapter'} after {time.perf_counter() - start:.0f} s")
     result = {"cells": []}
     if c.eval_contexts:
+        # Under ddp the processes share the documents out. Under fsdp each goes through all of them: a forward pass
+        # needs everybody, and documents differ in how many they take.
+        alone = world.size == 1 or c.parallel == "fsdp"
         result["cells"] = held_out_table(model, tokenizer, comp, c.sources, c.shards or SHARDS, c.context,
-                                         c.eval_contexts, c.seed)
+                                         c.eval_contexts, c.seed, world=None if alone else world)
         show_answers(comp, model, tokenizer)
     result |= {"dtype": str(model.dtype)[6:], "context": c.context,
                "seconds": round(time.perf_counter() - start, 1), **about}
-    write_json(out / "result.json", result)
+    if not world.rank:
+        write_json(out / "result.json", result)
     print(json.dumps(result))
+    if world.size > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

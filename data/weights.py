@@ -60,28 +60,37 @@ def seed_flag(text: str) -> int:
     return int(text)
 
 
-def open_model(a: argparse.Namespace):
-    """The model and tokenizer that --weights, --device and --dtype name."""
-    device = a.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def pick_device(name: str) -> torch.device:
+    """The device that --device names. Errors: BadInput for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.empty(1, device=device).device
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as e:
-        raise BadInput(f"device {device!r} cannot be used ({str(e).splitlines()[0]}); try --device cpu") from None
+        raise BadInput(f"device {name!r} cannot be used ({str(e).splitlines()[0]}); try --device cpu") from None
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that --dtype names. auto is bf16 where the device has units for it, else fp32: fp16, all that a T4 or a
+    V100 has besides, overflows in Llamas. Errors: BadInput for bf16 on such a GPU, which would emulate it slowly."""
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bf16" and not has_bf16:
+        raise BadInput(f"--dtype bf16: {torch.cuda.get_device_name(device)} has no units for it; use --dtype fp32")
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    if device.type == "cpu":
+        return fastest_dtype()
+    return torch.bfloat16 if device.type == "cuda" and has_bf16 else torch.float32
+
+
+def open_model(a: argparse.Namespace, shard=None):
+    """The model and tokenizer that --weights, --device and --dtype name; shard: see load_llama."""
+    device, folder = pick_device(a.device), Path(a.weights or fetch())
     keep_freed_memory()
-    folder = Path(a.weights or fetch())
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, expected one with config.json, model.safetensors and tokenizer.json")
     tokenizer = Tokenizer(folder)
-    if a.dtype != "auto":
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype]
-    elif device.type == "cpu":
-        dtype = fastest_dtype()
-    else:
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if bf16 else torch.float32
-    model = load_llama(folder, device, dtype)
+    model = load_llama(folder, device, pick_dtype(a.dtype, device), shard)
     if tokenizer.n_vocab > model.cfg.vocab_size:
         raise BadInput(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {model.cfg.vocab_size}; they "
                        "do not belong together")

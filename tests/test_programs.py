@@ -225,8 +225,8 @@ def test_train_learns_on_a_tiny_model(tiny, tiny_run, tmp_path):
     model, tok = load_llama(tiny), Tokenizer(tiny)
     comp = load_adapter(tmp_path / "run" / "adapter", model, tok)
     assert comp.b_q.abs().max() > 0
-    again, _ = run("train.py", *tiny_run, "--steps", "1", "--out", tmp_path / "run", "--eval-contexts", "0")
-    assert f"writing to {tmp_path / 'run-2'}" in again
+    _, err = run("train.py", *tiny_run, "--steps", "1", "--out", tmp_path / "run", "--eval-contexts", "0", code=2)
+    assert "holds another run (--batch was 4, now 1)" in err
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 40, "the first run's log is untouched"
 
 
@@ -247,7 +247,7 @@ def test_train_refuses_bad_input(tiny, tiny_run, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tiny_run, tmp_path):
     for which in ("--lr", "--scorer-lr"):
         message = one_line_error("train.py", *tiny_run, "--steps", "30", which, "1e30", "--warmup", "1",
-                                 "--out", tmp_path / "run", "--eval-contexts", "0")
+                                 "--out", tmp_path / f"run{which}", "--eval-contexts", "0")
         assert re.search(r"step \d+: .*(the loss is|not a finite)", message), message
 
 

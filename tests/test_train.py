@@ -1,5 +1,7 @@
-"""One training step: what gets a gradient and what does not, accumulation, the attention target, the count of FLOPs."""
+"""One training step: what gets a gradient and what does not, accumulation, the attention target, the count of FLOPs;
+and the devices and processes it runs on."""
 import math
+import signal
 
 import pytest
 import torch
@@ -7,9 +9,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import tiny_compressor, tiny_llama
+from data import BadInput
+from data.checkpoint import Signals
+from data.plan import choose_parallel
 from data.samples import Continuation, Sample, collate
+from data.weights import pick_dtype
 from model import attention_mask
-from train import AttentionTarget, Distiller, step_flops
+from train import AttentionTarget, Distiller, Work, World, main, step_flops
 
 
 def sample(seed, n_context=40, lengths=(9, 6)):
@@ -19,16 +25,16 @@ def sample(seed, n_context=40, lengths=(9, 6)):
 
 
 def distiller(model, comp, **changes):
-    return Distiller(model, comp, **(dict(lam=0.6, chunk=7, target=0.5, noise=0.0, tau=0.15) | changes))
+    return Distiller(model, comp, **(dict(lam=0.6, chunk=7, target=0.5, tau=0.15) | changes))
 
 
-def gradients(model, parts, keep=0.3, soft=False, **changes):
+def gradients(model, parts, keep=0.3, soft=False, noise=None, **changes):
     comp = tiny_compressor(model)
     rows = sum(int(b.supervised.sum()) for b in parts)
     contexts = sum(len(b.tokens) for b in parts)
     step, loss = distiller(model, comp, **changes), 0.0
     for b in parts:
-        out = step(b, keep, soft, rows, contexts)
+        out = step(Work.of(b, keep, soft, noise), soft, rows, contexts)
         out["loss"].backward()
         loss += float(out["loss"].detach())
     return loss, {name: p.grad for name, p in comp.named_parameters()}
@@ -61,7 +67,8 @@ def test_5_the_frozen_model_gets_no_gradient_and_keeps_every_bit(model):
     optimizer = torch.optim.AdamW(comp.parameters(), lr=1e-2)
     b, step = collate([sample(0)]), distiller(model, comp)
     for i in range(4):
-        step(b, 0.3, i % 2 == 0, int(b.supervised.sum()), 1)["loss"].backward()
+        soft = i % 2 == 0
+        step(Work.of(b, 0.3, soft), soft, int(b.supervised.sum()), 1)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
@@ -93,11 +100,11 @@ def test_attention_target_is_the_attention(model, compressor):
 
 
 def test_noise_changes_the_choice_and_nothing_else(model):
-    """Gumbel noise moves the selection; without it the step is deterministic."""
+    """Noise moves the selection; without it the step is deterministic."""
     b = [collate([sample(0)])]
     assert gradients(model, b)[0] == gradients(model, b)[0]
-    torch.manual_seed(0)
-    assert gradients(model, b, noise=5.0)[0] != gradients(model, b)[0]
+    noise = 5 * torch.randn(b[0].tokens.shape, generator=torch.Generator().manual_seed(0))
+    assert gradients(model, b, noise=noise)[0] != gradients(model, b)[0]
 
 
 def test_flops_agree_with_pytorchs_counter():
@@ -107,6 +114,49 @@ def test_flops_agree_with_pytorchs_counter():
     b = collate([sample(0, n_context=120, lengths=(40, 30)), sample(1, n_context=120, lengths=(40, 30))])
     rows = int(b.supervised.sum())
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it counts no CPU flash attention
-        distiller(model, comp, target=0.0)(b, 0.25, False, rows, 2)["loss"].backward()
-    ours = step_flops(model, comp.cfg.eta, 240, 140, 60, rows, 2)
+        distiller(model, comp, target=0.0)(Work.of(b, 0.25), False, rows, 2)["loss"].backward()
+    ours = step_flops(model.cfg, comp.cfg, 240, 140, 60, rows, 2, target=False)
     assert 0.85 < ours / counter.get_total_flops() < 1.15
+
+
+# devices and processes ----------------------------------------------------------------------------------------------
+
+def test_a_gpu_without_bf16_gets_fp32_or_a_clear_word(monkeypatch):
+    """As on a T4 or a V100; auto is bf16 on a GPU that has it."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert pick_dtype("auto", gpu) == pick_dtype("fp32", gpu) == torch.float32
+    with pytest.raises(BadInput, match="Tesla T4 has no units for it; use --dtype fp32"):
+        pick_dtype("bf16", gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert pick_dtype("auto", gpu) == pick_dtype("bf16", gpu) == torch.bfloat16
+    assert pick_dtype("auto", torch.device("mps")) == torch.float32
+
+
+def test_what_cannot_be_shared_is_refused(monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1",
+                        "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match="mps is one GPU"):
+        World.start("mps")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BadInput, match="3 processes and 1 GPUs on this host"):
+        World.start("cuda")
+    monkeypatch.setattr(World, "start", lambda device: World(torch.device("cpu"), size=3))
+    monkeypatch.setattr("sys.argv", ["train.py", "--batch", "4"])
+    with pytest.raises(BadInput, match="--batch 4 cannot be shared by 3 processes"):
+        main()
+    with pytest.raises(BadInput, match="spreads the model over processes and there is one"):
+        choose_parallel("fsdp", None, "bf16", 1, torch.device("cpu"))
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    before = signal.getsignal(signal.SIGINT)
+    with Signals() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert signals.got == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -1,0 +1,186 @@
+"""A training run on disk: files that are whole or not there, from which the run goes on as if it had never stopped.
+
+    OUT/config.json               what was asked for, and for which base model
+    OUT/log.jsonl                 one line per step
+    OUT/state/00000050.safetensors   after 50 steps: the adapter, AdamW's moments, and in the header what they belong to
+    OUT/adapter/, OUT/result.json    when training, and the table after it, are done
+
+Nothing else has to be kept. The learning rate is a function of the step, and every random draw (contexts, kept
+fractions, noise) one of (seed, step, sample): the number of the next step stands for the schedule, the place in the
+data and the state of all random generators. Nothing is pickled.
+"""
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from data import BadInput, read_json, write_atomic, write_json
+
+KEPT = 2             # states; should the newest not read back, the one before it does
+HEADER = "kvdistill_state"
+
+# What a resumed run may change: how a step is computed, not what; and what happens around the training.
+FREE = {"micro", "chunk", "parallel", "recompute", "compile", "save_every", "eval_contexts", "out", "shards"}
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes: a file that was cut, or has a bit flipped, does not match."""
+    h = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        h.update(f"{name} {x.dtype} {list(x.shape)} ".encode())
+        h.update(x.contiguous().flatten().view(torch.uint8).numpy())
+    return h.hexdigest()
+
+
+def save_state(out, step: int, module, optimizer, about: dict) -> Path:
+    """Write the state after `step` steps; older ones go once this one has been read back.
+
+    Args: module: what is trained; optimizer: AdamW over its parameters; about: JSON values for the header.
+    Errors: BadInput if it cannot be written, or not be read back; the states before it are still there.
+    """
+    tensors = {f"trained.{name}": p.detach().cpu() for name, p in module.named_parameters()}
+    for name, p in module.named_parameters():  # a parameter that had no gradient yet has no moments
+        tensors |= {f"{key}.{name}": x.detach().cpu() for key, x in optimizer.state.get(p, {}).items()}
+    tensors = {name: x.contiguous() for name, x in tensors.items()}
+    header = {HEADER: json.dumps({"step": step, "sha256": digest(tensors), **about})}
+    path = Path(out) / "state" / f"{step:08}.safetensors"
+    write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata=header))
+    read_state(path)
+    for old in sorted(path.parent.glob("*.safetensors"))[:-KEPT]:
+        old.unlink()
+    return path
+
+
+def read_state(path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and header of one state file. Errors: BadInput for a file that is not what was written."""
+    try:
+        with safe_open(path, "pt") as f:
+            header = json.loads((f.metadata() or {})[HEADER])
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as e:
+        raise BadInput(f"{path}: cannot be read as the state of a run ({e!r})") from None
+    if digest(tensors) != header["sha256"]:
+        raise BadInput(f"{path}: its bytes are not those that were written; is the disk sound?")
+    return tensors, header
+
+
+def load_state(out, module, optimizer) -> dict | None:
+    """Put the newest state that reads back into module and optimizer; its header, or None where there is no state.
+
+    A damaged file is named on stderr and passed over. Errors: BadInput when there are states and none can be read.
+    """
+    paths = sorted((Path(out) / "state").glob("*.safetensors"), reverse=True)
+    for path in paths:
+        try:
+            tensors, header = read_state(path)
+        except BadInput as e:
+            print(f"warning: {e}; going back to the one before it", file=sys.stderr)
+            continue
+        with torch.no_grad():
+            for name, p in module.named_parameters():
+                p.copy_(tensors[f"trained.{name}"])
+                moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                           if f"{key}.{name}" in tensors}
+                if moments:  # AdamW counts steps on the CPU
+                    optimizer.state[p] = {key: x.clone() if key == "step" else x.to(p.device, copy=True)
+                                          for key, x in moments.items()}
+        return header
+    if paths:
+        raise BadInput(f"{paths[0].parent}: none of {len(paths)} states can be read; delete {out} to start again")
+    return None
+
+
+def trim_log(path, steps: int) -> None:
+    """Drop the lines of a log after its first `steps`: those steps will be done again, to the same numbers."""
+    path = Path(path)
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines[:steps] if line.endswith(b"\n")]
+    if len(whole) < steps:
+        print(f"warning: {path}: {len(whole)} lines where {steps} were expected; the rest is lost", file=sys.stderr)
+    write_atomic(path, lambda tmp: tmp.write_bytes(b"".join(whole)))
+
+
+# ----------------------------------------------------------------------------------------------- whose folder is it?
+
+def differs(out: Path, wanted: dict) -> str:
+    """Why the run in `out` is another one than `wanted` (as in config.json), in a few words; "" if it is the same."""
+    if not (out / "config.json").exists():
+        return "there is no config.json in it"
+    found = read_json(out / "config.json")
+    for part in ("train", "dtype", "base"):
+        have, want = found.get(part), wanted[part]
+        if part != "train" and have != want:
+            return f"another {'base model' if part == 'base' else f'--dtype, {have}'}"
+        for key in () if part != "train" else sorted(want.keys() - FREE):
+            if (have or {}).get(key) != want[key]:
+                return f"--{key.replace('_', '-')} was {(have or {}).get(key)}, now {want[key]}"
+    return ""
+
+
+def used(out: Path) -> bool:
+    return out.exists() and any(out.iterdir())
+
+
+def claim(wanted: dict, out: str, default: str) -> tuple[Path, bool]:
+    """The folder for a run, and whether the run in it is finished already. A new or the same run may have it.
+
+    wanted: the content of config.json; out: --out, or "": then the first of default, default-2, … that is free or holds
+    this very run, unfinished. Errors: BadInput when --out names the folder of another run.
+    """
+    if out:
+        folder = Path(out)
+        why = differs(folder, wanted) if used(folder) else ""
+        if why:
+            raise BadInput(f"{folder} holds another run ({why}); give a new --out, or delete that folder")
+        return folder, (folder / "result.json").exists()
+    folder, i = Path(default), 1
+    while used(folder) and ((folder / "result.json").exists() or differs(folder, wanted)):
+        i += 1
+        folder = Path(f"{default}-{i}")
+    return folder, False
+
+
+def sign(out: Path, wanted: dict) -> None:
+    """Write config.json, unless this run has been begun before."""
+    if not (out / "config.json").exists():
+        write_json(out / "config.json", wanted)
+
+
+def append_line(file, value: dict) -> None:
+    """One JSON line at the end of an open log, visible to others at once. Errors: BadInput if it cannot be written."""
+    try:
+        file.write(json.dumps(value) + "\n")
+        file.flush()
+    except OSError as e:
+        raise BadInput(f"{file.name}: cannot be written ({e}); the last state in {Path(file.name).parent} is good, so "
+                       "make room and give the same command again") from None
+
+
+def sync(file) -> None:
+    """Everything written to `file` so far is on the disk when this returns."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+class Signals:
+    """SIGTERM and Ctrl-C ask for a stop, which the loop grants between two steps; a second Ctrl-C does not wait."""
+
+    def __enter__(self):
+        self.got = 0
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def note(self, number, frame):
+        if number == self.got == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.got = number
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
