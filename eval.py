@@ -37,7 +37,8 @@ from model import Cache, Llama, gather
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)
 SINKS, WINDOW, KERNEL, CHUNK, TAIL = 4, 64, 5, 2048, 8  # tokens; the originals' defaults
-REPLAY = 48  # more tokens than KVzip's instruction to repeat a chunk
+REPEAT, REPEAT_FROM = ("\n\nRepeat the previous context exactly.",
+                       "\n\nRepeat the part of the previous context exactly, starting with")
 
 # A score per token, (N,), or per layer, head and token, (L, G, N): then each head keeps tokens of its own.
 SCORES = ("random", "streaming", "knorm", "h2o", "snapkv", "tova", "kvzip")
@@ -130,21 +131,26 @@ def kvzip_replays(tokenizer, ids: list[int], first: int, chunk: int = CHUNK) -> 
     """[(start, end, ids to read on top of the cache)]: an instruction to repeat, then ids[start:end] themselves."""
     out = []
     for a in range(first, len(ids), chunk):
-        ask = tokenizer.encode("\n\nRepeat the previous context exactly.")
+        ask = tokenizer.encode(REPEAT)
         if a > first:
-            ask = (tokenizer.encode("\n\nRepeat the part of the previous context exactly, starting with")
-                   + ids[max(a - TAIL, first):a])
+            ask = tokenizer.encode(REPEAT_FROM) + ids[max(a - TAIL, first):a]
         out.append((a, min(a + chunk, len(ids)), ask + tokenizer.turn + ids[a:a + chunk]))
     return out
+
+
+def replay_overhead(tokenizer) -> int:
+    return max(len(tokenizer.encode(REPEAT)), len(tokenizer.encode(REPEAT_FROM)) + TAIL) + len(tokenizer.turn)
 
 
 def kvzip(model: Llama, tokenizer, ctx: Context, full: Cache, chunk: int = CHUNK):
     """The most attention a token gets while the context reconstructs itself (KVzip, arXiv 2505.23416).
 
     Maximum over the queries of the replay and over a group's heads; the softmax runs over the first 4 keys, the chunk's
-    own, and the replay's. Here every layer and head keeps K tokens; the original shares one budget among them.
+    own, and the replay's. Here every layer and head keeps K tokens; the original shares one budget among them. Close to
+    the model's last position chunks are shorter: a replay needs positions, too.
     """
     ids, n = ctx.tokens[0].tolist(), ctx.tokens.shape[1]
+    chunk = min(chunk, model.cfg.max_positions - n - replay_overhead(tokenizer))
     parts = []
     for a, b, replay in kvzip_replays(tokenizer, ids, int(ctx.protected.sum()), chunk):
         def score(q, k, a=a, b=b):
@@ -406,13 +412,13 @@ def build(task: str, a: argparse.Namespace, lists: dict, tokenizer) -> tuple[lis
     return cases, settings | {"documents": hashlib.sha256(content).hexdigest()[:16]}
 
 
-def fit(cases: list[Case], task: str, max_positions: int, truncate: bool, methods) -> None:
+def fit(cases: list[Case], task: str, tokenizer, max_positions: int, truncate: bool, methods) -> None:
     """Refuse documents that leave no room for question and answer (or for KVzip's replay), or cut their ends off."""
     cut = 0
     for c in cases:
         asked = max(len(q.prompt) + len(q.answer) + MAX_NEW_TOKENS.get(task, 64) for q in c.queries)
         if any(m.endswith("kvzip") for m in methods):
-            asked = max(asked, min(c.n, CHUNK) + REPLAY)
+            asked = max(asked, min(c.n, 256) + replay_overhead(tokenizer))
         over = len(c.context) + asked - max_positions
         if over > 0:
             if not truncate or over >= c.n:
@@ -438,7 +444,7 @@ def main() -> None:
     work = {}
     for task in lists["tasks"]:
         work[task], settings["tasks"][task] = build(task, a, lists, tokenizer)
-        fit(work[task], task, model.cfg.max_positions, a.truncate, lists["methods"])
+        fit(work[task], task, tokenizer, model.cfg.max_positions, a.truncate, lists["methods"])
 
     out = None if a.out is None else Path(a.out)
     answers = out and out.with_name(out.name.removesuffix(".json") + ".jsonl.gz")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from conftest import ROOT, tiny_compressor
+from conftest import ROOT, tiny_compressor, tiny_llama
 from data import BadInput
 from data.judge import Judge, divergence
 from data.records import append_records, cells_of, continue_from, load_records, mean_and_interval
@@ -92,6 +92,14 @@ def test_kvzip_replays_what_kvpress_replays(tokenizer, golden):
         replays = [r for _, _, r in kvzip_replays(tokenizer, ids, 24, chunk)]
         theirs = [golden[k].tolist() for k in sorted(golden) if k.startswith(f"{name}.replay")]
         assert replays == theirs and len(theirs) == (1 if chunk == 2048 else 3)
+
+
+@torch.no_grad()
+def test_kvzip_near_the_last_position_replays_in_shorter_chunks(comps):
+    """323 of 512 positions are taken: what is left decides how much can be replayed at once."""
+    model = tiny_llama(max_positions=512)
+    document = Document(model, Letters(), comps, case(n=320), "seed")
+    assert document.cache("kvzip", 0.1).n_slots == 3 + 32 and document.scores("kvzip", 32).isfinite().all()
 
 
 @torch.no_grad()
