@@ -9,6 +9,7 @@ Part 5 of the method, the loss, comes first: λ·KL(p‖q) + (1−λ)·KL(q‖p)
 short one. Then one training step as one `forward`; the processes that share it; the configuration; the loop. A run that
 was cut off goes on where it was when the same command is given again.
 """
+import hashlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +37,8 @@ from tqdm import tqdm
 from compress import (DEMO, Compressor, CompressorConfig, base_of, decay, kept_count, open_text, save_adapter, select,
                       soft_decay)
 from data import BadInput, provenance, run_program, write_json
-from data.checkpoint import Signals, append_line, claim, load_state, save_state, sign, sync, trim_log
+from data.checkpoint import (Signals, alone_in, append_line, claim, dtype_of, load_state, save_state, set_aside, sign,
+                             trim_log)
 from data.fetch import fetch
 from data.options import TrainConfig, check, parse_args
 from data.plan import choose_parallel, gemm_rate, out_of_memory, parameters, print_plan, rates, step_flops
@@ -199,11 +201,16 @@ class World:
     def start(cls, device: str) -> "World":
         """Join the others; device: --device. Errors: BadInput where this device cannot take part."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
+            if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+                raise BadInput(f"{os.environ['SLURM_STEP_NUM_TASKS']} tasks of one job step would each train alone; "
+                               "start torchrun with one task per host (README)")
             return cls(pick_device(device))
         rank, size, local, local_size = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK",
                                                                       "LOCAL_WORLD_SIZE"))
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        if torch.device(device).type == "mps":
+        if device not in ("cuda", "cpu", "mps"):
+            raise BadInput(f"--device {device} with torchrun: expected cuda (each process takes its own GPU) or cpu")
+        if device == "mps":
             raise BadInput("--device mps is one GPU and speaks to no other process; run `python train.py` without "
                            "torchrun, or use --device cpu")
         if device == "cuda":
@@ -280,7 +287,7 @@ def share(step: int, batch: int, micro: int, world: World) -> list[list[int]]:
 
 # -------------------------------------------------------------------------------------------------------- the loop
 
-def add_gradients(distil: Distiller, works: list[Work], soft: bool, contexts: int, world: World, signal_got: int = 0):
+def add_gradients(distil: Distiller, works: list[Work], soft: bool, contexts: int, world: World, signals=None):
     """One step's gradient, of all forward passes in all processes, in the .grad of what is trained; returns fp32 (9,):
 
     supervised tokens, context tokens, continuation tokens; loss, KL, agreement, target; processes asked to stop by
@@ -296,7 +303,8 @@ def add_gradients(distil: Distiller, works: list[Work], soft: bool, contexts: in
         got = distil(work.to(device), soft, counts[0], contexts)
         got["loss"].backward()
         sums += torch.stack([x.detach() for x in got.values()])
-    stop = torch.tensor([float(signal_got == s) for s in (signal.SIGTERM, signal.SIGINT)], device=device)
+    got = signals.got if signals else 0  # asked as late as can be: torchrun grants 30 seconds
+    stop = torch.tensor([float(got == s) for s in (signal.SIGTERM, signal.SIGINT)]).to(device, non_blocking=True)
     return torch.cat([counts, world.sum_gradients(distil.parameters(), torch.cat([sums, stop]))])
 
 
@@ -321,8 +329,11 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: 
     groups = [{"params": adapters, "peak": c.lr}, {"params": scorer, "peak": c.scorer_lr}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=c.weight_decay)
 
-    state = load_state(out, comp, optimizer) or {"step": 0, "processes": world.size}
+    texts = hashlib.sha256(b"".join((f / "train.json").read_bytes() for f in folders)).hexdigest()[:16]
+    state = load_state(out, comp, optimizer) or {"step": 0, "processes": world.size, "texts": texts}
     begin = state["step"]
+    if state["texts"] != texts:
+        raise BadInput(f"{out}: the texts of --sources are not those that this run began with; give a new --out")
     if world.agree(begin) != begin:
         raise BadInput(f"{out}: process {world.rank} sees the state of another step than process 0; give an --out on a "
                        "disk that all hosts share")
@@ -332,6 +343,7 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: 
         print(f"processes: {world.size}, and {state['processes']} before: the same contexts in the same order, but "
               "sums are rounded differently from here on")
     if not world.rank:
+        set_aside(out, begin)
         trim_log(out / "log.jsonl", begin)
 
     def draw(step):
@@ -351,18 +363,16 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: 
     recent, stop = {}, 0  # running KL per bucket of kept fractions, for the progress bar
     bar = tqdm(range(begin, c.steps), initial=begin, total=c.steps, unit="step", mininterval=1, disable=world.rank > 0)
     path = os.devnull if world.rank else out / "log.jsonl"
-    with open(path, "a", encoding="utf-8") as log, ThreadPoolExecutor(1) as reader, Signals() as signals:
+    with open(path, "ab", buffering=0) as log, ThreadPoolExecutor(1) as reader, Signals() as signals:
         ahead = reader.submit(draw, begin)
         for step in bar:
             start = time.perf_counter()
             keep, soft, works = ahead.result()
             ahead = reader.submit(draw, step + 1)
             try:
-                numbers = add_gradients(distil, works, soft, c.batch, world, signals.got)
+                numbers = add_gradients(distil, works, soft, c.batch, world, signals)
             except BadInput as e:
                 raise BadInput(f"step {step}: {e}") from None
-            except RuntimeError as e:
-                raise out_of_memory(e, c, world.size) or e
             norms = [nn.utils.clip_grad_norm_(g["params"], c.clip) for g in optimizer.param_groups]
             # the one place where a step waits for the device
             numbers = torch.cat([numbers, torch.stack([*norms, comp.gamma.detach()])]).tolist()
@@ -383,10 +393,10 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: 
                     "lr": c.lr * rate, "seconds": round(seconds, 3), **rates(ctx + cont, flops, seconds)}
             stop = 128 + signal.SIGTERM if term else 128 + signal.SIGINT if interrupt else 0
             if not world.rank:
-                append_line(log, line)
-                if stop or (step + 1) % c.save_every == 0 or step + 1 == c.steps:
-                    sync(log)  # first the lines, then the state that says they are there
-                    save_state(out, step + 1, comp, optimizer, {"processes": world.size})
+                save = stop or (step + 1) % c.save_every == 0 or step + 1 == c.steps
+                append_line(log, line, sync=save)  # first the lines, then the state that says they are there
+                if save:
+                    save_state(out, step + 1, comp, optimizer, {"processes": world.size, "texts": texts})
             if stop:
                 break
             bucket = next(b for b in (0.1, 0.25, 1.0) if keep <= b)
@@ -394,6 +404,7 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: 
             bar.set_postfix_str(" ".join(f"kl<={b}: {recent[b]:.2f}" for b in sorted(recent))
                                 + f" {line['tokens_per_s']} tok/s {line['gflop_per_s']:.0f} GFLOP/s")
     if stop:
+        world.agree(None)  # nobody ends before the state is written: torchrun would stop the writer
         print(f"stopped after {step + 1} of {c.steps} steps; the same command goes on from there")
         raise SystemExit(stop)
     if not world.rank:
@@ -429,53 +440,65 @@ def profile(c: TrainConfig, mix: dict, model: Llama, tokenizer, about: dict, wor
                           "dtype": str(model.dtype)[6:], "processes": world.size, **about}))
 
 
+def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
+    """What every process does once all know each other: the model, the training, the table."""
+    start = time.perf_counter()
+    with world.one_first():
+        a.weights = a.weights or fetch()
+    a.device, default = str(world.device), f"out/{a.preset}"
+    if a.dtype == "auto":  # all processes must come to the same, and a run that goes on to what it was
+        a.dtype = world.agree(None if world.rank else dtype_of(c.out, default) or
+                              {torch.float32: "fp32", torch.bfloat16: "bf16"}[pick_dtype("auto", world.device)])
+    c.parallel = world.agree(choose_parallel(c.parallel, a.weights, a.dtype, world.size, world.device))
+    model, tokenizer = open_model(a, world.shard if c.parallel == "fsdp" else None)
+    model.recompute = c.recompute
+    if c.compile:
+        for block in model.layers:
+            block.mlp.compile()
+    # base_of brings sharded weights together, so all processes call it; later calls remember
+    wanted = {"train": asdict(c), "dtype": str(model.dtype)[6:], "base": base_of(model, tokenizer)}
+    if a.profile:
+        return profile(c, mix, model, tokenizer, about, world, a.profile)
+
+    out, finished = world.agree(None if world.rank else claim(wanted, c.out, default))
+    if finished:
+        return print(f"{out}: this run is finished, its adapter is in {out / 'adapter'}; for another, give a new --out")
+    print(" ".join(f"{k}={v}" for k, v in asdict(c).items()) + f"\nwriting to {out}")
+    with nullcontext() if world.rank else alone_in(out):
+        if not world.rank:
+            trained = parameters(model.cfg, CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_positions))[0]
+            sign(out, wanted | {"trained_parameters": trained} | about)
+        comp = train(c, mix, model, tokenizer, out, about, world)
+        print(f"adapter saved in {out / 'adapter'} after {time.perf_counter() - start:.0f} s")
+        result = {"cells": []}
+        if c.eval_contexts:
+            # Under ddp the processes share the documents out. Under fsdp each goes through all of them: a forward pass
+            # needs everybody, and documents differ in how many they take.
+            alone = world.size == 1 or c.parallel == "fsdp"
+            result["cells"] = held_out_table(model, tokenizer, comp, c.sources, c.shards or SHARDS, c.context,
+                                             c.eval_contexts, c.seed, world=None if alone else world)
+        result |= {"dtype": str(model.dtype)[6:], "context": c.context,
+                   "seconds": round(time.perf_counter() - start, 1), **about}
+        if not world.rank:
+            write_json(out / "result.json", result)
+            if c.eval_contexts and c.parallel != "fsdp":  # one process alone cannot run a sharded model
+                show_answers(comp, model, tokenizer)
+        print(json.dumps(result))
+
+
 def main() -> None:
     a = parse_args()
-    c, start = a.config, time.perf_counter()
-    mix, about = check(c), provenance(c.seed)
+    c, mix, about = a.config, check(a.config), provenance(a.config.seed)
     if a.plan:
         return print_plan(a, mix)
     world = World.start(a.device)
     if c.batch % (world.size * c.micro):
         raise BadInput(f"--batch {c.batch} cannot be shared by {world.size} processes with --micro {c.micro}; "
                        f"expected a multiple of {world.size * c.micro}")
-    with world.one_first():
-        a.weights = a.weights or fetch()
-    a.device = str(world.device)
-    dtype = world.agree(None if world.rank else pick_dtype(a.dtype, world.device))  # all must come to the same
-    a.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    c.parallel = choose_parallel(c.parallel, a.weights, a.dtype, world.size, world.device)
-    model, tokenizer = open_model(a, world.shard if c.parallel == "fsdp" else None)
-    model.recompute = c.recompute
-    if c.compile:
-        for block in model.layers:
-            block.mlp.compile()
-    if a.profile:
-        return profile(c, mix, model, tokenizer, about, world, a.profile)
-
-    wanted = {"train": asdict(c), "dtype": str(dtype)[6:], "base": base_of(model, tokenizer)}
-    out, finished = world.agree(None if world.rank else claim(wanted, c.out, f"out/{a.preset}"))
-    if finished:
-        return print(f"{out}: this run is finished, its adapter is in {out / 'adapter'}; for another, give a new --out")
-    print(" ".join(f"{k}={v}" for k, v in asdict(c).items()) + f"\nwriting to {out}")
-    if not world.rank:
-        trained = parameters(model.cfg, CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_positions))[0]
-        sign(out, wanted | {"trained_parameters": trained} | about)
-    comp = train(c, mix, model, tokenizer, out, about, world)
-    print(f"adapter saved in {out / 'adapter'} after {time.perf_counter() - start:.0f} s")
-    result = {"cells": []}
-    if c.eval_contexts:
-        # Under ddp the processes share the documents out. Under fsdp each goes through all of them: a forward pass
-        # needs everybody, and documents differ in how many they take.
-        alone = world.size == 1 or c.parallel == "fsdp"
-        result["cells"] = held_out_table(model, tokenizer, comp, c.sources, c.shards or SHARDS, c.context,
-                                         c.eval_contexts, c.seed, world=None if alone else world)
-        show_answers(comp, model, tokenizer)
-    result |= {"dtype": str(model.dtype)[6:], "context": c.context,
-               "seconds": round(time.perf_counter() - start, 1), **about}
-    if not world.rank:
-        write_json(out / "result.json", result)
-    print(json.dumps(result))
+    try:
+        run(a, c, mix, about, world)
+    except RuntimeError as e:
+        raise out_of_memory(e, c, world.size) or e
     if world.size > 1:
         dist.destroy_process_group()
 

@@ -20,7 +20,7 @@ class BadInput(Exception):
 def write_atomic(path, write) -> None:
     """Call write(temporary path), flush to disk, then rename: `path` holds either the old file or the whole new one."""
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")  # process numbers repeat on hosts
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)

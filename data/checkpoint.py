@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +23,11 @@ from safetensors.torch import save_file
 
 from data import BadInput, read_json, write_atomic, write_json
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 KEPT = 2             # states; should the newest not read back, the one before it does
 HEADER = "kvdistill_state"
 
@@ -29,9 +35,9 @@ HEADER = "kvdistill_state"
 FREE = {"micro", "chunk", "parallel", "recompute", "compile", "save_every", "eval_contexts", "out", "shards"}
 
 
-def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes: a file that was cut, or has a bit flipped, does not match."""
-    h = hashlib.sha256()
+def digest(tensors: dict[str, torch.Tensor], about: dict) -> str:
+    """SHA-256 over header, names, dtypes, shapes, bytes: a file that was cut, or has a bit flipped, does not match."""
+    h = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, x in sorted(tensors.items()):
         h.update(f"{name} {x.dtype} {list(x.shape)} ".encode())
         h.update(x.contiguous().flatten().view(torch.uint8).numpy())
@@ -48,12 +54,13 @@ def save_state(out, step: int, module, optimizer, about: dict) -> Path:
     for name, p in module.named_parameters():  # a parameter that had no gradient yet has no moments
         tensors |= {f"{key}.{name}": x.detach().cpu() for key, x in optimizer.state.get(p, {}).items()}
     tensors = {name: x.contiguous() for name, x in tensors.items()}
-    header = {HEADER: json.dumps({"step": step, "sha256": digest(tensors), **about})}
+    about = {"step": step, **about}
+    header = {HEADER: json.dumps({**about, "sha256": digest(tensors, about)})}
     path = Path(out) / "state" / f"{step:08}.safetensors"
     write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata=header))
     read_state(path)
     for old in sorted(path.parent.glob("*.safetensors"))[:-KEPT]:
-        old.unlink()
+        old.unlink(missing_ok=True)
     return path
 
 
@@ -62,10 +69,10 @@ def read_state(path) -> tuple[dict[str, torch.Tensor], dict]:
     try:
         with safe_open(path, "pt") as f:
             header = json.loads((f.metadata() or {})[HEADER])
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as e:
+            tensors, sha256 = {name: f.get_tensor(name) for name in f.keys()}, header.pop("sha256")
+    except (SafetensorError, OSError, KeyError, AttributeError, json.JSONDecodeError) as e:
         raise BadInput(f"{path}: cannot be read as the state of a run ({e!r})") from None
-    if digest(tensors) != header["sha256"]:
+    if digest(tensors, header) != sha256 or Path(path).stem != f"{header['step']:08}":
         raise BadInput(f"{path}: its bytes are not those that were written; is the disk sound?")
     return tensors, header
 
@@ -73,7 +80,8 @@ def read_state(path) -> tuple[dict[str, torch.Tensor], dict]:
 def load_state(out, module, optimizer) -> dict | None:
     """Put the newest state that reads back into module and optimizer; its header, or None where there is no state.
 
-    A damaged file is named on stderr and passed over. Errors: BadInput when there are states and none can be read.
+    A damaged file is named on stderr and passed over; it is not touched here: see `set_aside`. Errors: BadInput when
+    there are states and none can be read.
     """
     paths = sorted((Path(out) / "state").glob("*.safetensors"), reverse=True)
     for path in paths:
@@ -94,6 +102,17 @@ def load_state(out, module, optimizer) -> dict | None:
     if paths:
         raise BadInput(f"{paths[0].parent}: none of {len(paths)} states can be read; delete {out} to start again")
     return None
+
+
+def set_aside(out, step: int) -> None:
+    """Rename the states after `step`, which did not read back, and remove what a killed write left behind: should they
+    be readable the next time, the log would not be what they say."""
+    folder = Path(out) / "state"
+    for path in folder.glob("*.safetensors"):
+        if int(path.stem) > step:
+            path.replace(path.with_suffix(".damaged"))
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def trim_log(path, steps: int) -> None:
@@ -124,7 +143,33 @@ def differs(out: Path, wanted: dict) -> str:
 
 
 def used(out: Path) -> bool:
-    return out.exists() and any(out.iterdir())
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--out {out} is a file; expected a folder, or a name that is free")
+    return out.exists() and any(not p.name.startswith(".") for p in out.iterdir())
+
+
+def dtype_of(out: str, default: str) -> str | None:
+    """The dtype of the unfinished run in the folder, fp32 or bf16: going on needs the same, and --dtype auto looks at
+    the clock. None where there is no such run."""
+    folder = Path(out or default)
+    if not (folder / "config.json").is_file() or (folder / "result.json").exists():
+        return None
+    return {"float32": "fp32", "bfloat16": "bf16"}.get(read_json(folder / "config.json").get("dtype"))
+
+
+@contextmanager
+def alone_in(out: Path):
+    """One run at a time in a folder. Errors: BadInput where another process is training in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f"{out}: another process is training in it; wait for it, or give a new --out") from None
+            except OSError as e:  # some network file systems have no locks
+                print(f"warning: {out}: cannot be locked ({e}); make sure that no other run uses it", file=sys.stderr)
+        yield
 
 
 def claim(wanted: dict, out: str, default: str) -> tuple[Path, bool]:
@@ -152,20 +197,16 @@ def sign(out: Path, wanted: dict) -> None:
         write_json(out / "config.json", wanted)
 
 
-def append_line(file, value: dict) -> None:
-    """One JSON line at the end of an open log, visible to others at once. Errors: BadInput if it cannot be written."""
+def append_line(file, value: dict, sync: bool = False) -> None:
+    """One JSON line at the end of a log opened unbuffered, visible to others at once; sync: and on the disk. Errors:
+    BadInput if it cannot be written."""
     try:
-        file.write(json.dumps(value) + "\n")
-        file.flush()
+        file.write(json.dumps(value).encode() + b"\n")
+        if sync:
+            os.fsync(file.fileno())
     except OSError as e:
         raise BadInput(f"{file.name}: cannot be written ({e}); the last state in {Path(file.name).parent} is good, so "
                        "make room and give the same command again") from None
-
-
-def sync(file) -> None:
-    """Everything written to `file` so far is on the disk when this returns."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 class Signals:

@@ -81,12 +81,13 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--profile", type=int, default=0, metavar="STEPS",
                    help="train for so many steps, writing nothing, and compare with the speed of matrix products; stop")
     p.add_argument("--gpus", type=int, default=1, help="processes that --plan assumes")
+    p.add_argument("--gpus-per-host", type=int, default=8, help="for --plan: fsdp spreads weights within a host only")
     p.add_argument("--gpu-memory", type=float, default=80.0, help="of one GPU, in 10^9 bytes, for --plan")
     p.add_argument("--gpu-tflops", type=float, default=312.0, help="of one GPU, for --plan; an A100 has 312 in bf16")
     p.add_argument("--utilisation", type=float, default=0.4, help="share of --gpu-tflops that --plan counts on")
     p.set_defaults(**PRESETS[p.parse_known_args()[0].preset])
     a = p.parse_args()
-    for name in ("gpus", "gpu_memory", "gpu_tflops", "utilisation"):
+    for name in ("gpus", "gpus_per_host", "gpu_memory", "gpu_tflops", "utilisation"):
         if not getattr(a, name) > 0:
             p.error(f"--{name.replace('_', '-')} is {getattr(a, name)}: a number above 0 is needed")
     if a.profile < 0:
@@ -115,10 +116,11 @@ def check(c: TrainConfig) -> dict[str, int]:
     need(c.decay in ("centred", "sigmoid"), "decay", "expected centred or sigmoid")
     need(0 <= c.lam <= 1, "lam", "expected 0 … 1")
     need(c.parallel in ("auto", "ddp", "fsdp"), "parallel", "expected auto, ddp or fsdp")
+    need(all(x.strip() for x in c.sources.split(",")), "sources", "an entry is empty; expected wiki, sotu, or paths")
     mix = {}
     for part in c.mix.split(","):
         kind, _, count = part.partition("=")
-        need(kind in KINDS and count.isdigit(), "mix", f"expected KIND=COUNT,… with the kinds {', '.join(KINDS)}")
+        need(kind in KINDS and count.isdecimal(), "mix", f"expected KIND=COUNT,… with the kinds {', '.join(KINDS)}")
         mix[kind] = int(count)
     need(sum(mix.values()) > 0, "mix", "at least one continuation is needed")
     return mix

@@ -171,15 +171,17 @@ def print_plan(a, mix: dict) -> None:
     totals = {}
     for parallel in ("ddp", "fsdp") if c.parallel == "auto" and a.gpus > 1 else (
             (c.parallel,) if c.parallel != "auto" else ("ddp",)):
-        totals[parallel] = memory(cfg, c, mix, a.dtype, a.gpus, parallel)
-    suggested = c.parallel if c.parallel != "auto" else suggest_parallel(count * BYTES[a.dtype], a.gpu_memory * 1e9)
+        totals[parallel] = memory(cfg, c, mix, a.dtype, min(a.gpus, a.gpus_per_host), parallel)
+    suggested = c.parallel if c.parallel != "auto" else "ddp" if a.gpus == 1 else suggest_parallel(
+        count * BYTES[a.dtype], a.gpu_memory * 1e9)
     parts = totals.get(suggested, totals["ddp"] if "ddp" in totals else next(iter(totals.values())))
 
     n, t = c.context + HEADER, continuation_tokens(mix, c.answer)
     keep = (c.keep_low * c.keep_high) ** 0.5                              # the middle of what is drawn
     flops = step_flops(cfg, comp, c.batch * n, c.batch * t, c.batch * keep * n, c.batch * t, c.batch, c.target > 0)
     seconds = flops / (a.gpus * a.gpu_tflops * 1e12 * a.utilisation)
-    print(f"{count:,} frozen parameters, {trained:,} trained (rank {c.rank} in {cfg.n_layer - 1 - comp.eta} layers)")
+    print(f"{count:,} frozen parameters, {trained:,} trained (rank {c.rank} in "
+          f"{cfg.n_layer - 1 - (0 if comp.two_pass else comp.eta)} layers)")
     print(f"{a.gpus} processes, --parallel {suggested}, {BYTES[a.dtype] * 8} bits; a step: {c.batch} contexts of {n} "
           f"tokens and {t:.0f} asked about each, {c.batch // a.gpus // c.micro} passes of {c.micro} per process\n")
     print("bytes in one process, at the fullest moment of a step")

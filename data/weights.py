@@ -55,7 +55,7 @@ def model_name(weights: str | None) -> str:
 
 
 def seed_flag(text: str) -> int:
-    if not text.isdigit() or int(text) >= 1 << 32:
+    if not text.isdecimal() or int(text) >= 1 << 32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^32 - 1")
     return int(text)
 

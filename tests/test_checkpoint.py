@@ -1,12 +1,16 @@
 """States on disk, and whose folder is whose: what needs no process of its own (test_dist.py has the rest)."""
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from conftest import tiny_compressor, tiny_llama
+from conftest import ROOT, tiny_compressor, tiny_llama
 from data import BadInput, write_json
-from data.checkpoint import claim, load_state, save_state, trim_log
+from data.checkpoint import (alone_in, append_line, claim, dtype_of, load_state, save_state, set_aside,
+                             trim_log)
 
 
 def trained(seed: int):
@@ -42,17 +46,52 @@ def test_a_state_brings_back_every_bit_and_two_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[:len(raw) // 2], lambda raw: raw[:-9] + b"\x7f" + raw[-8:],
-                                    lambda raw: b"", lambda raw: raw.replace(b"kvdistill_state", b"kvdistill_other")])
+                                    lambda raw: b"", lambda raw: raw.replace(b"kvdistill_state", b"kvdistill_other"),
+                                    lambda raw: raw.replace(b"sha256", b"sha257"),
+                                    lambda raw: re.sub(rb'(step[^0-9]*)\d', rb"\g<1>7", raw, count=1)])
 def test_a_damaged_state_is_passed_over_and_two_are_an_error(tmp_path, capsys, damage):
     comp, optimizer = trained(1)
     paths = [save_state(tmp_path, step, comp, optimizer, {}) for step in (4, 8)]
     paths[1].write_bytes(damage(paths[1].read_bytes()))
+    assert damage(paths[0].read_bytes()) != paths[0].read_bytes()
     assert load_state(tmp_path, comp, optimizer)["step"] == 4
     assert str(paths[1]) in capsys.readouterr().err
     paths[0].write_bytes(damage(paths[0].read_bytes()))
     with pytest.raises(BadInput, match="none of 2 states can be read"):
         load_state(tmp_path, comp, optimizer)
     assert load_state(tmp_path / "new", comp, optimizer) is None
+
+
+def test_states_that_did_not_read_back_are_set_aside(tmp_path):
+    """Else a disk that recovers would bring a state back whose log is gone."""
+    comp, optimizer = trained(1)
+    for step in (4, 8):
+        save_state(tmp_path, step, comp, optimizer, {})
+    (tmp_path / "state" / ".00000012.safetensors.77-ab.tmp").write_bytes(b"half")
+    set_aside(tmp_path, 4)
+    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["00000004.safetensors", "00000008.damaged"]
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path):
+    code = f"from data.checkpoint import alone_in\nwith alone_in(__import__('pathlib').Path({str(tmp_path)!r})): pass"
+    def other():
+        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    with alone_in(tmp_path):
+        assert "another process is training in it" in other().stderr
+    assert other().returncode == 0
+
+
+def test_a_full_disk_while_logging_is_one_line():
+    with open("/dev/full", "ab", buffering=0) as log, pytest.raises(BadInput, match="No space left"):
+        append_line(log, {"step": 1})
+
+
+def test_dtype_auto_goes_on_with_the_dtype_of_the_run(tmp_path):
+    assert dtype_of(str(tmp_path), "") is None
+    write_json(tmp_path / "config.json", {"dtype": "bfloat16"})
+    assert dtype_of(str(tmp_path), "") == dtype_of("", str(tmp_path)) == "bf16"
+    write_json(tmp_path / "result.json", {})
+    assert dtype_of(str(tmp_path), "") is None
 
 
 def test_a_log_is_cut_back_to_its_state(tmp_path, capsys):
@@ -87,5 +126,7 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     assert claim(wanted(), "", default) == (tmp_path / "quick-2", False)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "letter.txt").write_text("Dear")
+    with pytest.raises(BadInput, match="is a file; expected a folder"):
+        claim(wanted(), str(tmp_path / "foreign" / "letter.txt"), default)
     with pytest.raises(BadInput, match="no config.json"):
         claim(wanted(), str(tmp_path / "foreign"), default)

@@ -249,6 +249,10 @@ def test_two_processes_of_which_one_was_lost_end_as_if_it_had_not_been(command, 
     assert f"resuming {out} after" in run([*two[:-1], "--eval-contexts", 2, "--out"], out, launch=torchrun(2)).stdout
     assert_same(out, whole)
 
+    two[two.index("ddp")] = "fsdp"
+    said = run([*two[:-1], "--profile", 1, "--out"], tmp_path / "none", launch=torchrun(2)).stdout
+    assert json.loads(said.splitlines()[-1])["processes"] == 2 and not (tmp_path / "none").exists()
+
     # the table that two processes made, in shares (ddp) or together (fsdp), is the one that one process makes
     model, tok = load_llama(tiny), Tokenizer(tiny)
     sources, shards = (str(command[command.index(name) + 1]) for name in ("--sources", "--shards"))

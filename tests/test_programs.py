@@ -236,7 +236,8 @@ def test_train_refuses_bad_input(tiny, tiny_run, tmp_path):
                           (("--decay", "linear"), "expected centred or sigmoid"), (("--chunk", "-1"), "--chunk is -1"),
                           (("--warmup", "0"), "at least 1"), (("--clip", "0"), "above 0"), (("--soft", "7"), "share"),
                           (("--seed", "-3"), "whole number"), (("--scorer-lr", "-1"), "--scorer-lr is -1"),
-                          (("--stpes", "5"), "unrecognized arguments"),
+                          (("--stpes", "5"), "unrecognized arguments"), (("--mix", "cloze=²"), "expected KIND=COUNT"),
+                          (("--sources", "wiki,"), "an entry is empty"),
                           (("--lam", "2"), "expected 0"), (("--steps", "many"), "invalid int value")):
         assert message in one_line_error("train.py", "--weights", tiny, *args), args
     assert "eta is 9" in one_line_error("train.py", *tiny_run, "--eta", "9", "--out", tmp_path / "x")

@@ -140,6 +140,8 @@ def test_what_cannot_be_shared_is_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(BadInput, match="mps is one GPU"):
         World.start("mps")
+    with pytest.raises(BadInput, match="--device cuda:0 with torchrun: expected cuda"):
+        World.start("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(BadInput, match="3 processes and 1 GPUs on this host"):
         World.start("cuda")
@@ -147,6 +149,10 @@ def test_what_cannot_be_shared_is_refused(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--batch", "4"])
     with pytest.raises(BadInput, match="--batch 4 cannot be shared by 3 processes"):
         main()
+    monkeypatch.undo()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(BadInput, match="8 tasks of one job step would each train alone"):
+        World.start("cpu")
     with pytest.raises(BadInput, match="spreads the model over processes and there is one"):
         choose_parallel("fsdp", None, "bf16", 1, torch.device("cpu"))
 
