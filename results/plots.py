@@ -69,7 +69,7 @@ def quality(result: dict, task: str, path: Path) -> Path:
     ax.minorticks_off()
     ax.set_xlabel("kept fraction (compression)")
     ax.set_ylabel(NAMES.get(metric, metric))
-    ax.legend(fontsize=7, ncols=2, frameon=False)
+    ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.16, 0.5))
     ax.set_title(about(result, cells), fontsize=7, loc="left")
     ax.spines[["top", "right"]].set_visible(False)
     return save(fig, path)
@@ -96,7 +96,7 @@ def needles(result: dict, path: Path) -> Path:
             ax.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=5)
         row[0].set_ylabel(f"keep {keep:g}\ndepth", fontsize=7)
     axes[-1][0].set_xlabel("tokens", fontsize=6)
-    fig.suptitle(f"{result['model']}; needle found: red 0, green 1; {cells[0]['n']} documents a field", fontsize=7)
+    fig.suptitle(f"{result['model']}; needle found: red 0, green 1; n = {cells[0]['n']} a field", fontsize=7)
     return save(fig, path)
 
 

@@ -1,11 +1,13 @@
 """Rewrite README's tables from results/*.json:  python results/tables.py"""
 import json
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("recite", "cloze", "title", "continue", "all")
-KEEPS = (0.5, 0.25, 0.1, 0.05)
+sys.path.insert(0, str(ROOT))
+KINDS = ("recite", "cloze", "title", "squad", "continue")
+SEES = {"question": "question (sees the question)"}
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -13,40 +15,122 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def quick_tables(result: dict) -> str:
-    """KL by kind at two kept fractions; then KL and top-1 agreement over all kinds at every kept fraction."""
-    cell = {(r["method"], r["keep"], r["kind"]): r for r in result["table"]}
-    methods = list(dict.fromkeys(r["method"] for r in result["table"]))
+def load(name: str) -> dict:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
-    def kl(method, keep, kind):  # the best of a column in bold
-        value = cell[method, keep, kind]["kl"]
-        best = min(cell[m, keep, kind]["kl"] for m in methods)
-        return f"**{value:.2f}**" if value == best else f"{value:.2f}"
 
-    kinds = markdown(["KL, nats per token"] + [f"{kind} {keep}" for keep in (0.25, 0.1) for kind in KINDS],
-                     [[m] + [kl(m, keep, kind) for keep in (0.25, 0.1) for kind in KINDS] for m in methods])
-    def both(method, keep):
-        c = cell[method, keep, "all"]
-        low, high = c["ci95"]
-        return f"{kl(method, keep, 'all')} ({low:.2f}–{high:.2f}), {c['agree']:.0%}"
+def source(result: dict, name: str) -> str:
+    """Where a table comes from, as README says it under the table."""
+    threads, minutes = result["threads"], result["seconds"] / 60
+    return (f"`results/{name}.json`: {result['settings']['dtype']}, {threads} thread{'s' * (threads > 1)}, "
+            f"{minutes:.0f} minutes, commit {result['commit']}: `{result['command']}`")
 
-    keeps = markdown(["all kinds: KL (95 %), top-1 agreement"] + [f"keep {keep}" for keep in KEEPS],
-                     [[m] + [both(m, keep) for keep in KEEPS] for m in methods])
-    counts = ", ".join(f"{cell[methods[0], 0.25, k]['n']} {k}" for k in KINDS)
-    source = (f"From `results/quick.json`: `{result['command']}`, {result['seconds'] / 60:.1f} minutes on "
-              f"{result['threads']} threads, {result['dtype']}, seed {result['seed']}, commit {result['commit']}; "
-              f"answer tokens: {counts}. Intervals: bootstrap over the contexts.")
-    return f"{kinds}\n\n{keeps}\n\n{source}"
+
+class Cells:
+    """Look cells up by method and nominal kept fraction; the full cache and no document have one each."""
+
+    def __init__(self, result: dict, task: str):
+        mine = [c for c in result["cells"] if c["task"] == task]
+        self.at = {(c["kind"], c["method"], c["keep"]): c for c in mine}
+        self.methods = list(dict.fromkeys(c["method"] for c in mine))
+        self.keeps = sorted({c["keep"] for c in mine if 0 < c["keep"] < 1}, reverse=True)
+
+    def __call__(self, kind: str, method: str, keep: float) -> dict:
+        return self.at[kind, method, {"full": 1.0, "none": 0.0}.get(method, keep)]
+
+    def text(self, kind, method, keep, metric, lowest=None, interval=False, form="{:.2f}") -> str:
+        """A mean, in bold where it is its column's best. Ceiling, floor and what sees the question do not compete."""
+        c = self(kind, method, keep)
+        out = form.format(c["mean"][metric])
+        rivals = [self(kind, m, keep)["mean"][metric] for m in self.methods if m not in ("full", "none", "question")]
+        if lowest is not None and method not in ("full", "none", "question"):
+            if c["mean"][metric] == (min if lowest else max)(rivals):
+                out = f"**{out}**"
+        if interval:
+            low, high = c["ci95"][metric]
+            out += f" ({form.format(low)}–{form.format(high)})"
+        return out
+
+
+def fidelity_table(result: dict, name: str = "fidelity") -> str:
+    """KL by kind and over all kinds, top-1 agreement, and the paired difference to kvdistill: a table per keep."""
+    cells, parts = Cells(result, "fidelity"), []
+    for keep in cells.keeps:
+        rows = []
+        for m in cells.methods:
+            c = cells("all", m, keep)
+            d = c.get("difference")
+            paired = ""
+            if d and m != d["against"]:
+                low, high = d["ci95"]["kl"]
+                paired = f"{d['mean']['kl']:+.2f} ({low:+.2f} to {high:+.2f})"
+            rows.append([SEES.get(m, m)] + [cells.text(k, m, keep, "kl", lowest=True) for k in KINDS]
+                        + [cells.text("all", m, keep, "kl", lowest=True, interval=True), f"{c['mean']['agree']:.0%}",
+                           paired])
+        k = cells("all", "kvdistill", keep)["K"]
+        parts.append(markdown([f"keep {keep:g}: KL, nats per token", *KINDS, "all kinds (95 %)", "top-1 agreement",
+                               "minus kvdistill, paired"], rows)
+                     + f"\n\nK = {k:.0f} of N = {cells('all', 'full', keep)['N']:.0f} tokens on average.")
+    n = ", ".join(f"{c['n']} answers to {c['contexts']} documents ({k})" for k in KINDS for c in [cells(k, "full", 1)])
+    return "\n\n".join([*parts, f"n: {n}. From {source(result, name)}"])
+
+
+def gap(cells: Cells, method: str, keep: float, metric: str) -> str:
+    floor, ceiling = (cells("all", m, keep)["mean"][metric] for m in ("none", "full"))
+    return f"{(cells('all', method, keep)['mean'][metric] - floor) / (ceiling - floor):.0%}"
+
+
+def squad_table(result: dict, name: str = "squad") -> str:
+    """F1, exact match and contained answers, and the share of the gap between no document and the full cache."""
+    cells = Cells(result, "squad")
+    head = ["SQuAD"] + [f"{x} {keep:g}" for keep in cells.keeps for x in ("F1 (95 %)", "EM", "contains", "gap")]
+    rows = [[SEES.get(m, m)] + [x for keep in cells.keeps for x in (
+        cells.text("all", m, keep, "f1", lowest=False, interval=True, form="{:.3f}"),
+        cells.text("all", m, keep, "em", form="{:.3f}"), cells.text("all", m, keep, "contains", form="{:.3f}"),
+        gap(cells, m, keep, "f1"))] for m in cells.methods]
+    c = cells("all", "full", 1)
+    pack = result["settings"]["tasks"]["squad"]["pack"]
+    k = " and ".join(f"K = {cells('all', 'kvdistill', keep)['K']:.0f}" for keep in cells.keeps)
+    return (f"{markdown(head, rows)}\n\n{c['n']} questions about {c['contexts']} documents of {pack} paragraphs, "
+            f"N = {c['N']:.0f} tokens on average, {k}. From {source(result, name)}")
+
+
+def niah_table(result: dict, name: str = "niah") -> str:
+    """Share of values found, by length for one needle, and for four."""
+    cells = Cells(result, "niah")
+    lengths = sorted({int(k.split("/")[1]) for k, _, _ in cells.at if k.startswith("single/")})
+    kinds = [f"single/{x}" for x in lengths] + ["multi"]
+    head = ["values found"] + [f"{k.replace('single/', '')} · {keep:g}" for keep in cells.keeps for k in kinds]
+    rows = [[SEES.get(m, m)] + [cells.text(k, m, keep, "match", lowest=False) for keep in cells.keeps for k in kinds]
+            for m in cells.methods]
+    one, four = cells(kinds[0], "full", 1), cells("multi", "full", 1)
+    return (f"{markdown(head, rows)}\n\nColumns: length in tokens (one needle) or *multi* (four needles, all lengths), "
+            f"and keep; K is N times keep; n = {one['n']} per length, {four['n']} for multi. "
+            f"From {source(result, name)}")
+
+
+def cost_table(result: dict, name: str = "cost") -> str:
+    from results.plots import cost_rows
+    rows = [[str(r["length"]), r["method"], f"{r['bytes'] / 1e6:.1f}", f"{r['ratio']:.2f}", f"{r['tokens_per_s']:.1f}",
+             f"{r['tokens_per_s_8']:.1f}", "–" if r["method"] in ("full", "none") else "never"
+             if r["break_even"] is None else f"{r['break_even']:.0f}"] for r in cost_rows(result)]
+    keep, = {r["keep"] for r in cost_rows(result) if 0 < r["keep"] < 1}
+    return markdown(["tokens", f"method, keep {keep:g}", "MB", "(prefill + compression) / prefill", "tokens/s, batch 1",
+                     "tokens/s, batch 8", "pays after … questions"], rows) + f"\n\nFrom {source(result, name)}"
+
+
+TABLES = {"fidelity": fidelity_table, "squad": squad_table, "niah": niah_table, "cost": cost_table}
 
 
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    tables = quick_tables(json.loads((ROOT / "results" / "quick.json").read_text(encoding="utf-8")))
-    new, n = re.subn(r"(<!-- table: quick -->\n).*?(\n?<!-- end -->)", lambda m: m[1] + tables + "\n<!-- end -->", text,
-                     flags=re.S)
-    assert n == 1, "README.md needs one '<!-- table: quick -->' … '<!-- end -->'"
-    readme.write_text(new, encoding="utf-8")
+    for name, table in TABLES.items():
+        made = table(load(name), name)
+        block = rf"(<!-- table: {name} -->\n).*?\n?(<!-- end -->)"
+        text, n = re.subn(block, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
+        assert n == 1, f"README.md needs one '<!-- table: {name} -->' … '<!-- end -->'"
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

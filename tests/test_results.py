@@ -5,9 +5,13 @@ import sys
 import pytest
 
 from conftest import ROOT
+from data import BadInput
 
 sys.path.insert(0, str(ROOT / "results"))
+import plots  # noqa: E402
 import tables  # noqa: E402
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -31,5 +35,62 @@ def test_the_quick_result_has_the_form_that_is_promised(quick):
     assert {r["keep"] for r in quick["table"]} == {0.5, 0.25, 0.1, 0.05}
 
 
-def test_readme_shows_the_committed_table(quick):
-    assert tables.quick_tables(quick) in (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_readme_shows_the_committed_tables(name):
+    table = tables.TABLES[name](tables.load(name), name)
+    assert table in README and "nan" not in table
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_results_have_the_form_that_is_promised(name):
+    result = tables.load(name)
+    assert {"command", "commit", "seed", "threads", "device", "dtype", "versions", "settings", "adapter", "model",
+            "seconds", "cells"} <= {*result, *result["settings"]}
+    assert "dirty" not in result["commit"] and result["cells"]
+    for c in result["cells"]:
+        assert {"task", "kind", "method", "keep", "N", "K", "n", "mean", "ci95", "cache_bytes", "seconds"} <= set(c)
+        for metric, mean in c["mean"].items():
+            assert (c["ci95"][metric] is None) == (c["units"] < 2)
+            if c["ci95"][metric] is None:
+                continue
+            assert c["ci95"][metric][0] - 1e-4 <= mean <= c["ci95"][metric][1] + 1e-4, (c["kind"], c["method"], metric)
+
+
+def test_fidelity_has_a_hundred_documents_of_each_kind():
+    cells = tables.Cells(tables.load("fidelity"), "fidelity")
+    for kind in tables.KINDS:
+        for method in cells.methods:
+            for keep in cells.keeps:
+                assert cells(kind, method, keep)["contexts"] >= 100, (kind, method)
+
+
+def test_every_task_shown_has_its_ceiling_above_its_floor():
+    """With the intervals apart: else the task says nothing about this model."""
+    for name, metric in (("squad", "f1"), ("niah", "match")):
+        cells = tables.Cells(tables.load(name), name)
+        full, none = cells("all", "full", 1), cells("all", "none", 0)
+        assert full["ci95"][metric][0] > none["ci95"][metric][1], name
+
+
+# figures ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ("fidelity", "squad", "niah", "cost"))
+def test_figures_are_drawn_from_the_committed_results(name, tmp_path):
+    made, = plots.draw(tables.load(name), tmp_path / f"{name}.json")
+    assert made.read_bytes().startswith(b"\x89PNG") and made.stat().st_size > 10_000
+    assert f"results/{made.name}" in README and (ROOT / "results" / made.name).exists()
+
+
+def test_break_even_by_hand():
+    """Reading costs 10 s, reading and compressing 16; a question 2.0 s from the full cache, 0.5 from the short one:
+    four questions pay. A method whose questions take as long never does."""
+    def cell(method, keep, prefill, compress, question):
+        return {"task": "cost", "kind": "4096", "method": method, "keep": keep, "cache_bytes": 100,
+                "seconds": {"prefill": prefill, "compress": compress},
+                "mean": {"tokens_per_s": 5.0, "tokens_per_s_8": 9.0, "question_s": question}}
+    cells = [cell("full", 1.0, 10, 0, 2.0), cell("kvdistill", 0.1, 4, 12, 0.5), cell("random", 0.1, 10, 1, 2.0)]
+    rows = {r["method"]: r for r in plots.cost_rows({"cells": cells})}
+    assert rows["kvdistill"]["ratio"] == 1.6 and rows["kvdistill"]["break_even"] == 4.0
+    assert rows["random"]["break_even"] is None and rows["full"]["ratio"] == 1.0
+    with pytest.raises(BadInput, match="against the method full"):
+        plots.cost_rows({"cells": cells[1:]})
