@@ -28,12 +28,12 @@ def test_every_file_and_function_named_in_tables_exists():
             thing = getattr(thing, name)
 
 
-THEIRS = {"local-dir", "max-restarts", "nnodes", "nproc", "rdzv", "nodes", "gpus-per-node", "requeue",
-          "ntasks-per-node", "wrap"}  # flags of hf, torchrun and sbatch
+THEIRS = {"exclude", "exclusive", "mem", "time", "cpus-per-task", "local-dir", "max-restarts", "nnodes", "nproc",
+          "rdzv", "nodes", "gpus-per-node", "requeue", "ntasks-per-node", "wrap"}  # flags of hf, torchrun and sbatch
 
 
 def test_every_flag_named_in_readme_exists():
-    programs = ("train.py", "compress.py", "eval.py", "data/weights.py", "data/options.py")
+    programs = ("train.py", "compress.py", "eval.py", "data/prepare.py", "data/weights.py", "data/options.py")
     sources = "".join((ROOT / f).read_text(encoding="utf-8") for f in programs)
     for flag in set(re.findall(r"(?<=[ `(])--([a-z][a-z-]+)", README)) - THEIRS:
         names = {flag.replace("-", "_"), flag.removeprefix("no-").replace("-", "_")}  # --no-x turns off --x
