@@ -5,8 +5,8 @@
 
 The protocol: a document is compressed before any question is known, the chat header kept; then all questions are asked
 of the one cache. `full` is the ceiling, `none` (no document) the floor. Intervals are 95 % bootstrap intervals with the
-document as unit. The parts, in order: the baselines' scores, one method's cache, how answers are judged, the loop,
-cells from records, the program. Tasks and metrics are in data/tasks.py.
+document as unit. The parts, in order: the baselines' scores, one method's cache, the loop, the program. Tasks and
+metrics are in data/tasks.py, how answers are judged in data/judge.py, means and intervals in data/records.py.
 
 Shapes: B = 1 document, N its tokens, K kept ones, L layers, H query heads, G key-value heads, d head width.
 """
