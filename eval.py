@@ -50,19 +50,21 @@ DEFAULT_METHODS = "full,none,random,streaming,knorm,snapkv,kvzip,kvdistill,kvdis
 
 # ---------------------------------------------------------------------------------------------------- the baselines
 
-def weights(q, k, own: int, block: int = 256) -> Iterator[torch.Tensor]:
+def weights(q, k, own: int, block: int = 64) -> Iterator[torch.Tensor]:
     """Causal attention weights of queries q (1, H, T, d) over keys k (1, G, S, d), a block of queries at a time.
 
-    own: the index among the keys of query 0's own; what lies before it, every query sees. Yields fp32 (G, H/G, t, S):
-    blocks, because all of them at 8k tokens would take 2.4 GB for each layer of nine heads.
+    own: the index among the keys of query 0's own; what lies before it, every query sees. Yields fp32 (G, H/G, t, s),
+    s the keys that the block's last query sees: blocks, because all of them at 8k tokens would take 2.4 GB for each
+    layer of nine heads, and because the keys behind a block need not be multiplied.
     """
-    (_, H, T, d), (_, G, S, _) = q.shape, k.shape
-    place = torch.arange(S, device=k.device)
+    (_, H, T, d), (_, G, _, _) = q.shape, k.shape
     for i in range(0, T, block):
-        rows = q[0].view(G, H // G, T, d)[:, :, i:i + block]                               # (G, H/G, t, d)
-        logits = (rows.reshape(G, -1, d) @ k[0].transpose(1, 2)).float().view(*rows.shape[:3], S) * d ** -0.5
-        query = own + i + torch.arange(rows.shape[2], device=k.device)
-        yield logits.masked_fill_(place > query[:, None], -math.inf).softmax(-1)
+        rows = q[0].view(G, H // G, T, d)[:, :, i:i + block] * d ** -0.5                   # (G, H/G, t, d)
+        t, first = rows.shape[2], own + i
+        logits = (rows.reshape(G, -1, d) @ k[0, :, :first + t].transpose(1, 2)).float().view(G, H // G, t, first + t)
+        later = torch.ones(t, t, dtype=torch.bool, device=k.device).triu(1)
+        logits[..., first:].masked_fill_(later, -math.inf)
+        yield logits.softmax(-1)
 
 
 def watched(model: Llama, tokens, cache, score) -> torch.Tensor:
@@ -91,7 +93,12 @@ def knorm(full: Cache):
 def h2o(model: Llama, ctx: Context):
     """Attention a token has received from all others, summed; mean over the query heads of a group (H2O, arXiv
     2306.14048). kvpress divides the sum by the number of queries that could see the token."""
-    return watched(model, ctx.tokens, None, lambda q, k: sum(w.sum(2) for w in weights(q, k, 0)).mean(1))
+    def received(q, k):
+        total = torch.zeros(k.shape[1:3], device=k.device)                                 # (G, N) fp32
+        for w in weights(q, k, 0):
+            total[:, :w.shape[-1]] += w.sum(2).mean(1)
+        return total
+    return watched(model, ctx.tokens, None, received)
 
 
 def with_recent(scores, count: int):
