@@ -6,7 +6,7 @@
     python train.py --preset paper --plan --gpus 8             # what that takes: bytes, FLOPs, seconds
 
 Part 5 of the method, the loss, comes first: λ·KL(p‖q) + (1−λ)·KL(q‖p), p the model with the whole cache, q with the
-short one. Then one training step as one `forward`; the processes that share it; the configuration; the loop. A run that
+short one. Then one training step as one `forward`, and the loop, in one process or in many (data/world.py). A run that
 was cut off goes on where it was when the same command is given again.
 """
 import hashlib
@@ -15,23 +15,17 @@ import math
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from compress import (DEMO, Compressor, CompressorConfig, base_of, decay, kept_count, open_text, save_adapter, select,
@@ -44,7 +38,8 @@ from data.options import TrainConfig, check, parse_args
 from data.plan import choose_parallel, gemm_rate, out_of_memory, parameters, print_plan, rates, step_flops
 from data.prepare import SHARDS, Shard, prepare
 from data.samples import Batch, Samples, collate
-from data.weights import open_model, pick_device, pick_dtype
+from data.weights import open_model, pick_dtype
+from data.world import World, share
 from eval import held_out_table
 from model import Llama, answer, attention_mask
 
@@ -178,111 +173,6 @@ class Distiller(nn.Module):
             missed = -(wanted / wanted.sum(1, keepdim=True).clamp(min=1e-9) * log_chosen).sum() / contexts
             loss = loss + self.target * missed
         return {"loss": loss, "kl": kl.sum() / rows, "agree": agree.sum() / rows, "target": missed}
-
-
-# --------------------------------------------------------------------------------------------------- the processes
-# Training is data-parallel: every process has the whole compressor, takes its share of each step's contexts, and adds
-# its gradient to the others'. What is trained is small and always called through one `forward`, so this is one
-# all-reduce of one flat fp32 tensor, and torch's DDP wrapper would only hide it. The frozen model has no gradient to
-# share. Where it fits into one device, each process has its own (ddp). Where not, each block's weights are spread over
-# the processes of a host and brought together when the block runs (fsdp); the embedding and the head stay whole: of an
-# 8B Llama in bf16 they are 2.1 GB of 16, and the loss reads the head chunk by chunk. No weights travel between hosts.
-
-@dataclass
-class World:
-    """The processes that train together, as torchrun tells through the environment; by default, one."""
-    device: torch.device
-    rank: int = 0
-    size: int = 1
-    local: int = 0                # rank among the processes of this host
-    local_size: int = 1
-
-    @classmethod
-    def start(cls, device: str) -> "World":
-        """Join the others; device: --device. Errors: BadInput where this device cannot take part."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-                raise BadInput(f"{os.environ['SLURM_STEP_NUM_TASKS']} tasks of one job step would each train alone; "
-                               "start torchrun with one task per host (README)")
-            return cls(pick_device(device))
-        rank, size, local, local_size = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK",
-                                                                      "LOCAL_WORLD_SIZE"))
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        if device not in ("cuda", "cpu", "mps"):
-            raise BadInput(f"--device {device} with torchrun: expected cuda (each process takes its own GPU) or cpu")
-        if device == "mps":
-            raise BadInput("--device mps is one GPU and speaks to no other process; run `python train.py` without "
-                           "torchrun, or use --device cpu")
-        if device == "cuda":
-            if local >= torch.cuda.device_count():
-                raise BadInput(f"{local_size} processes and {torch.cuda.device_count()} GPUs on this host; lower "
-                               "--nproc_per_node")
-            device = f"cuda:{local}"
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=1))
-        if rank:
-            sys.stdout = open(os.devnull, "w")  # one process speaks; errors come from all
-        return cls(pick_device(device), rank, size, local, local_size)
-
-    @contextmanager
-    def one_first(self):
-        """One process of each host runs the block before the others, which then find its files."""
-        if self.size > 1 and self.local:
-            dist.barrier()
-        yield
-        if self.size > 1 and not self.local:
-            dist.barrier()
-
-    def agree(self, value):
-        """The first process's value (any picklable), in all of them."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
-
-    def gather(self, rows: list) -> list:
-        """The rows (any picklable) of all processes, in each of them."""
-        parts = [rows]
-        if self.size > 1:
-            parts = [None] * self.size
-            dist.all_gather_object(parts, rows)
-        return [row for part in parts for row in part]
-
-    def sum(self, x):
-        """x, summed in place over the processes."""
-        if self.size > 1:
-            dist.all_reduce(x)
-        return x
-
-    def sum_gradients(self, parameters, numbers):
-        """Every gradient and the fp32 `numbers` (n,), summed over the processes in one go; returns the latter."""
-        if self.size > 1:
-            grads = [p.grad for p in parameters if p.grad is not None]  # in all processes the same ones
-            flat = torch.cat([*(g.flatten() for g in grads), numbers])
-            *summed, numbers = self.sum(flat).split([*(g.numel() for g in grads), len(numbers)])
-            for g, x in zip(grads, summed):
-                g.copy_(x.view_as(g))
-        return numbers
-
-    def shard(self, model: Llama) -> None:
-        """Spread each block's weights over the processes of this host. The model may still be without memory."""
-        mesh = init_device_mesh(self.device.type, (self.size // self.local_size, self.local_size),
-                                mesh_dim_names=("hosts", "shards"))["shards"]
-        for block in model.layers:
-            fully_shard(block, mesh=mesh)
-        # the model as the root: with it, weights of the next block travel while this one computes. A context is read by
-        # `read`, everything else by `forward`
-        fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if not isinstance(p, DTensor)})
-        register_fsdp_forward_method(model, "read")
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody here writes into
-
-
-def share(step: int, batch: int, micro: int, world: World) -> list[list[int]]:
-    """Sample numbers of this process's part of a step, by forward pass. Step s is samples s·batch … (s+1)·batch − 1,
-    whoever works on them: no sample is seen twice, and the order does not depend on the number of processes."""
-    each = batch // world.size
-    first = step * batch + world.rank * each
-    return [list(range(i, min(i + micro, first + each))) for i in range(first, first + each, micro)]
 
 
 # -------------------------------------------------------------------------------------------------------- the loop

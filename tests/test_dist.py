@@ -23,11 +23,12 @@ from compress import base_of, load_adapter
 from conftest import ROOT, save_llama, tiny_compressor, tiny_llama
 from data.samples import collate
 from data.tokenizer import Tokenizer
+from data.world import World, share
 from eval import held_out_table
 from model import load_llama, own_rows
 from test_data import tiny_tokenizer_json
 from test_train import distiller, sample
-from train import Work, World, add_gradients, share
+from train import Work, add_gradients
 
 pytestmark = pytest.mark.dist
 ENV = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}

@@ -2,6 +2,9 @@
 import gzip
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -112,6 +115,29 @@ def test_weights_in_blocks_are_the_causal_softmax():
     for block in (1, 3, 100):
         padded = [F.pad(w, (0, 10 - w.shape[-1])) for w in weights(q, k, 3, block)]  # up to the block's last own key
         torch.testing.assert_close(torch.cat(padded, 2), wanted)
+
+
+def test_attention_of_8k_tokens_is_summed_in_blocks():
+    """All weights of one layer of four heads would be 1 GB at once. In a process of its own: a peak never comes down."""
+    code = """
+import resource, torch
+from eval import h2o, kvzip, snapkv
+from test_eval import Letters, tiny_compressor, tiny_llama
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+model = tiny_llama(n_layer=3, max_positions=16384)
+comp, tokens = tiny_compressor(model, eta=1), torch.randint(4, 90, (1, 8000))
+with torch.no_grad():
+    ctx = comp.read(model, tokens, protect=torch.arange(8000)[None] < 3)
+    full = comp.full(model, ctx)
+    before = peak()
+    for scores in (h2o(model, ctx), snapkv(model, ctx, full, 64), kvzip(model, Letters(), ctx, full)):
+        assert scores.shape == (3, 2, 8000)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
+                          env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 400, f"{float(done.stdout):.0f} MiB"
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ from data.checkpoint import Signals
 from data.plan import choose_parallel
 from data.samples import Continuation, Sample, collate
 from data.weights import pick_dtype
+from data.world import World
 from model import attention_mask
-from train import AttentionTarget, Distiller, Work, World, main, step_flops
+from train import AttentionTarget, Distiller, Work, main, step_flops
 
 
 def sample(seed, n_context=40, lengths=(9, 6)):
