@@ -118,7 +118,7 @@ def test_weights_in_blocks_are_the_causal_softmax():
 
 
 def test_attention_of_8k_tokens_is_summed_in_blocks():
-    """All weights of one layer of four heads would be 1 GB at once. In a process of its own: a peak never comes down."""
+    """All weights of one layer of four heads would be 1 GB. In a process of its own, as a peak never comes down."""
     code = """
 import resource, torch
 from eval import h2o, kvzip, snapkv
