@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from compress import ROOT, Compressor, Context, base_of, drop_from, kept_count, open_compressor, select
-from data import BadInput, provenance, run_program, write_json
+from data import BadInput, provenance, run_program
 from data import tasks as T
 from data.eval_options import KEEPS, build, check, fit, parse_args
 from data.judge import Judge, clock
-from data.records import append_records, cells_of, continue_from, keeps_of, print_table
+from data.records import append_records, cells_of, continue_from, keeps_of, print_table, write_result
 from data.tasks import METRICS, Case
 from data.weights import model_name, open_model
 from data.world import World
@@ -359,14 +359,14 @@ def main() -> None:
             bar.set_postfix_str(running(records, task, metric, lists["methods"]))
             if out and time.perf_counter() - saved > 60:  # the seconds so far; the answers are safe already
                 saved = time.perf_counter()
-                write_json(out, result | {"seconds": round(before + saved - start, 1)})
+                write_result(out, result | {"seconds": round(before + saved - start, 1)})
         result["seconds"] = round(before + time.perf_counter() - start, 1)
         fresh = [r for r in records if r["task"] == task and (r["case"], r["method"], r["keep"]) not in done]
         print(f"{task}: {sum(len(r['answers']) for r in fresh)} answers from {len(fresh)} caches in "
               f"{time.perf_counter() - task_start:.0f} s")
         result["cells"] = cells_of(records, a.against)
         if out:
-            write_json(out, result)
+            write_result(out, result)
     print_table([c for c in result["cells"] if c["task"] in lists["tasks"]])
     if a.plot:
         from results.plots import draw

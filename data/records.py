@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import BadInput, read_json, write_atomic, write_json
+from data import BadInput, read_json, write_atomic
 from data.tasks import METRICS
 
 
@@ -50,6 +50,14 @@ def load_records(path) -> list[dict]:
     return list({(r["task"], r["case"], r["method"], r["keep"]): r for r in records}.values())
 
 
+def write_result(path, result: dict) -> None:
+    """The result as JSON, atomically, with a line for each cell."""
+    head = json.dumps({k: v for k, v in result.items() if k != "cells"}, indent=2, ensure_ascii=False)[:-2]
+    cells = ",\n".join(f"    {json.dumps(c, ensure_ascii=False)}" for c in result["cells"])
+    text = f'{head},\n  "cells": [\n{cells}\n  ]\n}}\n'
+    write_atomic(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+
+
 def append_records(path, records: list[dict]) -> None:
     """One gzip member more, flushed to disk."""
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
@@ -64,7 +72,7 @@ def continue_from(out: Path, answers: Path, result: dict) -> list[dict]:
     if not out.exists():
         if answers.exists():
             raise BadInput(f"{answers}: answers without their result {out}; move them away, or give another --out")
-        write_json(out, result | {"cells": []})
+        write_result(out, result | {"cells": []})
         return []
     before = read_json(out)
     old, new = before.get("settings"), result["settings"]
