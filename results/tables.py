@@ -111,9 +111,12 @@ def niah_table(result: dict, name: str = "niah") -> str:
 
 def cost_table(result: dict, name: str = "cost") -> str:
     from results.plots import cost_rows
-    rows = [[str(r["length"]), SEES.get(r["method"], r["method"]), f"{r['bytes'] / 1e6:.1f}", f"{r['ratio']:.2f}",
-             f"{r['tokens_per_s']:.1f}", f"{r['tokens_per_s_8']:.1f}", "–" if r["method"] in ("full", "none") else "never"
-             if r["break_even"] is None else f"{r['break_even']:.0f}"] for r in cost_rows(result)]
+    rows = []
+    for r in cost_rows(result):
+        pays = "never" if r["break_even"] is None else f"{r['break_even']:.0f}"
+        rows.append([str(r["length"]), SEES.get(r["method"], r["method"]), f"{r['bytes'] / 1e6:.1f}",
+                     f"{r['ratio']:.2f}", f"{r['tokens_per_s']:.1f}", f"{r['tokens_per_s_8']:.1f}",
+                     "–" if r["method"] in ("full", "none") else pays])
     keep, = {r["keep"] for r in cost_rows(result) if 0 < r["keep"] < 1}
     return markdown(["tokens", f"method, keep {keep:g}", "MB", "(prefill + compression) / prefill", "tokens/s, batch 1",
                      "tokens/s, batch 8", "pays after … questions"], rows) + f"\n\nFrom {source(result, name)}"
