@@ -2,6 +2,7 @@
 
     python eval.py --tasks fidelity --n 20             # held-out text: which method answers as the full cache?
     python eval.py --tasks squad --data squad=dev-v1.1.json --pack 5 --keep 0.25,0.1 --out results/squad.json
+    torchrun --nproc_per_node 2 -- eval.py ...         # two processes, or one per GPU, share the documents out
 
 The protocol: a document is compressed before any question is known, the chat header kept; then all questions are asked
 of the one cache. `full` is the ceiling, `none` (no document) the floor. Intervals are 95 % bootstrap intervals with the
@@ -20,14 +21,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from compress import ROOT, Compressor, Context, base_of, drop_from, kept_count, open_compressor, select
 from data import BadInput, provenance, run_program
 from data import tasks as T
-from data.eval_options import KEEPS, build, check, fit, parse_args
-from data.judge import Judge, clock
+from data.eval_options import KEEPS, build, check, fit, join, parse_args
+from data.judge import Judge, clock, stack
 from data.records import append_records, cells_of, continue_from, keeps_of, print_table, write_result
 from data.tasks import METRICS, Case
 from data.weights import model_name, open_model
@@ -194,7 +196,7 @@ class Document:
         self.seconds = {"read": t1 - t0, "prefill": clock(model) - t0}
 
     def scores(self, name: str, k: int):
-        """(N,) or (L, G, N) fp32. Those of h2o and snapkv depend on k, the tokens to keep."""
+        """(N,) or (L, G, N) fp32; `question`: one a query. Those of h2o and snapkv depend on k, the tokens to keep."""
         window = max(1, min(WINDOW, k // 2))
         key = (name, window if name == "snapkv" else None)
         if key not in self.memo:
@@ -206,7 +208,9 @@ class Document:
                       "h2o": lambda: h2o(self.model, self.ctx),
                       "snapkv": lambda: snapkv(self.model, self.ctx, self.full, window),
                       "tova": lambda: tova(self.model, self.ctx, self.full),
-                      "kvzip": lambda: kvzip(self.model, self.tok, self.ctx, self.full)}[name]()
+                      "kvzip": lambda: kvzip(self.model, self.tok, self.ctx, self.full),
+                      "question": lambda: [question_scores(self.model, self.full, q.prompt)
+                                           for q in self.case.queries]}[name]()
             self.memo[key] = scores, clock(self.model) - start
         else:
             self.owed += self.memo[key][1]  # made for another cache, but this method needs them as well
@@ -229,7 +233,7 @@ class Document:
         if method == "no-routing":  # the trained choice of tokens, from the plain cache
             return drop_from(full, ctx, select(self.comp.scores(ctx), ctx.candidates, count))
         if method == "question":
-            rows = [keep_per_head(full, ctx, question_scores(model, full, q.prompt), k) for q in self.case.queries]
+            rows = [keep_per_head(full, ctx, scores, k) for scores in self.scores(name, k)]
             return rows[0] if len(rows) == 1 else stack(rows)
         scores = self.scores(name, k)
         if method.startswith("kvdistill:"):  # another choice of tokens under the trained routing; one for all heads
@@ -250,12 +254,6 @@ class Document:
         return cache, {"prefill": read.get(method, self.seconds["prefill"]), "compress": own}
 
 
-def stack(rows: list[Cache]) -> Cache:
-    """Caches of equal shapes as the rows of one."""
-    return Cache([torch.cat(k) for k in zip(*(c.k for c in rows))], [torch.cat(v) for v in zip(*(c.v for c in rows))],
-                 *(torch.cat([getattr(c, x) for c in rows]) for x in ("bias", "positions", "next_position")))
-
-
 # -------------------------------------------------------------------------------------------------------- the loop
 
 @torch.no_grad()
@@ -273,18 +271,28 @@ def measure(task: str, model: Llama, tokenizer, comps: dict[str, Compressor], ca
             continue
         document = Document(model, tokenizer, comps, case, f"{seed}/{task}/{i}")
         judge, records = Judge(task, model, tokenizer, case, document.full), []
-        for method, keep in todo:
-            cache, seconds = document.timed_cache(method, keep)
+        made = ((method, keep, *document.timed_cache(method, keep)) for method, keep in todo)
+        for group in alike(made, judge.at_once):
             start = clock(model)
-            answers = judge(cache)
-            seconds["decode"] = clock(model) - start
-            rows = cache.bias.shape[0]
-            kept = cache.n_slots - case.n_protect
-            records.append({"task": task, "case": i, "unit": case.unit, "method": method, "keep": keep, "N": case.n,
-                            "K": kept, "bytes": cache.nbytes() // rows, "seconds": seconds, "answers": answers})
-        yield records
+            answers = judge([cache for _, _, cache, _ in group])
+            decode = (clock(model) - start) / len(group)
+            for (method, keep, cache, seconds), own in zip(group, answers):
+                records.append({"task": task, "case": i, "unit": case.unit, "method": method, "keep": keep,
+                                "N": case.n, "K": cache.n_slots - case.n_protect,
+                                "bytes": cache.nbytes() // cache.bias.shape[0],
+                                "seconds": seconds | {"decode": decode}, "answers": own})
+        yield sorted(records, key=lambda r: todo.index((r["method"], r["keep"])))
 
 
+def alike(made, at_once: int) -> Iterator[list[tuple]]:
+    """The tuples (method, keep, cache, seconds) in lists of up to at_once whose caches have equal shapes."""
+    waiting: dict[torch.Size, list[tuple]] = {}
+    for item in made:
+        shape = item[2].positions.shape  # rows, slots, and whether each head holds tokens of its own
+        waiting.setdefault(shape, []).append(item)
+        if len(waiting[shape]) == at_once:
+            yield waiting.pop(shape)
+    yield from waiting.values()
 
 
 def held_out_table(model: Llama, tokenizer, comp: Compressor, sources: str, shards, context: int, contexts: int,
@@ -292,7 +300,7 @@ def held_out_table(model: Llama, tokenizer, comp: Compressor, sources: str, shar
     """What ends a training run: the cells of `fidelity` for a few methods on held-out text, printed. world: the
     processes that share the documents out; the numbers do not depend on how many they are."""
     cases = list(enumerate(T.fidelity(tokenizer, contexts, seed, context, sources, shards)))
-    mine = cases[world.rank::world.size] if world else cases
+    mine = world.part(cases) if world else cases
     records, bar = [], tqdm(mine, desc="held-out table", unit="document", disable=bool(world and world.rank))
     for part in measure("fidelity", model, tokenizer, compressors(comp, model, seed), bar, QUICK_METHODS, keeps, seed):
         records += part
@@ -317,6 +325,16 @@ def shown(folder: Path | None) -> str | None:
 def main() -> None:
     a = parse_args(METHODS, DEFAULT_METHODS)
     lists, about, start = check(a, METHODS), provenance(a.seed), time.perf_counter()
+    world = World.start(a.device)
+    if world.size > 1:
+        join(a, lists, world)
+    evaluate(a, lists, about, world, start)
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def evaluate(a, lists: dict, about: dict, world: World, start: float) -> None:
+    """What every process does: its share of the documents; the first one writes and shows the result."""
     model, tokenizer = open_model(a)
     comp, folder = open_compressor(a.adapter, model, tokenizer, a.seed)
     ours = [m for m in lists["methods"] if m.startswith("kvdistill") or m == "no-routing"]
@@ -329,16 +347,16 @@ def main() -> None:
     replay = replay_overhead(tokenizer) if any(m.endswith("kvzip") for m in lists["methods"]) else 0
     work = {}
     for task in lists["tasks"]:
-        work[task], settings["tasks"][task] = build(task, a, lists, tokenizer)
+        with world.one_first():  # texts are made tokens of once
+            work[task], settings["tasks"][task] = build(task, a, lists, tokenizer)
         fit(work[task], task, model.cfg.max_positions, a.truncate, replay)
 
     out = None if a.out is None else Path(a.out)
     answers = out and out.with_name(out.name.removesuffix(".json") + ".jsonl.gz")
-    result = {"settings": settings, **about, "model": model_name(a.weights), "adapter": shown(folder),
-              "device": str(model.device),
-              "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    result["cells"] = []
-    records = continue_from(out, answers, result) if out else []
+    result = {"settings": settings, **about, "processes": world.size, "model": model_name(a.weights),
+              "adapter": shown(folder), "device": str(model.device),
+              "versions": {"python": platform.python_version(), "torch": torch.__version__}, "cells": []}
+    records = world.agree(continue_from(out, answers, result) if out and not world.rank else [])
     before, saved = result.get("seconds", 0), start
     comps = compressors(comp, model, a.seed)
     for task, cases in work.items():
@@ -346,27 +364,33 @@ def main() -> None:
         wanted = {(i, m, k) for i in range(len(cases)) for m in lists["methods"] for k in keeps_of(m, lists["keep"])}
         if wanted & done:
             print(f"{task}: {len(wanted & done)} of {len(wanted)} caches were asked before and are skipped")
-        task_start = time.perf_counter()
+        task_start, fresh = time.perf_counter(), []
         if task == "cost":  # the first passes are slow, whatever they are
             warm = Case("warm", cases[0].context[:128], cases[0].n_protect, cases[0].queries)
             list(measure(task, model, tokenizer, comps, [(0, warm)], lists["methods"], lists["keep"], a.seed))
-        bar = tqdm(list(enumerate(cases)), desc=task, unit="document", mininterval=1)
+        left = world.part(sorted({i for i, _, _ in wanted - done}))
+        bar = tqdm([(i, cases[i]) for i in left], desc=task, unit="document", mininterval=1, disable=world.rank > 0)
         metric = next(iter(METRICS[task]))
         for part in measure(task, model, tokenizer, comps, bar, lists["methods"], lists["keep"], a.seed, done):
-            records += part
+            fresh += part
             if answers:
                 append_records(answers, part)
-            bar.set_postfix_str(running(records, task, metric, lists["methods"]))
-            if out and time.perf_counter() - saved > 60:  # the seconds so far; the answers are safe already
+            bar.set_postfix_str(running(records + fresh, task, metric, lists["methods"]))
+            if out and not world.rank and time.perf_counter() - saved > 60:  # the seconds so far; answers are safe
                 saved = time.perf_counter()
                 write_result(out, result | {"seconds": round(before + saved - start, 1)})
+        fresh = sorted(world.gather(fresh), key=lambda r: r["case"])
+        records += fresh
         result["seconds"] = round(before + time.perf_counter() - start, 1)
-        fresh = [r for r in records if r["task"] == task and (r["case"], r["method"], r["keep"]) not in done]
         print(f"{task}: {sum(len(r['answers']) for r in fresh)} answers from {len(fresh)} caches in "
               f"{time.perf_counter() - task_start:.0f} s")
+        if world.rank:
+            continue
         result["cells"] = cells_of(records, a.against)
         if out:
             write_result(out, result)
+    if world.rank:
+        return
     print_table([c for c in result["cells"] if c["task"] in lists["tasks"]])
     if a.plot:
         from results.plots import draw

@@ -60,7 +60,9 @@ def provenance(seed: int) -> dict:
         commit = git.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"  # no git, or not a checkout
-    return {"threads": torch.get_num_threads(), "command": " ".join(["python", *sys.argv]), "commit": commit,
+    many = os.environ.get("LOCAL_WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
+    launcher = f"torchrun --nproc_per_node {many} --" if many else "python"  # without --, it takes our --n for its own
+    return {"threads": torch.get_num_threads(), "command": " ".join([launcher, *sys.argv]), "commit": commit,
             "seed": seed}
 
 

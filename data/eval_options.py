@@ -9,9 +9,11 @@ import torch
 
 from data import BadInput
 from data import tasks as T
+from data.fetch import fetch
 from data.prepare import SHARDS
 from data.tasks import MAX_NEW_TOKENS, METRICS, Case
-from data.weights import add_model_flags, seed_flag
+from data.weights import add_model_flags, pick_dtype, seed_flag
+from data.world import World
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)
 
@@ -94,6 +96,22 @@ def check(a: argparse.Namespace, methods) -> dict:
         except ImportError:
             raise BadInput("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
     return lists
+
+
+def join(a, lists: dict, world: World) -> None:
+    """What several processes have to agree on before they share the documents out."""
+    if "cost" in lists["tasks"]:
+        raise BadInput("--tasks cost is timed, and other processes would be in its way; run it without torchrun")
+    if world.size > world.local_size:
+        raise BadInput(f"{world.size} processes on {world.size // world.local_size} hosts: expected one host, where "
+                       "they can append to one file of answers")
+    if a.weights is None:
+        with world.one_first():
+            fetch()
+    a.device = str(world.device)
+    if a.dtype == "auto":
+        a.dtype = world.agree(None if world.rank else {torch.float32: "fp32", torch.bfloat16: "bf16"}[
+            pick_dtype("auto", world.device)])
 
 
 def build(task: str, a: argparse.Namespace, lists: dict, tokenizer) -> tuple[list[Case], dict]:

@@ -7,6 +7,7 @@ from data.samples import Continuation, Sample, collate
 from data.tasks import MAX_NEW_TOKENS, METRICS, SQUAD_END, Case, tokens_with
 from model import Cache, Llama, generate
 
+AT_ONCE = 8  # caches in one batch: their logits are what takes memory, 14 MB for 70 answer tokens in fp32
 
 def clock(model: Llama) -> float:
     """Seconds, once the device has done all that it was asked to do."""
@@ -24,17 +25,29 @@ def divergence(log_q, log_p):
     return torch.stack([kl.clamp(min=0), js.clamp(min=0), (log_q.argmax(-1) == log_p.argmax(-1)).float()])
 
 
+def stack(caches: list[Cache]) -> Cache:
+    """Caches of equal shapes as the rows of one."""
+    layers = lambda name: [torch.cat(x) for x in zip(*(getattr(c, name) for c in caches))]  # noqa: E731
+    return Cache(layers("k"), layers("v"),
+                 *(torch.cat([getattr(c, x) for c in caches]) for x in ("bias", "positions", "next_position")))
+
+
 class Judge:
-    """Asks a case's queries of a cache and scores the answers: judge(cache) -> one dict per query, with "kind",
-    "weight", the task's metrics, and for generated answers the "prediction"."""
+    """Asks a case's queries of caches and scores the answers: judge(caches) -> for each cache, one dict per query, with
+    "kind", "weight", the task's metrics, and for generated answers the "prediction".
+
+    at_once: how many caches of equal shapes may come together. Fidelity reads the same few tokens on top of each of
+    them, so they are the rows of one batch; what generates or is timed comes one by one.
+    """
 
     def __init__(self, task: str, model: Llama, tokenizer, case: Case, full: Cache):
         self.task, self.model, self.tok, self.case = task, model, tokenizer, case
+        self.at_once = AT_ONCE if task == "fidelity" else 1
         if task == "fidelity":
             parts = [(q.prompt, q.answer) for q in case.queries]
             self.forms = self.packed(parts)
             self.which = torch.cat([torch.full((len(ids),), i) for i, (_, ids) in enumerate(parts)])
-            self.teacher = self.log_probabilities(self.forms, full)
+            self.teacher, = self.log_probabilities(self.forms, [full])
 
     def packed(self, parts: list[tuple[list[int], list[int]]]):
         """Teacher-forced (prompt, answer) pairs as tensors, in two forms: all in one row, a segment each, for a cache
@@ -44,17 +57,22 @@ class Judge:
         return tuple(collate(x, kinds=["answer"]).to(self.model.device) for x in (
             [sample(made)], [sample([m]) for m in made]))
 
-    def log_probabilities(self, forms, cache: Cache):
-        """log p of every token of the vocabulary where an answer's tokens are predicted: fp32 (R, V)."""
-        b = forms[0] if cache.bias.shape[0] == 1 else forms[1]
-        return self.model.logits(self.model(b.cont, cache, b.segments)[b.supervised]).log_softmax(-1)
+    def log_probabilities(self, forms, caches: list[Cache]):
+        """log p of the whole vocabulary where an answer's tokens are predicted: for each cache, fp32 (R, V)."""
+        one = caches[0].bias.shape[0] == 1
+        b = forms[0 if one else 1]
+        h = self.model(b.cont.repeat(len(caches), 1), caches[0] if len(caches) == 1 else stack(caches),
+                       b.segments.repeat(len(caches), 1))
+        return self.model.logits(h[b.supervised.repeat(len(caches), 1)]).log_softmax(-1).chunk(len(caches))
 
-    def __call__(self, cache: Cache) -> list[dict]:
-        special = {"fidelity": self.fidelity, "choice": self.choice, "cost": self.cost}
-        return special.get(self.task, self.generated)(cache)
+    def __call__(self, caches: list[Cache]) -> list[list[dict]]:
+        if self.task == "fidelity":
+            return [self.fidelity(log_q) for log_q in self.log_probabilities(self.forms, caches)]
+        answer = {"choice": self.choice, "cost": self.cost}.get(self.task, self.generated)
+        return [answer(cache) for cache in caches]
 
-    def fidelity(self, cache):
-        per_token = divergence(self.log_probabilities(self.forms, cache), self.teacher).cpu()
+    def fidelity(self, log_q):
+        per_token = divergence(log_q, self.teacher).cpu()
         return [{"kind": q.kind, "weight": len(q.answer),
                  **dict(zip(METRICS["fidelity"], per_token[:, self.which == i].mean(1).tolist()))}
                 for i, q in enumerate(self.case.queries)]
@@ -64,7 +82,7 @@ class Judge:
         for i, q in enumerate(self.case.queries):
             ids = [self.tok.encode(o.strip()) + self.tok.turn[:1] for o in q.options]
             own = cache if cache.bias.shape[0] == 1 else cache.rows([i])
-            log_p = self.log_probabilities(self.packed([(q.prompt, x) for x in ids]), own)
+            log_p, = self.log_probabilities(self.packed([(q.prompt, x) for x in ids]), [own])
             wanted = torch.tensor([t for x in ids for t in x], device=log_p.device)
             per_token = log_p.gather(1, wanted[:, None])[:, 0].split([len(x) for x in ids])
             likely = [float(x.mean()) for x in per_token]  # a mean, as options differ in length

@@ -59,11 +59,10 @@ def write_result(path, result: dict) -> None:
 
 
 def append_records(path, records: list[dict]) -> None:
-    """One gzip member more, flushed to disk."""
+    """One gzip member more, flushed to disk; in one system call, as several processes may append to the same file."""
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-    with open(path, "ab") as f:
+    with open(path, "ab", buffering=0) as f:
         f.write(gzip.compress(text.encode()))
-        f.flush()
         os.fsync(f.fileno())
 
 

@@ -1,4 +1,4 @@
-"""The processes that train together: who takes which contexts, what they add up, how weights are spread.
+"""The processes that work together: who takes which contexts, what they add up, how weights are spread.
 
 Training is data-parallel: every process has the whole compressor, takes its share of each step's contexts, and adds
 its gradient to the others'. What is trained is small and always called through one `forward`, so this is one
@@ -27,7 +27,7 @@ from model import Llama
 
 @dataclass
 class World:
-    """The processes that train together, as torchrun tells through the environment; by default, one."""
+    """The processes that work together, as torchrun tells through the environment; by default, one."""
     device: torch.device
     rank: int = 0
     size: int = 1
@@ -39,7 +39,7 @@ class World:
         """Join the others; device: --device. Errors: BadInput where this device cannot take part."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-                raise BadInput(f"{os.environ['SLURM_STEP_NUM_TASKS']} tasks of one job step would each train alone; "
+                raise BadInput(f"{os.environ['SLURM_STEP_NUM_TASKS']} tasks of one job step would each work alone; "
                                "start torchrun with one task per host (README)")
             return cls(pick_device(device))
         rank, size, local, local_size = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK",
@@ -48,8 +48,8 @@ class World:
         if device not in ("cuda", "cpu", "mps"):
             raise BadInput(f"--device {device} with torchrun: expected cuda (each process takes its own GPU) or cpu")
         if device == "mps":
-            raise BadInput("--device mps is one GPU and speaks to no other process; run `python train.py` without "
-                           "torchrun, or use --device cpu")
+            raise BadInput("--device mps is one GPU and speaks to no other process; run without torchrun, "
+                           "or use --device cpu")
         if device == "cuda":
             if local >= torch.cuda.device_count():
                 raise BadInput(f"{local_size} processes and {torch.cuda.device_count()} GPUs on this host; lower "
@@ -84,6 +84,12 @@ class World:
             parts = [None] * self.size
             dist.all_gather_object(parts, rows)
         return [row for part in parts for row in part]
+
+    def part(self, rows: list) -> list:
+        """This process's rows: 0, 1, 1, 0, 0, 1 … for two, as rows that come in turn from two sources differ in how
+        long they take."""
+        turn = 2 * self.size
+        return [row for i, row in enumerate(rows) if i % turn in (self.rank, turn - 1 - self.rank)]
 
     def sum(self, x):
         """x, summed in place over the processes."""

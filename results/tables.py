@@ -21,8 +21,9 @@ def load(name: str) -> dict:
 
 def source(result: dict, name: str) -> str:
     """Where a table comes from, as README says it under the table."""
-    threads, minutes = result["threads"], result["seconds"] / 60
-    return (f"`results/{name}.json`: {result['settings']['dtype']}, {threads} thread{'s' * (threads > 1)}, "
+    threads, minutes, processes = result["threads"], result["seconds"] / 60, result.get("processes", 1)
+    each = f"{processes} processes of " * (processes > 1)
+    return (f"`results/{name}.json`: {result['settings']['dtype']}, {each}{threads} thread{'s' * (threads > 1)}, "
             f"{minutes:.0f} minutes, commit {result['commit']}: `{result['command']}`")
 
 

@@ -124,6 +124,15 @@ def test_every_sample_is_seen_once_whatever_the_number_of_processes():
         assert len({len(parts) for parts in seen}) == 1  # fsdp needs everybody in every forward pass
 
 
+def test_every_document_has_one_process():
+    for size in (1, 2, 3, 4):
+        parts = [World(torch.device("cpu"), rank, size).part(list(range(29))) for rank in range(size)]
+        assert sorted(i for part in parts for i in part) == list(range(29))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    even = [sum(i % 2 == 0 for i in World(torch.device("cpu"), rank, 2).part(list(range(100)))) for rank in (0, 1)]
+    assert even == [25, 25]  # two sources in turn: each process reads as much of both
+
+
 # runs that are cut off ----------------------------------------------------------------------------------------------
 
 STEPS_OF_RUN = 14

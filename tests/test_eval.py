@@ -17,7 +17,7 @@ from data import BadInput
 from data.judge import Judge, divergence
 from data.records import append_records, cells_of, continue_from, load_records, mean_and_interval
 from data.tasks import Case, Query
-from eval import (METHODS, SCORES, Document, h2o, keep_per_head, knorm, kvzip, kvzip_replays, measure, snapkv,
+from eval import (METHODS, SCORES, Document, alike, h2o, keep_per_head, knorm, kvzip, kvzip_replays, measure, snapkv,
                   streaming, tova, weights)
 from model import Cache
 
@@ -251,14 +251,32 @@ def test_divergence_by_hand():
 @torch.no_grad()
 def test_fidelity_is_zero_for_the_full_cache_and_the_same_in_rows_as_in_segments(model, document):
     judge = Judge("fidelity", model, Letters(), document.case, document.full)
-    for a in judge(document.full):
+    for a in judge([document.full])[0]:
         assert a["kl"] < 1e-6 and a["js"] < 1e-6 and a["agree"] == 1
     short = document.cache("random", 0.1)
-    packed, rows = judge(short), judge(short.rows([0, 0, 0]))
+    (packed,), (rows,) = judge([short]), judge([short.rows([0, 0, 0])])
     assert [a["weight"] for a in packed] == [4, 5, 6] and [a["kind"] for a in packed] == ["k0", "k1", "k0"]
     for a, b in zip(packed, rows):
         assert a["kl"] > 0.01 and 0 < a["js"] <= math.log(2)
         assert a["kl"] == pytest.approx(b["kl"], abs=1e-4) and a["js"] == pytest.approx(b["js"], abs=1e-4)
+
+
+@torch.no_grad()
+def test_caches_asked_together_answer_as_each_alone(model, document):
+    """One head's tokens or all heads' alike, routed or not: caches of equal shapes are the rows of one batch."""
+    methods = ("random", "kvdistill", "h2o", "streaming", "truncate", "knorm", "question")
+    todo = [(m, keep) for m in methods for keep in (0.3, 0.1)]
+    groups = list(alike(((m, keep, document.cache(m, keep), {}) for m, keep in todo), at_once=3))
+    assert sorted(x[:2] for g in groups for x in g) == sorted(todo) and max(map(len, groups)) == 3
+    judge = Judge("fidelity", model, Letters(), document.case, document.full)
+    for group in groups:
+        alone = [judge([cache])[0] for *_, cache, _ in group]
+        for a, b in zip(judge([cache for *_, cache, _ in group]), alone, strict=True):
+            for x, y in zip(a, b, strict=True):
+                assert x["kl"] > 0.01 and x["kl"] == pytest.approx(y["kl"], abs=1e-4)
+                assert x["kind"] == y["kind"] and x["js"] == pytest.approx(y["js"], abs=1e-4)
+    kls = [a[0]["kl"] for g in groups for a in judge([cache for *_, cache, _ in g])]
+    assert len(set(kls)) == len(todo), "every cache has an answer of its own"
 
 
 @torch.no_grad()
@@ -273,10 +291,10 @@ def test_choice_takes_the_likeliest_option(model, document):
     best = options[max(range(3), key=scores.__getitem__)]
     asked = Case("u", document.case.context, 3, [Query("all", question, [best], options=options),
                                                  Query("all", question, ["other"], options=options[:2] + ["other"])])
-    first, second = Judge("choice", model, tok, asked, cache)(cache)
+    (first, second), = Judge("choice", model, tok, asked, cache)([cache])
     assert first["accuracy"] == 1 and first["prediction"] == best and first["chance"] == 1 / 3
     assert second["accuracy"] == float(second["prediction"] == "other")
-    rows = Judge("choice", model, tok, asked, cache)(cache.rows([0, 0]))  # `question`: a row of the cache per query
+    rows, = Judge("choice", model, tok, asked, cache)([cache.rows([0, 0])])  # `question`: a row of the cache per query
     assert [r["prediction"] for r in rows] == [first["prediction"], second["prediction"]]
 
 
@@ -284,9 +302,9 @@ def test_choice_takes_the_likeliest_option(model, document):
 def test_generated_answers_do_not_depend_on_their_neighbours(model, document):
     cache = document.cache("kvdistill", 0.3)
     kept = [x.clone() for x in cache.k]
-    together = Judge("niah", model, Letters(), document.case, document.full)(cache)
+    together, = Judge("niah", model, Letters(), document.case, document.full)([cache])
     for q, a in zip(document.case.queries, together):
-        alone, = Judge("niah", model, Letters(), Case("u", document.case.context, 3, [q]), document.full)(cache)
+        (alone,), = Judge("niah", model, Letters(), Case("u", document.case.context, 3, [q]), document.full)([cache])
         assert alone == a and a["match"] == float("7" in a["prediction"])
     assert all(torch.equal(x, y) for x, y in zip(kept, cache.k)), "answering leaves the cache as it was"
 

@@ -1,5 +1,6 @@
 """eval.py as a user runs it: every task on a tiny model, interrupted and continued, with good and with bad input."""
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -101,6 +102,52 @@ def test_a_killed_run_goes_on_where_it_stopped(files, tmp_path):
     timeless = lambda path: [{k: v for k, v in c.items() if k != "seconds"}  # noqa: E731
                              for c in json.loads(path.read_text())["cells"]]
     assert timeless(out) == timeless(whole)
+
+
+@pytest.mark.dist
+def test_two_processes_share_the_documents_out(files, tmp_path):
+    """The cells are one process's, also when both were killed in the middle and another number of them goes on."""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # in two processes, the sums of one
+    what = [str(x) for x in flags(files, "--tasks", "niah,fidelity", "--n", "6", "--keep", "0.5,0.2", "--lengths",
+                                  "700", "--depths", "0,1", "--context", "300", "--methods",
+                                  "full,random,h2o,kvdistill")]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+
+    def go(out, launch):
+        p = subprocess.run([*launch, str(ROOT / "eval.py"), *what, "--out", str(out)], cwd=ROOT, env=env, text=True,
+                           capture_output=True)
+        assert p.returncode == 0, p.stderr[-3000:]
+        return p.stdout
+
+    one, both, cut = tmp_path / "one.json", tmp_path / "both.json", tmp_path / "cut.json"
+    go(one, [sys.executable])
+    assert go(both, two).count("caches in") == 2, "one process speaks, of two tasks"
+    first = json.loads(one.read_text())
+    result = json.loads(both.read_text())
+    timeless = lambda r: [{k: v for k, v in c.items() if k != "seconds"} for c in r["cells"]]  # noqa: E731
+    assert timeless(result) == timeless(first) and result["settings"] == first["settings"]
+    assert result["processes"] == 2 and result["command"].startswith("torchrun --nproc_per_node 2 -- ")
+    records = load_records(both.with_suffix(".jsonl.gz"))
+    assert len(records) == len({(r["task"], r["case"], r["method"], r["keep"]) for r in records})
+
+    p = subprocess.Popen([*two, ROOT / "eval.py", *what, "--out", cut], cwd=ROOT, env=env,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    answers = cut.with_suffix(".jsonl.gz")
+    while not (answers.exists() and len(answers.read_bytes()) > 1200):
+        assert p.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(p.pid)], capture_output=True, text=True).stdout.split()
+    for pid in (p.pid, *map(int, workers)):
+        os.kill(pid, signal.SIGKILL)
+    p.wait()
+    assert len(workers) == 2
+    assert 0 < len(load_records(answers)) < len(records)
+    assert "caches were asked before and are skipped" in go(cut, [sys.executable])
+    assert timeless(json.loads(cut.read_text())) == timeless(first)
+
+    p = subprocess.run([*two, ROOT / "eval.py", *map(str, flags(files, "--tasks", "cost"))], cwd=ROOT, env=env,
+                       text=True, capture_output=True)
+    assert p.returncode and "cost is timed" in p.stderr.split("Traceback")[0]  # the traceback is torchrun's
 
 
 def test_fidelity_on_texts_and_squad_answers(files):

@@ -152,7 +152,7 @@ def test_what_cannot_be_shared_is_refused(monkeypatch):
         main()
     monkeypatch.undo()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    with pytest.raises(BadInput, match="8 tasks of one job step would each train alone"):
+    with pytest.raises(BadInput, match="8 tasks of one job step would each work alone"):
         World.start("cpu")
     with pytest.raises(BadInput, match="spreads the model over processes and there is one"):
         choose_parallel("fsdp", None, "bf16", 1, torch.device("cpu"))
