@@ -9,7 +9,7 @@ of the one cache. `full` is the ceiling, `none` (no document) the floor. Interva
 document as unit. The parts, in order: the baselines' scores, one method's cache, the loop, the program. Tasks and
 metrics are in data/tasks.py, how answers are judged in data/judge.py, means and intervals in data/records.py.
 
-Shapes: B = 1 document, N its tokens, K kept ones, L layers, H query heads, G key-value heads, d head width.
+Shapes: N tokens of the one document at hand, K kept ones, L layers, H query heads, G key-value heads, d head width.
 """
 import hashlib
 import json
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from compress import ROOT, Compressor, Context, base_of, drop_from, kept_count, open_compressor, select
 from data import BadInput, provenance, run_program
 from data import tasks as T
-from data.eval_options import KEEPS, build, check, fit, join, parse_args
+from data.eval_options import KEEPS, agree, build, check, parse_args
 from data.judge import Judge, clock, stack
 from data.records import append_records, cells_of, continue_from, keeps_of, print_table, write_result
 from data.tasks import METRICS, Case
@@ -92,7 +92,8 @@ def knorm(full: Cache):
 
 def h2o(model: Llama, ctx: Context):
     """Attention a token has received from all others, summed; mean over the query heads of a group (H2O, arXiv
-    2306.14048). kvpress divides the sum by the number of queries that could see the token."""
+    2306.14048). kvpress divides the sum by the number of queries that could see the token. For simplicity the document
+    is read a second time here; whoever sums while reading it first need not, so the cost table leaves that out."""
     def received(q, k):
         total = torch.zeros(k.shape[1:3], device=k.device)                                 # (G, N) fp32
         for w in weights(q, k, 0):
@@ -262,8 +263,10 @@ def measure(task: str, model: Llama, tokenizer, comps: dict[str, Compressor], ca
     """Ask every case's queries of every method's cache; yields the records of one case after the other.
 
     Args: comps: {"kvdistill": …, "untrained": …}; cases: (number, case), any subset: a case's records depend on its
-    number and nothing else, so ranks may share them out; done: (number, method, keep) to leave out.
-    A record: {"task", "case", "unit", "method", "keep", "N", "K", "bytes", "seconds", "answers": what `Judge` says}.
+    number alone (but for rounding: caches are asked in batches), so processes may share them out; done: (number,
+    method, keep) to leave out.
+    A record: {"task", "case", "unit", "method", "keep", "N", "K", "bytes", "seconds", "answers": what `Judge` says};
+    seconds["decode"] of caches asked in one batch is their time divided by their number.
     """
     for i, case in cases:
         todo = [(m, keep) for m in methods for keep in keeps_of(m, keeps) if (i, m, keep) not in done]
@@ -327,7 +330,7 @@ def main() -> None:
     lists, about, start = check(a, METHODS), provenance(a.seed), time.perf_counter()
     world = World.start(a.device)
     if world.size > 1:
-        join(a, lists, world)
+        agree(a, lists, world)
     evaluate(a, lists, about, world, start)
     if world.size > 1:
         dist.destroy_process_group()
@@ -348,15 +351,17 @@ def evaluate(a, lists: dict, about: dict, world: World, start: float) -> None:
     work = {}
     for task in lists["tasks"]:
         with world.one_first():  # texts are made tokens of once
-            work[task], settings["tasks"][task] = build(task, a, lists, tokenizer)
-        fit(work[task], task, model.cfg.max_positions, a.truncate, replay)
+            work[task], settings["tasks"][task] = build(task, a, lists, tokenizer, model, replay)
+    if world.agree(settings) != settings:
+        raise BadInput(f"process {world.rank} has other weights, adapter or documents than process 0; expected the "
+                       "same")
 
     out = None if a.out is None else Path(a.out)
     answers = out and out.with_name(out.name.removesuffix(".json") + ".jsonl.gz")
     result = {"settings": settings, **about, "processes": world.size, "model": model_name(a.weights),
               "adapter": shown(folder), "device": str(model.device),
               "versions": {"python": platform.python_version(), "torch": torch.__version__}, "cells": []}
-    records = world.agree(continue_from(out, answers, result) if out and not world.rank else [])
+    records = world.first(lambda: continue_from(out, answers, result)) if out else []
     before, saved = result.get("seconds", 0), start
     comps = compressors(comp, model, a.seed)
     for task, cases in work.items():
@@ -375,8 +380,10 @@ def evaluate(a, lists: dict, about: dict, world: World, start: float) -> None:
             fresh += part
             if answers:
                 append_records(answers, part)
+            if world.rank:
+                continue
             bar.set_postfix_str(running(records + fresh, task, metric, lists["methods"]))
-            if out and not world.rank and time.perf_counter() - saved > 60:  # the seconds so far; answers are safe
+            if out and time.perf_counter() - saved > 60:  # the seconds so far; answers are safe
                 saved = time.perf_counter()
                 write_result(out, result | {"seconds": round(before + saved - start, 1)})
         fresh = sorted(world.gather(fresh), key=lambda r: r["case"])

@@ -350,7 +350,7 @@ def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
     if a.profile:
         return profile(c, mix, model, tokenizer, about, world, a.profile)
 
-    out, finished = world.agree(None if world.rank else claim(wanted, c.out, default))
+    out, finished = world.first(lambda: claim(wanted, c.out, default))
     if finished:
         return print(f"{out}: this run is finished, its adapter is in {out / 'adapter'}; for another, give a new --out")
     print(" ".join(f"{k}={v}" for k, v in asdict(c).items()) + f"\nwriting to {out}")

@@ -14,6 +14,7 @@ from data.prepare import SHARDS
 from data.tasks import MAX_NEW_TOKENS, METRICS, Case
 from data.weights import add_model_flags, pick_dtype, seed_flag
 from data.world import World
+from model import Llama
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)
 
@@ -98,8 +99,9 @@ def check(a: argparse.Namespace, methods) -> dict:
     return lists
 
 
-def join(a, lists: dict, world: World) -> None:
-    """What several processes have to agree on before they share the documents out."""
+def agree(a: argparse.Namespace, lists: dict, world: World) -> None:
+    """Settle what several processes must have in common, --device and --dtype, before they share the documents out.
+    Errors: BadInput for what they cannot share."""
     if "cost" in lists["tasks"]:
         raise BadInput("--tasks cost is timed, and other processes would be in its way; run it without torchrun")
     if world.size > world.local_size:
@@ -110,12 +112,12 @@ def join(a, lists: dict, world: World) -> None:
             fetch()
     a.device = str(world.device)
     if a.dtype == "auto":
-        a.dtype = world.agree(None if world.rank else {torch.float32: "fp32", torch.bfloat16: "bf16"}[
-            pick_dtype("auto", world.device)])
+        a.dtype = world.first(lambda: {torch.float32: "fp32", torch.bfloat16: "bf16"}[pick_dtype("auto", world.device)])
 
 
-def build(task: str, a: argparse.Namespace, lists: dict, tokenizer) -> tuple[list[Case], dict]:
-    """A task's cases, and the settings that make them what they are."""
+def build(task: str, a: argparse.Namespace, lists: dict, tokenizer, model: Llama, replay: int
+          ) -> tuple[list[Case], dict]:
+    """A task's cases, short enough for the model, and the settings that make them what they are. replay: see `fit`."""
     path = lists["data"].get(task)
     n = {"n": a.n}
     if task == "fidelity":
@@ -130,10 +132,11 @@ def build(task: str, a: argparse.Namespace, lists: dict, tokenizer) -> tuple[lis
         settings = n | {"lengths": lists["lengths"], "depths": lists["depths"]}
         cases = T.niah(tokenizer, path, a.n, a.seed, lists["lengths"], lists["depths"])
     elif task == "cost":
-        settings = n | {"lengths": lists["lengths"], "device": a.device, "threads": torch.get_num_threads()}
+        settings = n | {"lengths": lists["lengths"], "device": str(model.device), "threads": torch.get_num_threads()}
         cases = T.cost(tokenizer, path, a.n, lists["lengths"])
     else:
         settings, cases = n, {"summary": T.summary, "choice": T.choice}[task](tokenizer, path, a.n, a.seed)
+    fit(cases, task, model.cfg.max_positions, a.truncate, replay)
     content = json.dumps([asdict(c) for c in cases]).encode()
     return cases, settings | {"documents": hashlib.sha256(content).hexdigest()[:16]}
 

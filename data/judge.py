@@ -7,7 +7,8 @@ from data.samples import Continuation, Sample, collate
 from data.tasks import MAX_NEW_TOKENS, METRICS, SQUAD_END, Case, tokens_with
 from model import Cache, Llama, generate
 
-AT_ONCE = 8  # caches in one batch: their logits are what takes memory, 14 MB for 70 answer tokens in fp32
+AT_ONCE = 8  # caches in one batch: the logits of each take 14 MB for 70 answer tokens in fp32
+
 
 def clock(model: Llama) -> float:
     """Seconds, once the device has done all that it was asked to do."""
@@ -37,12 +38,13 @@ class Judge:
     "kind", "weight", the task's metrics, and for generated answers the "prediction".
 
     at_once: how many caches of equal shapes may come together. Fidelity reads the same few tokens on top of each of
-    them, so they are the rows of one batch; what generates or is timed comes one by one.
+    them, so they are the rows of one batch (of long documents fewer: they wait for each other, and are copied); what
+    generates or is timed comes one by one.
     """
 
     def __init__(self, task: str, model: Llama, tokenizer, case: Case, full: Cache):
         self.task, self.model, self.tok, self.case = task, model, tokenizer, case
-        self.at_once = AT_ONCE if task == "fidelity" else 1
+        self.at_once = max(1, min(AT_ONCE, 4096 // case.n)) if task == "fidelity" else 1
         if task == "fidelity":
             parts = [(q.prompt, q.answer) for q in case.queries]
             self.forms = self.packed(parts)
@@ -58,7 +60,7 @@ class Judge:
             [sample(made)], [sample([m]) for m in made]))
 
     def log_probabilities(self, forms, caches: list[Cache]):
-        """log p of the whole vocabulary where an answer's tokens are predicted: for each cache, fp32 (R, V)."""
+        """log p of the vocabulary where the R tokens of all answers are predicted: for each cache, fp32 (R, V)."""
         one = caches[0].bias.shape[0] == 1
         b = forms[0 if one else 1]
         h = self.model(b.cont.repeat(len(caches), 1), caches[0] if len(caches) == 1 else stack(caches),

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,32 +22,41 @@ def keeps_of(method: str, keeps) -> list[float]:
     return {"full": [1.0], "none": [0.0]}.get(method, list(keeps))
 
 
+def members(raw: bytes) -> Iterator[bytes | None]:
+    """What each gzip member holds. None for a torn one, of a process killed while writing; another may have appended
+    since, so the search goes on."""
+    at = 0
+    while 0 <= at < len(raw):
+        d, text = zlib.decompressobj(wbits=31), b""
+        try:
+            text = d.decompress(raw[at:])
+        except zlib.error:
+            pass  # torn, or no gzip at all: d.eof stays False
+        yield text if d.eof else None
+        at = len(raw) - len(d.unused_data) if d.eof else raw.find(b"\x1f\x8b\x08", at + 1)
+
+
 def load_records(path) -> list[dict]:
-    """The records in a .jsonl.gz. A run that was killed while writing leaves half a line: it is cut off."""
-    path, text = Path(path), b""
+    """The records in a .jsonl.gz. What a killed run left half written is cut out of it."""
+    path = Path(path)
     if not path.exists():
         return []
-    whole = True
     try:
-        with gzip.open(path) as f:
-            for line in f:
-                text += line
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        whole = False
+        raw = path.read_bytes()
     except OSError as e:
         raise BadInput(f"{path}: cannot be read ({e}); move it away, or give another --out") from None
-    lines = text.split(b"\n")
-    whole = whole and lines[-1] == b""
+    parts = list(members(raw))
+    lines = [line for part in parts if part is not None for line in part.splitlines()]
     try:
-        records = [json.loads(line) for line in lines[:-1]]
+        records = [json.loads(line) for line in lines]
     except json.JSONDecodeError as e:
         raise BadInput(f"{path}: not JSON lines ({e}); move it away, or give another --out") from None
-    gzipped = path.read_bytes()[:2] in (b"\x1f\x8b", b"\x1f", b"")
+    gzipped = raw[:2] in (b"\x1f\x8b", b"\x1f", b"")
     if not gzipped or not all({"task", "case", "method", "keep"} <= set(r) for r in records):
         raise BadInput(f"{path}: no answers of this program in it; move it away, or give another --out")
-    if not whole:
-        print(f"{path}: its end was cut off; the {len(records)} records before it are used")
-        write_atomic(path, lambda tmp: tmp.write_bytes(gzip.compress(b"".join(x + b"\n" for x in lines[:-1]))))
+    if None in parts:
+        print(f"{path}: a part was cut off while it was written; the {len(records)} records in the rest are used")
+        write_atomic(path, lambda tmp: tmp.write_bytes(gzip.compress(b"".join(x + b"\n" for x in lines))))
     return list({(r["task"], r["case"], r["method"], r["keep"]): r for r in records}.values())
 
 
@@ -61,9 +71,14 @@ def write_result(path, result: dict) -> None:
 def append_records(path, records: list[dict]) -> None:
     """One gzip member more, flushed to disk; in one system call, as several processes may append to the same file."""
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-    with open(path, "ab", buffering=0) as f:
-        f.write(gzip.compress(text.encode()))
-        os.fsync(f.fileno())
+    member = gzip.compress(text.encode())
+    try:
+        with open(path, "ab", buffering=0) as f:
+            if f.write(member) < len(member):
+                raise OSError("only a part of it was written: is the disk full?")
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written ({e}); the same command goes on from what is there") from None
 
 
 def continue_from(out: Path, answers: Path, result: dict) -> list[dict]:
@@ -88,6 +103,10 @@ def continue_from(out: Path, answers: Path, result: dict) -> list[dict]:
     for key, joint in (("commit", ", "), ("command", "; ")):
         parts = before.get(key, "").split(joint)
         result[key] = joint.join(parts + [result[key]] * (result[key] not in parts))
+    for key in ("threads", "processes"):  # of several runs that differ, all that there were
+        old = str(before.get(key, 1)).split(", ")
+        if key in result and str(result[key]) not in old:
+            result[key] = ", ".join([*old, str(result[key])])
     result["cells"] = before.get("cells", [])
     return load_records(answers)
 
@@ -126,8 +145,9 @@ def finished(records: list[dict]) -> list[dict]:
 def cells_of(records: list[dict], against: str | None = None) -> list[dict]:
     """A cell for each task, kind (every prefix of its path, and "all"), method and keep; with `against`, also the
     differences to that method at the same keep, paired answer by answer."""
-    groups = {}
-    for r in finished(records):
+    tasks, groups = list(dict.fromkeys(r["task"] for r in records)), {}
+    order = lambda r: (tasks.index(r["task"]), r["case"])  # noqa: E731; several processes append in any order
+    for r in sorted(finished(records), key=order):
         for j, a in enumerate(r["answers"]):
             path = a["kind"].split("/")
             kinds = dict.fromkeys(["/".join(path[:n]) for n in range(len(path), 0, -1)] + ["all"])

@@ -1,5 +1,6 @@
 """The processes that work together: who takes which contexts, what they add up, how weights are spread.
 
+An evaluation shares its documents out and gathers the answers; that is `part` and `gather`. The rest is for training.
 Training is data-parallel: every process has the whole compressor, takes its share of each step's contexts, and adds
 its gradient to the others'. What is trained is small and always called through one `forward`, so this is one
 all-reduce of one flat fp32 tensor, and torch's DDP wrapper would only hide it. The frozen model has no gradient to
@@ -66,9 +67,11 @@ class World:
         """One process of each host runs the block before the others, which then find its files."""
         if self.size > 1 and self.local:
             dist.barrier()
-        yield
-        if self.size > 1 and not self.local:
-            dist.barrier()
+        try:
+            yield
+        finally:  # where it failed, it will fail for the others as well, who then say why
+            if self.size > 1 and not self.local:
+                dist.barrier()
 
     def agree(self, value):
         """The first process's value (any picklable), in all of them."""
@@ -76,6 +79,19 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(box)
         return box[0]
+
+    def first(self, make):
+        """make() in the first process alone; what it returns, or the BadInput it raises, in all of them."""
+        value = error = None
+        if not self.rank:
+            try:
+                value = make()
+            except BadInput as e:
+                error = str(e)
+        value, error = self.agree((value, error))
+        if error is not None:
+            raise BadInput(error)
+        return value
 
     def gather(self, rows: list) -> list:
         """The rows (any picklable) of all processes, in each of them."""

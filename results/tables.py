@@ -1,5 +1,6 @@
 """Rewrite README's tables from results/*.json:  python results/tables.py"""
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -22,8 +23,8 @@ def load(name: str) -> dict:
 def source(result: dict, name: str) -> str:
     """Where a table comes from, as README says it under the table."""
     threads, minutes, processes = result["threads"], result["seconds"] / 60, result.get("processes", 1)
-    each = f"{processes} processes of " * (processes > 1)
-    return (f"`results/{name}.json`: {result['settings']['dtype']}, {each}{threads} thread{'s' * (threads > 1)}, "
+    each = f"{processes} processes of " if processes != 1 else ""
+    return (f"`results/{name}.json`: {result['settings']['dtype']}, {each}{threads} thread{'s' * (threads != 1)}, "
             f"{minutes:.0f} minutes, commit {result['commit']}: `{result['command']}`")
 
 
@@ -53,6 +54,15 @@ class Cells:
         return out
 
 
+def paired(cell: dict, metric: str) -> str:
+    """The paired difference to another method with its interval; nothing in that method's own row."""
+    d = cell.get("difference")
+    if not d or cell["method"] == d["against"]:
+        return ""
+    low, high = d["ci95"][metric]
+    return f"{d['mean'][metric]:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 def fidelity_table(result: dict, name: str = "fidelity") -> str:
     """KL by kind and over all kinds, top-1 agreement, and the paired difference to kvdistill: a table per keep."""
     cells, parts = Cells(result, "fidelity"), []
@@ -60,19 +70,15 @@ def fidelity_table(result: dict, name: str = "fidelity") -> str:
         rows = []
         for m in cells.methods:
             c = cells("all", m, keep)
-            d = c.get("difference")
-            paired = ""
-            if d and m != d["against"]:
-                low, high = d["ci95"]["kl"]
-                paired = f"{d['mean']['kl']:+.2f} ({low:+.2f} to {high:+.2f})"
             rows.append([SEES.get(m, m)] + [cells.text(k, m, keep, "kl", lowest=True) for k in KINDS]
                         + [cells.text("all", m, keep, "kl", lowest=True, interval=True), f"{c['mean']['agree']:.0%}",
-                           paired])
+                           paired(c, "kl"), paired(cells("squad", m, keep), "kl")])
         k = cells("all", "kvdistill", keep)["K"]
         parts.append(markdown([f"keep {keep:g}: KL, nats per token", *KINDS, "all kinds (95 %)", "top-1 agreement",
-                               "minus kvdistill, paired"], rows)
+                               "minus kvdistill, paired: all kinds", "squad"], rows)
                      + f"\n\nK = {k:.0f} of N = {cells('all', 'full', keep)['N']:.0f} tokens on average.")
-    n = ", ".join(f"{c['n']} answers to {c['contexts']} documents ({k})" for k in KINDS for c in [cells(k, "full", 1)])
+    n = ", ".join(f"{k} {c['n']} answers to {c['contexts']} documents of {c['units']} units"
+                  for k in (*KINDS, "all") for c in [cells(k, "full", 1)])
     return "\n\n".join([*parts, f"n: {n}. From {source(result, name)}"])
 
 
@@ -100,27 +106,32 @@ def niah_table(result: dict, name: str = "niah") -> str:
     """Share of values found, by length for one needle, and for four."""
     cells = Cells(result, "niah")
     lengths = sorted({int(k.split("/")[1]) for k, _, _ in cells.at if k.startswith("single/")})
-    kinds = [f"single/{x}" for x in lengths] + ["multi"]
+    kinds = [*(f"single/{x}" for x in lengths), "single", "multi"]
     head = ["values found"] + [f"{k.replace('single/', '')} · {keep:g}" for keep in cells.keeps for k in kinds]
-    rows = [[SEES.get(m, m)] + [cells.text(k, m, keep, "match", lowest=False) for keep in cells.keeps for k in kinds]
-            for m in cells.methods]
+    rows = [[SEES.get(m, m)] + [cells.text(k, m, keep, "match", lowest=False, interval=k == "single")
+                                for keep in cells.keeps for k in kinds] for m in cells.methods]
     one, four = cells(kinds[0], "full", 1), cells("multi", "full", 1)
-    return (f"{markdown(head, rows)}\n\nColumns: length in tokens (one needle) or *multi* (four needles, all lengths), "
-            f"and keep; K is N times keep; n = {one['n']} per length, {four['n']} for multi. "
-            f"From {source(result, name)}")
+    return (f"{markdown(head, rows)}\n\nColumns: length in tokens (one needle), *single* (those together, 95 %) or "
+            f"*multi* (four needles, all lengths), and keep; K is N times keep; n = {one['n']} per length, {four['n']} "
+            f"for multi. From {source(result, name)}")
 
 
 def cost_table(result: dict, name: str = "cost") -> str:
     from results.plots import cost_rows
     rows = []
     for r in cost_rows(result):
-        pays = "never" if r["break_even"] is None else f"{r['break_even']:.0f}"
-        rows.append([str(r["length"]), SEES.get(r["method"], r["method"]), f"{r['bytes'] / 1e6:.1f}",
+        pays = "never" if r["break_even"] is None else str(math.ceil(r["break_even"]))
+        rows.append([str(r["length"]), SEES.get(r["method"], r["method"]),
+                     "–" if r["bytes"] is None else f"{r['bytes'] / 1e6:.1f}", f"{r['seconds']:.1f}",
                      f"{r['ratio']:.2f}", f"{r['tokens_per_s']:.1f}", f"{r['tokens_per_s_8']:.1f}",
-                     "–" if r["method"] in ("full", "none") else pays])
+                     "–" if r["method"] in ("full", "none", "question") else pays])
     keep, = {r["keep"] for r in cost_rows(result) if 0 < r["keep"] < 1}
-    return markdown(["tokens", f"method, keep {keep:g}", "MB", "(prefill + compression) / prefill", "tokens/s, batch 1",
-                     "tokens/s, batch 8", "pays after … questions"], rows) + f"\n\nFrom {source(result, name)}"
+    n = result["settings"]["tasks"]["cost"]["n"]
+    return markdown(["tokens", f"method, keep {keep:g}", "MB", "seconds", "(prefill + compression) / prefill",
+                     "tokens/s, batch 1", "tokens/s, batch 8", "pays after … questions"], rows) + (
+        f"\n\nSeconds: prefill and compression, median of {n}. What a question of one short answer saves is a mean over "
+        "the caches of one size. H2O's second reading of the document, an ease of ours, is left out. "
+        f"From {source(result, name)}")
 
 
 TABLES = {"fidelity": fidelity_table, "squad": squad_table, "squad-all": squad_table, "niah": niah_table,

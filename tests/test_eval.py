@@ -344,6 +344,7 @@ def test_cells_by_hand():
                                                  "ci95": {"kl": [-2, 0], "js": [-1, 0], "agree": [0, 0]}}
     assert cell["b", "ours"]["cache_bytes"] == 100 and cell["b", "ours"]["contexts"] == 2
     assert cell["b", "ours"]["seconds"] == {"prefill": 1, "compress": 2, "decode": 3}
+    assert cells_of([*found[3:], *found[:3]], "none") == cells_of(found, "none"), "in whatever order they were made"
 
 
 def test_a_method_asked_about_some_documents_only_has_no_cell(model, comps):
@@ -379,6 +380,15 @@ def test_half_a_line_of_a_killed_run_is_cut_off(tmp_path):
         assert load_records(path)[:2] == [a, b]
         append_records(path, [d, a])
         assert load_records(path)[-1] == d, "what was asked twice counts once"
+    path.unlink()
+    for r in (a, b, c):
+        append_records(path, [r])
+    raw = path.read_bytes()
+    second = raw.index(b"\x1f\x8b\x08", 1)
+    path.write_bytes(raw[:second + 30] + raw[raw.index(b"\x1f\x8b\x08", second + 1):])
+    assert load_records(path) == [a, c] and load_records(path) == [a, c], "torn in the middle: the rest is found"
+    with pytest.raises(BadInput, match="cannot be written"):
+        append_records("/dev/full", [a])
     for foreign, message in ((gzip.compress(b"no json\n"), "not JSON lines"), (b"plain text\n", "no answers"),
                              (gzip.compress(b'{"a": 1}\n'), "no answers of this program")):
         path.write_bytes(foreign)

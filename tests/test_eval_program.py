@@ -145,9 +145,13 @@ def test_two_processes_share_the_documents_out(files, tmp_path):
     assert "caches were asked before and are skipped" in go(cut, [sys.executable])
     assert timeless(json.loads(cut.read_text())) == timeless(first)
 
-    p = subprocess.run([*two, ROOT / "eval.py", *map(str, flags(files, "--tasks", "cost"))], cwd=ROOT, env=env,
-                       text=True, capture_output=True)
-    assert p.returncode and "cost is timed" in p.stderr.split("Traceback")[0]  # the traceback is torchrun's
+    (files / "broken.json").write_text("{")
+    for args, message in ((flags(files, "--tasks", "cost"), "cost is timed"),
+                          ([*what, "--out", both, "--seed", "1"], "made with seed = 0, this run has 1"),
+                          (flags(files, "--tasks", "squad", data=("squad=broken.json",)), "json: not valid JSON")):
+        p = subprocess.run([*two, ROOT / "eval.py", *map(str, args)], cwd=ROOT, env=env, text=True, capture_output=True)
+        said = p.stderr.split("Traceback")[0]  # the traceback is torchrun's
+        assert p.returncode and message in said and "Error" not in said, said
 
 
 def test_fidelity_on_texts_and_squad_answers(files):
