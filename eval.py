@@ -50,7 +50,7 @@ DEFAULT_METHODS = "full,none,random,streaming,knorm,snapkv,kvzip,kvdistill,kvdis
 
 # ---------------------------------------------------------------------------------------------------- the baselines
 
-def weights(q, k, own: int, block: int = 64) -> Iterator[torch.Tensor]:
+def attention_weights(q, k, own: int, block: int = 64) -> Iterator[torch.Tensor]:
     """Causal attention weights of queries q (1, H, T, d) over keys k (1, G, S, d), a block of queries at a time.
 
     own: the index among the keys of query 0's own; what lies before it, every query sees. Yields fp32 (G, H/G, t, s),
@@ -96,7 +96,7 @@ def h2o(model: Llama, ctx: Context):
     is read a second time here; whoever sums while reading it first need not, so the cost table leaves that out."""
     def received(q, k):
         total = torch.zeros(k.shape[1:3], device=k.device)                                 # (G, N) fp32
-        for w in weights(q, k, 0):
+        for w in attention_weights(q, k, 0):
             total[:, :w.shape[-1]] += w.sum(2).mean(1)
         return total
     return watched(model, ctx.tokens, None, received)
@@ -119,7 +119,7 @@ def snapkv(model: Llama, ctx: Context, full: Cache, window: int, kernel: int = K
 
 def attention_from(q, k, n: int, kernel: int):
     """Mean attention of all queries over the first n keys, smoothed: (G, n). Smoothing pads with zeros."""
-    mean = next(weights(q, k, n, block=q.shape[2]))[..., :n].mean(2)                       # (G, H/G, n)
+    mean = next(attention_weights(q, k, n, block=q.shape[2]))[..., :n].mean(2)             # (G, H/G, n)
     return F.avg_pool1d(mean, kernel, stride=1, padding=kernel // 2).mean(1)
 
 
@@ -164,7 +164,7 @@ def kvzip(model: Llama, tokenizer, ctx: Context, full: Cache, chunk: int = CHUNK
         def score(q, k, a=a, b=b):
             sinks = min(SINKS, a)
             keys = torch.cat([k[:, :, :sinks], k[:, :, a:b], k[:, :, n:]], 2)
-            best = [w[..., sinks:sinks + b - a].amax((1, 2)) for w in weights(q, keys, sinks + b - a)]
+            best = [w[..., sinks:sinks + b - a].amax((1, 2)) for w in attention_weights(q, keys, sinks + b - a)]
             return torch.stack(best).amax(0)                                               # (G, b − a)
         parts.append(watched(model, torch.tensor([replay], device=model.device), full, score))
     scores = torch.cat(parts, -1)
@@ -272,9 +272,12 @@ def measure(task: str, model: Llama, tokenizer, comps: dict[str, Compressor], ca
         todo = [(m, keep) for m in methods for keep in keeps_of(m, keeps) if (i, m, keep) not in done]
         if not todo:
             continue
-        document = Document(model, tokenizer, comps, case, f"{seed}/{task}/{i}")
+        document, order = Document(model, tokenizer, comps, case, f"{seed}/{task}/{i}"), list(todo)
+        if task == "cost":  # a first reading also maps the memory that all others find; and no method is always first
+            document = Document(model, tokenizer, comps, case, f"{seed}/{task}/{i}")
+            random.Random(document.seed).shuffle(order)
         judge, records = Judge(task, model, tokenizer, case, document.full), []
-        made = ((method, keep, *document.timed_cache(method, keep)) for method, keep in todo)
+        made = ((method, keep, *document.timed_cache(method, keep)) for method, keep in order)
         for group in alike(made, judge.at_once):
             start = clock(model)
             answers = judge([cache for _, _, cache, _ in group])
@@ -358,8 +361,8 @@ def evaluate(a, lists: dict, about: dict, world: World, start: float) -> None:
 
     out = None if a.out is None else Path(a.out)
     answers = out and out.with_name(out.name.removesuffix(".json") + ".jsonl.gz")
-    result = {"settings": settings, **about, "processes": world.size, "model": model_name(a.weights),
-              "adapter": shown(folder), "device": str(model.device),
+    result = {"settings": settings, **about, "processes": world.size, "against": a.against,
+              "model": model_name(a.weights), "adapter": shown(folder), "device": str(model.device),
               "versions": {"python": platform.python_version(), "torch": torch.__version__}, "cells": []}
     records = world.first(lambda: continue_from(out, answers, result)) if out else []
     before, saved = result.get("seconds", 0), start
@@ -393,7 +396,8 @@ def evaluate(a, lists: dict, about: dict, world: World, start: float) -> None:
               f"{time.perf_counter() - task_start:.0f} s")
         if world.rank:
             continue
-        result["cells"] = cells_of(records, a.against)
+        contexts = {name: x.get("contexts") for name, x in settings["tasks"].items()}
+        result["cells"] = cells_of(records, result["against"], contexts)
         if out:
             write_result(out, result)
     if world.rank:

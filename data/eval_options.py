@@ -138,7 +138,7 @@ def build(task: str, a: argparse.Namespace, lists: dict, tokenizer, model: Llama
         settings, cases = n, {"summary": T.summary, "choice": T.choice}[task](tokenizer, path, a.n, a.seed)
     fit(cases, task, model.cfg.max_positions, a.truncate, replay)
     content = json.dumps([asdict(c) for c in cases]).encode()
-    return cases, settings | {"documents": hashlib.sha256(content).hexdigest()[:16]}
+    return cases, settings | {"contexts": len(cases), "documents": hashlib.sha256(content).hexdigest()[:16]}
 
 
 def fit(cases: list[Case], task: str, max_positions: int, truncate: bool, replay: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data import BadInput, read_json, write_atomic
-from data.tasks import METRICS
+from data.tasks import METRICS, SHARES
 
 
 def keeps_of(method: str, keeps) -> list[float]:
@@ -104,22 +104,30 @@ def continue_from(out: Path, answers: Path, result: dict) -> list[dict]:
         parts = before.get(key, "").split(joint)
         result[key] = joint.join(parts + [result[key]] * (result[key] not in parts))
     for key in ("threads", "processes"):  # of several runs that differ, all that there were
-        old = str(before.get(key, 1)).split(", ")
-        if key in result and str(result[key]) not in old:
-            result[key] = ", ".join([*old, str(result[key])])
+        found = list(dict.fromkeys([*str(before.get(key, 1)).split(", "), str(result.get(key, 1))]))
+        result[key] = ", ".join(found) if len(found) > 1 else int(found[0])
+    result["against"] = result.get("against") or before.get("against")
     result["cells"] = before.get("cells", [])
     return load_records(answers)
 
 
-def mean_and_interval(units, values, weights=None, resamples: int = 1000) -> tuple[float, list[float]]:
+def mean_and_interval(units, values, weights=None, share: bool = False, resamples: int = 1000
+                      ) -> tuple[float, list[float]]:
     """Weighted mean of `values` and its 95 % bootstrap interval, with whole units (documents) drawn with replacement:
-    answers about one document are not independent. Args: sequences of equal length."""
+    answers about one document are not independent. Args: sequences of equal length.
+
+    share: the values are judgements from 0 to 1. Where all of them are 0 (or 1), every resample agrees and a bootstrap
+    would claim certainty; then it is Clopper and Pearson's exact interval for as many units: 0 of 20 is 0 to 0.17.
+    """
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
     _, unit = np.unique(np.asarray(list(units)), return_inverse=True)
     sums, counts = np.bincount(unit, np.asarray(values, float) * weights), np.bincount(unit, weights)
     mean = float(sums.sum() / counts.sum())
     if len(counts) < 2:
         return mean, [math.nan, math.nan]  # one unit says nothing about how much units differ
+    if share and mean in (0, 1):
+        bound = 0.025 ** (1 / len(counts))
+        return mean, [0.0, 1 - bound] if mean == 0 else [bound, 1.0]
     drawn = np.random.default_rng(0).integers(0, len(counts), (resamples, len(counts)))
     low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
     return mean, [float(low), float(high)]
@@ -129,12 +137,13 @@ def rounded(interval) -> list[float] | None:
     return None if math.isnan(interval[0]) else [round(x, 5) for x in interval]
 
 
-def finished(records: list[dict]) -> list[dict]:
-    """The records of those methods and kept fractions that were asked about all of a task's documents."""
+def finished(records: list[dict], contexts: dict[str, int]) -> list[dict]:
+    """The records of those methods and kept fractions that were asked about all of a task's documents; contexts: how
+    many these are, by task (where it is not known: as many as the best of them was asked about)."""
     seen = {}
     for r in records:
         seen.setdefault(r["task"], {}).setdefault((r["method"], r["keep"]), set()).add(r["case"])
-    every = {task: max(map(len, groups.values())) for task, groups in seen.items()}
+    every = {task: contexts.get(task) or max(map(len, groups.values())) for task, groups in seen.items()}
     for task, groups in seen.items():
         half = [f"{m} {keep:g} ({len(cases)})" for (m, keep), cases in groups.items() if len(cases) < every[task]]
         if half:
@@ -142,12 +151,12 @@ def finished(records: list[dict]) -> list[dict]:
     return [r for r in records if len(seen[r["task"]][r["method"], r["keep"]]) == every[r["task"]]]
 
 
-def cells_of(records: list[dict], against: str | None = None) -> list[dict]:
+def cells_of(records: list[dict], against: str | None = None, contexts: dict[str, int] = {}) -> list[dict]:
     """A cell for each task, kind (every prefix of its path, and "all"), method and keep; with `against`, also the
-    differences to that method at the same keep, paired answer by answer."""
+    differences to that method at the same keep, paired answer by answer. contexts: see `finished`."""
     tasks, groups = list(dict.fromkeys(r["task"] for r in records)), {}
     order = lambda r: (tasks.index(r["task"]), r["case"])  # noqa: E731; several processes append in any order
-    for r in sorted(finished(records), key=order):
+    for r in sorted(finished(records, contexts), key=order):
         for j, a in enumerate(r["answers"]):
             path = a["kind"].split("/")
             kinds = dict.fromkeys(["/".join(path[:n]) for n in range(len(path), 0, -1)] + ["all"])
@@ -166,7 +175,7 @@ def cells_of(records: list[dict], against: str | None = None) -> list[dict]:
         other = {(r["case"], j): a for r, j, a in groups.get((task, kind, against, keeps_of(against, [keep])[0]), [])}
         pairs = [(a, other.get((r["case"], j))) for r, j, a in found]
         for metric in METRICS[task]:
-            mean, ci = mean_and_interval(units, [a[metric] for _, _, a in found], weights)
+            mean, ci = mean_and_interval(units, [a[metric] for _, _, a in found], weights, metric in SHARES)
             cell["mean"][metric], cell["ci95"][metric] = round(mean, 5), rounded(ci)
             if against and all(b for _, b in pairs):
                 mean, ci = mean_and_interval(units, [a[metric] - b[metric] for a, b in pairs], weights)
@@ -197,6 +206,8 @@ def print_table(cells: list[dict]) -> None:
                   f"{some['N']:.0f} tokens")
             size = {keep: next(c["K"] for (_, k), c in at.items() if k == keep) for keep in keeps}
             print(f"{'':22}" + "".join(f"{f'keep {k}, K {size[k]:.0f}':>22}" for k in keeps))
+            if "chance" in METRICS[task]:
+                print(f"{'(chance)':22}" + f"{some['mean']['chance']:>22.3f}" * len(keeps))
             for m in dict.fromkeys(m for m, _ in at):
                 row = [at.get((m, keep)) for keep in keeps_of(m, keeps)]
                 print(f"{m:22}" + "".join(f"{with_interval(c, metric) if c else '':>22}" for c in row))

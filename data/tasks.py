@@ -121,6 +121,7 @@ METRICS = {
     "choice": {"accuracy": None, "chance": None},
     "cost": {"tokens_per_s": None, "tokens_per_s_8": None, "question_s": None},
 }
+SHARES = {"f1", "em", "contains", "match", "rougeL", "accuracy"}  # judgements of an answer, 0 to 1
 MAX_NEW_TOKENS = {"squad": 24, "niah": 12, "summary": 160, "cost": 16}
 
 
@@ -153,7 +154,10 @@ def read_squad(path) -> list[tuple[str, list[dict]]]:
             for p in a["paragraphs"]:
                 qas = [(q["question"].strip(), list(dict.fromkeys(x["text"].strip() for x in q["answers"])))
                        for q in p["qas"]]
-                paragraphs.append({"context": p["context"].strip(), "qas": [(q, golds) for q, golds in qas if golds]})
+                text = p["context"].strip()
+                if not text:
+                    raise BadInput(f"{path}: article {a['title']!r} has a paragraph without text; expected some")
+                paragraphs.append({"context": text, "qas": [(q, golds) for q, golds in qas if golds]})
             articles.append((str(a["title"]), paragraphs))
     except (KeyError, TypeError, AttributeError) as e:
         raise BadInput(f"{path}: not in SQuAD's layout (article {len(articles) + 1}: {e!r}); expected data → "

@@ -64,6 +64,10 @@ def quality(result: dict, task: str, path: Path) -> Path:
         shift = 1.012 ** (list(COLOURS).index(method) - 6 if method in COLOURS else 7)  # so that bars do not overlap
         ax.errorbar([c["keep"] * shift for c in mine], y, yerr=[y - low, high - y], marker="o", ms=3.5, capsize=2,
                     elinewidth=0.8, **style(method))
+    if "chance" in METRICS[task]:
+        ax.axhline(cells[0]["mean"]["chance"], color="#444444", lw=0.8)
+        ax.annotate("chance", (0, cells[0]["mean"]["chance"]), xycoords=("axes fraction", "data"), fontsize=8,
+                    xytext=(4, 3), textcoords="offset points")
     ax.set_xscale("log")
     ax.set_xticks(keeps, [f"{k:g}\n({1 / k:g}×)" for k in keeps])
     ax.minorticks_off()
@@ -104,26 +108,27 @@ def cost_rows(result: dict) -> list[dict]:
     """Per length and method: bytes, (prefill + compression) / plain prefill, rates, and the break-even: after how many
     questions of one short answer each compressing has paid (None: never).
 
-    What a question saves is a mean over the caches with as many tokens: they have the same work to do. H2O's second
-    reading of the document is left out (see `eval.h2o`). `question` compresses for one question only and keeps the full
-    cache: it has no bytes and no break-even.
+    Rates and what a question saves are means over the caches with as many tokens: they have the same work to do. H2O's
+    second reading of the document is left out (see `eval.h2o`). `question` compresses for one question only and keeps
+    the full cache: it has no bytes and no break-even.
     """
     cells = {(int(c["kind"]), c["method"], c["keep"]): c for c in result["cells"]
              if c["task"] == "cost" and c["kind"] != "all"}
     if not any(method == "full" for _, method, _ in cells):
         raise BadInput("cost is drawn against the method full; measure it too")
-    asked = {}
+    alike = {}
     for (length, _, _), c in cells.items():
-        asked.setdefault((length, round(c["K"])), []).append(c["mean"]["question_s"])
+        alike.setdefault((length, round(c["K"])), []).append(c["mean"])
     rows = []
     for (length, method, keep), c in sorted(cells.items(), key=lambda x: x[0][0]):
         full, once = cells[length, "full", 1.0], method == "question"
         spent, plain = c["seconds"]["prefill"] + c["seconds"]["compress"], full["seconds"]["prefill"]
         spent -= full["seconds"]["prefill"] if method == "h2o" else 0
-        gain = full["mean"]["question_s"] - np.mean(asked[length, round(c["K"])])
+        mean = {x: np.mean([m[x] for m in alike[length, round(c["K"])]]) for x in METRICS["cost"]}
+        gain = full["mean"]["question_s"] - mean["question_s"]
         rows.append({"length": length, "method": method, "keep": keep, "bytes": None if once else c["cache_bytes"],
-                     "seconds": spent, "ratio": spent / plain, "tokens_per_s": c["mean"]["tokens_per_s"],
-                     "tokens_per_s_8": c["mean"]["tokens_per_s_8"],
+                     "seconds": spent, "ratio": spent / plain, "tokens_per_s": mean["tokens_per_s"],
+                     "tokens_per_s_8": mean["tokens_per_s_8"],
                      "break_even": max(0.0, (spent - plain) / gain) if gain > 0 and not once else None})
     return rows
 

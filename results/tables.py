@@ -35,7 +35,9 @@ class Cells:
         mine = [c for c in result["cells"] if c["task"] == task]
         self.at = {(c["kind"], c["method"], c["keep"]): c for c in mine}
         self.methods = list(dict.fromkeys(c["method"] for c in mine))
-        self.keeps = sorted({c["keep"] for c in mine if 0 < c["keep"] < 1}, reverse=True)
+        own = {m: {c["keep"] for c in mine if c["method"] == m} for m in self.methods if m not in ("full", "none")}
+        # those that every method was asked at; what only some were stands in the figures alone
+        self.keeps = sorted(set.intersection(*own.values()) if own else (), reverse=True)
 
     def __call__(self, kind: str, method: str, keep: float) -> dict:
         return self.at[kind, method, {"full": 1.0, "none": 0.0}.get(method, keep)]
@@ -54,13 +56,13 @@ class Cells:
         return out
 
 
-def paired(cell: dict, metric: str) -> str:
+def paired(cell: dict, metric: str, form: str = "{:+.2f}") -> str:
     """The paired difference to another method with its interval; nothing in that method's own row."""
     d = cell.get("difference")
     if not d or cell["method"] == d["against"]:
         return ""
     low, high = d["ci95"][metric]
-    return f"{d['mean'][metric]:+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{form.format(d['mean'][metric])} ({form.format(low)} to {form.format(high)})"
 
 
 def fidelity_table(result: dict, name: str = "fidelity") -> str:
@@ -79,7 +81,8 @@ def fidelity_table(result: dict, name: str = "fidelity") -> str:
                      + f"\n\nK = {k:.0f} of N = {cells('all', 'full', keep)['N']:.0f} tokens on average.")
     n = ", ".join(f"{k} {c['n']} answers to {c['contexts']} documents of {c['units']} units"
                   for k in (*KINDS, "all") for c in [cells(k, "full", 1)])
-    return "\n\n".join([*parts, f"n: {n}. From {source(result, name)}"])
+    return "\n\n".join([*parts, "Documents: encyclopedia lead sections and annual messages to Congress that training "
+                        f"held out, and SQuAD's; n: {n}. From {source(result, name)}"])
 
 
 def gap(cells: Cells, method: str, keep: float, metric: str) -> str:
@@ -90,11 +93,12 @@ def gap(cells: Cells, method: str, keep: float, metric: str) -> str:
 def squad_table(result: dict, name: str = "squad") -> str:
     """F1, exact match and contained answers, and the share of the gap between no document and the full cache."""
     cells = Cells(result, "squad")
-    head = ["SQuAD"] + [f"{x} {keep:g}" for keep in cells.keeps for x in ("F1 (95 %)", "EM", "contains", "gap")]
+    head = ["SQuAD"] + [f"{x} {keep:g}" for keep in cells.keeps for x in (
+        "F1 (95 %)", "EM", "contains", "gap", "F1 minus kvdistill, paired")]
     rows = [[SEES.get(m, m)] + [x for keep in cells.keeps for x in (
         cells.text("all", m, keep, "f1", lowest=False, interval=True, form="{:.3f}"),
         cells.text("all", m, keep, "em", form="{:.3f}"), cells.text("all", m, keep, "contains", form="{:.3f}"),
-        gap(cells, m, keep, "f1"))] for m in cells.methods]
+        gap(cells, m, keep, "f1"), paired(cells("all", m, keep), "f1", "{:+.3f}"))] for m in cells.methods]
     c = cells("all", "full", 1)
     pack = result["settings"]["tasks"]["squad"]["pack"]
     k = " and ".join(f"K = {cells('all', 'kvdistill', keep)['K']:.0f}" for keep in cells.keeps)
@@ -108,12 +112,12 @@ def niah_table(result: dict, name: str = "niah") -> str:
     lengths = sorted({int(k.split("/")[1]) for k, _, _ in cells.at if k.startswith("single/")})
     kinds = [*(f"single/{x}" for x in lengths), "single", "multi"]
     head = ["values found"] + [f"{k.replace('single/', '')} · {keep:g}" for keep in cells.keeps for k in kinds]
-    rows = [[SEES.get(m, m)] + [cells.text(k, m, keep, "match", lowest=False, interval=k == "single")
+    rows = [[SEES.get(m, m)] + [cells.text(k, m, keep, "match", lowest=False, interval=k in ("single", "multi"))
                                 for keep in cells.keeps for k in kinds] for m in cells.methods]
     one, four = cells(kinds[0], "full", 1), cells("multi", "full", 1)
     return (f"{markdown(head, rows)}\n\nColumns: length in tokens (one needle), *single* (those together, 95 %) or "
-            f"*multi* (four needles, all lengths), and keep; K is N times keep; n = {one['n']} per length, {four['n']} "
-            f"for multi. From {source(result, name)}")
+            f"*multi* (four needles, all lengths, 95 %), and keep; K is N times keep; n = {one['n']} per length, "
+            f"{four['n']} for multi. From {source(result, name)}")
 
 
 def cost_table(result: dict, name: str = "cost") -> str:
@@ -129,9 +133,9 @@ def cost_table(result: dict, name: str = "cost") -> str:
     n = result["settings"]["tasks"]["cost"]["n"]
     return markdown(["tokens", f"method, keep {keep:g}", "MB", "seconds", "(prefill + compression) / prefill",
                      "tokens/s, batch 1", "tokens/s, batch 8", "pays after … questions"], rows) + (
-        f"\n\nSeconds: prefill and compression, median of {n}. What a question of one short answer saves is a mean over "
-        "the caches of one size. H2O's second reading of the document, an ease of ours, is left out. "
-        f"From {source(result, name)}")
+        f"\n\nSeconds: prefill and compression, median of {n}. Tokens per second, and what a question of one short answer "
+        "saves, are means over the caches of one size: their work is the same. H2O's second reading of the document, an "
+        f"ease of ours, is left out. From {source(result, name)}")
 
 
 TABLES = {"fidelity": fidelity_table, "squad": squad_table, "squad-all": squad_table, "niah": niah_table,

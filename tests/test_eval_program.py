@@ -46,7 +46,10 @@ def test_all_tasks_in_one_run_then_continued_with_another_method(files, tmp_path
     out = tmp_path / "r.json"
     what = ("--tasks", "squad,niah,summary,choice,cost", "--n", "6", "--keep", "0.5,0.2", "--pack", "2", "--lengths",
             "700", "--depths", "0,1", "--out", out)
-    stdout, _ = run("eval.py", *flags(files, *what, "--methods", "full,none,random,kvzip,kvdistill"))
+    stdout, _ = run("eval.py", *flags(files, *what, "--plot", "--methods", "full,none,random,kvzip,kvdistill"))
+    for name in ("quality", "needles", "summary-quality", "choice-quality", "cost"):
+        assert (tmp_path / f"r-{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "(chance)" in stdout and "0.333" in stdout
     result = json.loads(out.read_text())
     cells = {(c["task"], c["kind"], c["method"], c["keep"]): c for c in result["cells"]}
     for task, metric in (("squad", "f1"), ("niah", "match"), ("summary", "rougeL"), ("choice", "accuracy"),

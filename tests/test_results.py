@@ -95,11 +95,12 @@ def test_break_even_by_hand():
         k = {"full": 4096, "random": 800}.get(method, 400)
         return {"task": "cost", "kind": "4096", "method": method, "keep": keep, "cache_bytes": 100, "K": k,
                 "seconds": {"prefill": prefill, "compress": compress},
-                "mean": {"tokens_per_s": 5.0, "tokens_per_s_8": 9.0, "question_s": question}}
+                "mean": {"tokens_per_s": 5 * question, "tokens_per_s_8": 9.0, "question_s": question}}
     cells = [cell("full", 1.0, 10, 0, 2.0), cell("kvdistill", 0.1, 4, 12, 0.4), cell("random", 0.1, 10, 1, 2.0),
              cell("h2o", 0.1, 10, 13, 0.6), cell("question", 0.1, 10, 1, 0.5)]
     rows = {r["method"]: r for r in plots.cost_rows({"cells": cells})}
     assert rows["kvdistill"]["ratio"] == 1.6 and rows["kvdistill"]["break_even"] == 4.0
+    assert rows["kvdistill"]["tokens_per_s"] == rows["h2o"]["tokens_per_s"] == pytest.approx(2.5), "caches of one size"
     assert rows["random"]["break_even"] is None and rows["full"]["ratio"] == 1.0
     assert rows["h2o"]["ratio"] == 1.3 and rows["h2o"]["break_even"] == 2.0, "its second reading is left out"
     assert rows["question"]["bytes"] is None and rows["question"]["break_even"] is None

@@ -169,6 +169,7 @@ def test_summary_and_choice_read_their_layouts(tok, tmp_path):
     (squad, '{"data": [{"title": "a", "paragraphs": [{"qas": []}]}]}', "article 1"),
     (squad, '{"data": []}', "no question with an answer"),
     (squad, '{"data": [{"title": "a", "paragraphs": [{"context": null, "qas": []}]}]}', "article 1"),
+    (squad, '{"data": [{"title": "Ada", "paragraphs": [{"context": " ", "qas": []}]}]}', "'Ada' has a paragraph without"),
     (choice, '{"document": "x", "questions": null}', "questions is None"),
     (summary, "", "no line with an object"), (summary, '{"document": "x", "summary": "y"}\n{', ":2: not valid JSON"),
     (summary, '{"text": "x", "summary": "y"}', ":1: no text under 'document' or 'report'; it has text, summary"),
