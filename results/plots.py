@@ -23,7 +23,8 @@ NAMES = {"kl": "KL to the full cache, nats per token", "f1": "SQuAD F1", "match"
          "accuracy": "accuracy"}
 COLOURS = {"kvdistill": "#c1121f", "kvdistill:random": "#e9a6a6", "no-routing": "#b5838d", "kvzip": "#1d4e89",
            "snapkv": "#3a86c8", "h2o": "#6a994e", "tova": "#a7c957", "streaming": "#f4a259", "knorm": "#8d99ae",
-           "random": "#adb5bd", "truncate": "#9c6644", "question": "#000000"}
+           "random": "#adb5bd", "truncate": "#9c6644", "question": "#000000", "kvdistill:kvzip": "#7b9cc4",
+           "untrained": "#d4b996"}
 
 
 def style(method: str) -> dict:
@@ -39,18 +40,23 @@ def save(fig, path: Path) -> Path:
     return path
 
 
-def about(result: dict, cells: list[dict]) -> str:
-    c = cells[0]
-    return (f"{result['model']}, {result['settings']['dtype']}; n = {c['n']} in {c['contexts']} documents of "
-            f"{c['N']:.0f} tokens; bars: 95 % bootstrap over documents")
-
-
 def quality(result: dict, task: str, path: Path) -> Path:
-    """Headline metric against kept fraction, with intervals; the full cache as ceiling, no document as floor."""
-    metric = next(iter(METRICS[task]))
-    cells = [c for c in result["cells"] if c["task"] == task and c["kind"] == "all"]
-    keeps = sorted({c["keep"] for c in cells if 0 < c["keep"] < 1})
-    fig, ax = plt.subplots(figsize=(7, 4.2))
+    """Headline metric against kept fraction, with intervals; the full cache as ceiling, no document as floor. Fidelity
+    has a second panel: the kind that training never saw."""
+    cells = [c for c in result["cells"] if c["task"] == task]
+    kinds = [k for k in ("all", "squad") if k == "all" or task == "fidelity" and any(c["kind"] == k for c in cells)]
+    fig, axes = plt.subplots(1, len(kinds), figsize=(6.4 * len(kinds), 4.2), squeeze=False)
+    fig.subplots_adjust(wspace=0.32)
+    for ax, kind in zip(axes[0], kinds):
+        panel(ax, task, [c for c in cells if c["kind"] == kind])
+    axes[0][-1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.2, 0.5))
+    fig.suptitle(f"{result['model']}, {result['settings']['dtype']}; bars: 95 % bootstrap over documents", fontsize=7)
+    return save(fig, path)
+
+
+def panel(ax, task: str, cells: list[dict]) -> None:
+    """One kind's curves, a point per kept fraction."""
+    metric, some = next(iter(METRICS[task])), cells[0]
     for method in dict.fromkeys(c["method"] for c in cells):
         mine = sorted((c for c in cells if c["method"] == method), key=lambda c: c["keep"])
         if method in ("full", "none"):
@@ -65,18 +71,18 @@ def quality(result: dict, task: str, path: Path) -> Path:
         ax.errorbar([c["keep"] * shift for c in mine], y, yerr=[y - low, high - y], marker="o", ms=3.5, capsize=2,
                     elinewidth=0.8, **style(method))
     if "chance" in METRICS[task]:
-        ax.axhline(cells[0]["mean"]["chance"], color="#444444", lw=0.8)
-        ax.annotate("chance", (0, cells[0]["mean"]["chance"]), xycoords=("axes fraction", "data"), fontsize=8,
+        ax.axhline(some["mean"]["chance"], color="#444444", lw=0.8)
+        ax.annotate("chance", (0, some["mean"]["chance"]), xycoords=("axes fraction", "data"), fontsize=8,
                     xytext=(4, 3), textcoords="offset points")
+    keeps = sorted({c["keep"] for c in cells if 0 < c["keep"] < 1})
     ax.set_xscale("log")
     ax.set_xticks(keeps, [f"{k:g}\n({1 / k:g}×)" for k in keeps])
     ax.minorticks_off()
     ax.set_xlabel("kept fraction (compression)")
     ax.set_ylabel(NAMES.get(metric, metric))
-    ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.16, 0.5))
-    ax.set_title(about(result, cells), fontsize=7, loc="left")
+    kind = "" if task != "fidelity" else "all kinds: " if some["kind"] == "all" else "squad, never trained on: "
+    ax.set_title(f"{kind}{some['n']} answers, {some['contexts']} documents of {some['N']:.0f} tokens", fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
-    return save(fig, path)
 
 
 def needles(result: dict, path: Path) -> Path:
