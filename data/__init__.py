@@ -42,13 +42,13 @@ def write_json(path, value, indent: int | None = 2) -> None:
 
 def read_json(path) -> dict:
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if not isinstance(value, dict):
             raise BadInput(f"{path}: a JSON {type(value).__name__}, expected an object; write it again")
         return value
     except OSError as e:
         raise BadInput(f"{path}: {(e.strerror or str(e)).lower().replace(' or directory', '')}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
         raise BadInput(f"{path}: not valid JSON ({e}); write it again") from None
 
 

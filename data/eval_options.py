@@ -29,17 +29,18 @@ def parse_args(methods, default: str) -> argparse.Namespace:
     p.add_argument("--n", type=int, default=20, help="fidelity: documents per kind; squad, choice: questions; "
                    "summary: documents; niah: documents, rounded up to fill the grid evenly; cost: repeats; default 20")
     p.add_argument("--data", action="append", default=[], metavar="TASK=PATH", help="repeatable: squad=FILE, "
-                   "summary=FILE, choice=FILE, niah=TEXT or cost=TEXT (default: essays), fidelity=SOURCES (default: "
-                   "wiki,sotu)")
+                   "summary=FILE, choice=FILE, niah=TEXT or cost=TEXT (default: essays), fidelity=SOURCES "
+                   "(built-in or folders of texts; default: wiki,sotu)")
     p.add_argument("--shards", default=SHARDS, metavar="DIR", help="fidelity: folder for tokens; default: data/shards")
     p.add_argument("--pack", type=int, default=1, help="squad: paragraphs per document; default 1")
     p.add_argument("--context", type=int, default=512, help="fidelity: compressible tokens per document; default 512")
     p.add_argument("--lengths", default="512,1024", help="niah, cost: compressible tokens; default 512,1024")
     p.add_argument("--depths", default="0,0.25,0.5,0.75,1", help="niah: where needles lie; default 0,0.25,0.5,0.75,1")
     p.add_argument("--against", metavar="METHOD", help="add each cell's paired difference to this method")
-    p.add_argument("--truncate", action="store_true", help="cut documents that are too long for the model's positions")
+    p.add_argument("--truncate", action="store_true", help="cut the ends of documents that are too long for the "
+                   "model's positions (not of niah and cost)")
     p.add_argument("--adapter", metavar="DIR", help="trained compressor; default: the newest in adapters/ and out/")
-    p.add_argument("--seed", type=seed_flag, default=0, help="of the documents and of random choices")
+    p.add_argument("--seed", type=seed_flag, default=0, help="of the documents and of random choices; default 0")
     p.add_argument("--out", metavar="FILE", help="results as JSON, answers beside it as .jsonl.gz; a run goes on "
                    "where it stopped")
     p.add_argument("--plot", action="store_true", help="draw the figures of --out beside it (needs matplotlib)")
@@ -74,14 +75,19 @@ def check(a: argparse.Namespace, methods) -> dict:
     lists["keep"] = list(dict.fromkeys(numbers(a, "keep", float, 1e-6, 0.999)))  # 1 is the method `full`
     lists["lengths"] = numbers(a, "lengths", int, 64, 1 << 20)
     lists["depths"] = numbers(a, "depths", float, 0, 1)
+    for name in ("lengths", "depths"):
+        lists[name] = list(dict.fromkeys(lists[name]))
     if a.n < 1 or a.pack < 1 or a.context < 16:
         raise BadInput("--n and --pack must be at least 1, --context at least 16 tokens")
     lists["data"] = dict(part.partition("=")[::2] for part in a.data)
     for task, path in lists["data"].items():
         if task not in METRICS or not path:
             raise BadInput(f"--data {task}={path}: expected TASK=PATH with a task of {', '.join(METRICS)}")
+        if task == "fidelity" and "" in path.split(","):
+            raise BadInput(f"--data {task}={path}: an empty name in it; expected sources such as wiki,sotu")
         if task != "fidelity" and not Path(path).is_file():
-            raise BadInput(f"--data {task}={path}: no such file")
+            raise BadInput(f"--data {task}={path}: {'a folder' if Path(path).is_dir() else 'no such file'}; expected a "
+                           "file")
     for task in ("squad", "summary", "choice"):
         if task in lists["tasks"] and task not in lists["data"]:
             raise BadInput(f"task {task} needs its file: --data {task}=PATH (README says where to get one)")
@@ -143,16 +149,19 @@ def build(task: str, a: argparse.Namespace, lists: dict, tokenizer, model: Llama
 
 def fit(cases: list[Case], task: str, max_positions: int, truncate: bool, replay: int) -> None:
     """Refuse documents that leave no room for question and answer, or cut their ends off. replay: the tokens that
-    KVzip reads besides the document's own, 0 without it; it needs room for some of those, too."""
+    KVzip reads besides the document's own, 0 without it; it needs room for some of those, too. What has a length of
+    its own is not cut: a needle may stand at its end."""
     cut = 0
     for c in cases:
         asked = max(len(q.prompt) + len(q.answer) + MAX_NEW_TOKENS.get(task, 64) for q in c.queries)
         asked = max(asked, replay and min(c.n, 256) + replay)
         over = len(c.context) + asked - max_positions
         if over > 0:
-            if not truncate or over >= c.n:
+            measured = task in ("niah", "cost")
+            if measured or not truncate or over >= c.n:
                 raise BadInput(f"{task}: document {c.unit} has {c.n} tokens, the model {max_positions} positions, "
-                               "question and answer included; --truncate cuts it")
+                               "question and answer included; " + ("give smaller --lengths" if measured else
+                               "--truncate cuts its end off, the answer too if it stands there"))
             c.context, cut = c.context[:-over], cut + 1
     if cut:
         print(f"{task}: {cut} documents were cut to the model's {max_positions} positions")

@@ -70,7 +70,7 @@ def write_result(path, result: dict) -> None:
 
 def append_records(path, records: list[dict]) -> None:
     """One gzip member more, flushed to disk; in one system call, as several processes may append to the same file."""
-    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    text = "".join(json.dumps(r) + "\n" for r in records)
     member = gzip.compress(text.encode())
     try:
         with open(path, "ab", buffering=0) as f:

@@ -146,18 +146,20 @@ def clamp(n: int, available: int, what: str) -> int:
 
 
 def read_squad(path) -> list[tuple[str, list[dict]]]:
-    """SQuAD-layout JSON -> [(title, [{"context", "qas": [(question, [answers])]}])]; unanswerable ones are left out."""
+    """SQuAD-layout JSON -> [(title, [{"context", "qas": [(question, [answers])]}])]; what has no question or no
+    answer is left out."""
     articles = []
     try:
         for a in read_json(path)["data"]:
             paragraphs = []
             for p in a["paragraphs"]:
-                qas = [(q["question"].strip(), list(dict.fromkeys(x["text"].strip() for x in q["answers"])))
+                qas = [(q["question"].strip(), dict.fromkeys(x["text"].strip() for x in q["answers"]))
                        for q in p["qas"]]
                 text = p["context"].strip()
                 if not text:
                     raise BadInput(f"{path}: article {a['title']!r} has a paragraph without text; expected some")
-                paragraphs.append({"context": text, "qas": [(q, golds) for q, golds in qas if golds]})
+                paragraphs.append({"context": text, "qas": [(q, [g for g in golds if g]) for q, golds in qas
+                                                            if q and any(golds)]})
             articles.append((str(a["title"]), paragraphs))
     except (KeyError, TypeError, AttributeError) as e:
         raise BadInput(f"{path}: not in SQuAD's layout (article {len(articles) + 1}: {e!r}); expected data → "
@@ -169,7 +171,7 @@ def read_squad(path) -> list[tuple[str, list[dict]]]:
 
 def plain_text(path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # editors on Windows begin files with a mark
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"{path}: cannot be read as UTF-8 text ({e})") from None
 
@@ -183,6 +185,8 @@ def read_lines(path) -> list[tuple[str, dict]]:
                 value = json.loads(line)
             except json.JSONDecodeError as e:
                 raise BadInput(f"{path}:{i}: not valid JSON ({e.msg} at column {e.colno})") from None
+            except RecursionError:
+                raise BadInput(f"{path}:{i}: brackets in brackets, too deep to read; expected an object") from None
             if not isinstance(value, dict):
                 raise BadInput(f"{path}:{i}: a JSON {type(value).__name__}, expected an object")
             out.append((f"{path}:{i}", value))
@@ -373,9 +377,12 @@ def choice(tok: Tokenizer, path, n: int, seed: int) -> list[Case]:
             raise BadInput(f"{where}: questions is {questions!r}, expected a list of objects")
         for q in questions:
             options = q.get("options")
-            if not (isinstance(options, list) and len(options) > 1 and all(isinstance(o, str) for o in options)):
-                raise BadInput(f"{where}: options is {options!r}, expected a list of two or more texts")
-            right = q.get("answer", q["gold_label"] - 1 if isinstance(q.get("gold_label"), int) else None)
+            if not (isinstance(options, list) and all(isinstance(o, str) and o.strip() for o in options)
+                    and len(set(options)) == len(options) > 1):
+                raise BadInput(f"{where}: options is {options!r}, expected a list of two or more different texts")
+            right = q.get("answer")
+            if right is None and type(q.get("gold_label")) is int:
+                right = q["gold_label"] - 1
             right = options[right] if type(right) is int and 0 <= right < len(options) else right
             if right not in options:
                 raise BadInput(f"{where}: answer is {right!r}, expected one of the options, or its index from 0")
@@ -383,6 +390,8 @@ def choice(tok: Tokenizer, path, n: int, seed: int) -> list[Case]:
             prompt = tok.ask(CHOICE_PROMPT.format(text_of(where, q, "question"), listed))
             documents.setdefault(text_of(where, x, "document", "article"), []).append(
                 Query("all", prompt, [right], options=options))
+    if not documents:
+        raise BadInput(f"{path}: no question in it")
     n = clamp(n, sum(map(len, documents.values())), "questions")
     asked = spread(list(documents.values()), n, random.Random(f"{seed}/choice"))
     return [Case(f"choice/{i}", tok.header + tok.encode(text), max(1, len(tok.header)), queries)

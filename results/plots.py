@@ -8,7 +8,11 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
+try:
+    import matplotlib
+except ImportError:
+    print("plots.py: error: matplotlib is not installed: pip install matplotlib", file=sys.stderr)
+    sys.exit(2)
 import numpy as np
 
 matplotlib.use("Agg")
@@ -67,7 +71,7 @@ def panel(ax, task: str, cells: list[dict]) -> None:
             continue
         y = np.array([c["mean"][metric] for c in mine])
         low, high = (np.array([(c["ci95"][metric] or [v, v])[i] for c, v in zip(mine, y)]) for i in (0, 1))
-        shift = 1.012 ** (list(COLOURS).index(method) - 6 if method in COLOURS else 7)  # so that bars do not overlap
+        shift = 1.008 ** (list(COLOURS).index(method) - 6 if method in COLOURS else 7)  # so that bars do not overlap
         ax.errorbar([c["keep"] * shift for c in mine], y, yerr=[y - low, high - y], marker="o", ms=3.5, capsize=2,
                     elinewidth=0.8, **style(method))
     if "chance" in METRICS[task]:
@@ -76,6 +80,8 @@ def panel(ax, task: str, cells: list[dict]) -> None:
                     xytext=(4, 3), textcoords="offset points")
     keeps = sorted({c["keep"] for c in cells if 0 < c["keep"] < 1})
     ax.set_xscale("log")
+    if keeps:
+        ax.set_xlim(keeps[0] / 1.3, keeps[-1] * 1.3)
     ax.set_xticks(keeps, [f"{k:g}\n({1 / k:g}×)" for k in keeps])
     ax.minorticks_off()
     ax.set_xlabel("kept fraction (compression)")
@@ -94,19 +100,22 @@ def needles(result: dict, path: Path) -> Path:
     depths = sorted({float(c["kind"].split("/")[2]) for c in cells})
     methods = list(dict.fromkeys(c["method"] for c in cells))
     keeps = sorted({c["keep"] for c in cells if 0 < c["keep"] < 1}, reverse=True) or [1.0]
-    fig, axes = plt.subplots(len(keeps), len(methods), figsize=(1.35 * len(methods), 1.75 * len(keeps)), squeeze=False,
-                             sharex=True, sharey=True)
-    for row, keep in zip(axes, keeps):
-        for ax, m in zip(row, methods):
+    rows = [(keep, methods[i:i + 8]) for keep in keeps for i in range(0, len(methods), 8)]
+    fig, axes = plt.subplots(len(rows), min(8, len(methods)), figsize=(1.4 * min(8, len(methods)) + 1, 1.7 * len(rows)),
+                             squeeze=False, sharex=True, sharey=True, layout="constrained")
+    for (keep, part), line in zip(rows, axes):
+        for ax, m in zip(line, part):
             key = {"full": 1.0, "none": 0.0}.get(m, keep)
             grid = [[at.get((m, key, f"single/{x}/{d}"), np.nan) for x in lengths] for d in depths]
             ax.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-            ax.set_title(m, fontsize=7)
-            ax.set_xticks(range(len(lengths)), lengths, fontsize=5, rotation=90)
-            ax.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=5)
-        row[0].set_ylabel(f"keep {keep:g}\ndepth", fontsize=7)
-    axes[-1][0].set_xlabel("tokens", fontsize=6)
-    fig.suptitle(f"{result['model']}; needle found: red 0, green 1; n = {cells[0]['n']} a field", fontsize=7)
+            ax.set_title(m, fontsize=8)
+            ax.set_xticks(range(len(lengths)), lengths, fontsize=7, rotation=90)
+            ax.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=7)
+        for ax in line[len(part):]:
+            ax.axis("off")
+        line[0].set_ylabel(f"keep {keep:g}\ndepth", fontsize=8)
+    axes[-1][0].set_xlabel("tokens", fontsize=8)
+    fig.suptitle(f"{result['model']}; needle found: red 0, green 1; n = {cells[0]['n']} a field", fontsize=8)
     return save(fig, path)
 
 
@@ -140,24 +149,35 @@ def cost_rows(result: dict) -> list[dict]:
 
 
 def cost(result: dict, path: Path) -> Path:
-    """Bytes, time to a cache, decoding speed and break-even against context length."""
+    """Bytes, time to a cache, decoding speed and break-even against context length. Caches of one size coincide in
+    bytes and speed."""
     rows = cost_rows(result)
-    fig, axes = plt.subplots(1, 4, figsize=(13, 3))
+    fig, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
     for key, ax, title in zip(("bytes", "ratio", "tokens_per_s_8", "break_even"), axes, (
-            "bytes of the cache", "(prefill + compression) / prefill", "tokens per second, batch 8",
+            "megabytes of the cache", "(prefill + compression) / prefill", "tokens per second, batch 8",
             "questions until compressing paid")):
         for method in dict.fromkeys(r["method"] for r in rows):
             mine = [r for r in rows if r["method"] == method and r[key] is not None]
-            if not (key == "break_even" and method in ("full", "none")):
+            if mine and not (key == "break_even" and method in ("full", "none")):
                 look = style(method) | ({"color": "#444444", "ls": "--"} if method in ("full", "none") else {})
-                ax.plot([r["length"] for r in mine], [r[key] for r in mine], marker="o", ms=3, **look)
+                values = [r[key] / (1e6 if key == "bytes" else 1) for r in mine]
+                ax.plot([r["length"] for r in mine], values, marker="o", ms=3, **look)
         ax.set_xscale("log", base=2)
-        ax.set_yscale("log" if key != "ratio" else "linear")
+        if key == "break_even":
+            ax.set_yscale("symlog", linthresh=1)  # 0 is a value: compressing was no slower than reading
+            ax.set_ylim(bottom=-0.2)
+        elif key == "bytes":
+            ax.set_yscale("log")
+        else:
+            ax.set_ylim(bottom=0)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.set_title(title, fontsize=8)
         ax.set_xlabel("context, tokens", fontsize=7)
-        ax.tick_params(labelsize=7)
+        ax.tick_params(which="both", labelsize=7)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=6, frameon=False)
+    lines = {line.get_label(): line for ax in axes for line in ax.get_lines()}
+    fig.legend(lines.values(), lines.keys(), fontsize=7, frameon=False, loc="outside right center")
     keep = sorted({r["keep"] for r in rows if 0 < r["keep"] < 1})
     fig.suptitle(f"{result['model']}, {result['settings']['dtype']}, {result['threads']} threads; keep "
                  f"{', '.join(f'{k:g}' for k in keep)}", fontsize=7)

@@ -86,24 +86,26 @@ def fidelity_table(result: dict, name: str = "fidelity") -> str:
 
 
 def gap(cells: Cells, method: str, keep: float, metric: str) -> str:
+    """(ours − none) / (full − none)."""
     floor, ceiling = (cells("all", m, keep)["mean"][metric] for m in ("none", "full"))
     return f"{(cells('all', method, keep)['mean'][metric] - floor) / (ceiling - floor):.0%}"
 
 
 def squad_table(result: dict, name: str = "squad") -> str:
-    """F1, exact match and contained answers, and the share of the gap between no document and the full cache."""
-    cells = Cells(result, "squad")
-    head = ["SQuAD"] + [f"{x} {keep:g}" for keep in cells.keeps for x in (
-        "F1 (95 %)", "EM", "contains", "gap", "F1 minus kvdistill, paired")]
-    rows = [[SEES.get(m, m)] + [x for keep in cells.keeps for x in (
-        cells.text("all", m, keep, "f1", lowest=False, interval=True, form="{:.3f}"),
-        cells.text("all", m, keep, "em", form="{:.3f}"), cells.text("all", m, keep, "contains", form="{:.3f}"),
-        gap(cells, m, keep, "f1"), paired(cells("all", m, keep), "f1", "{:+.3f}"))] for m in cells.methods]
-    c = cells("all", "full", 1)
-    pack = result["settings"]["tasks"]["squad"]["pack"]
-    k = " and ".join(f"K = {cells('all', 'kvdistill', keep)['K']:.0f}" for keep in cells.keeps)
-    return (f"{markdown(head, rows)}\n\n{c['n']} questions about {c['contexts']} documents of {pack} paragraphs, "
-            f"N = {c['N']:.0f} tokens on average, {k}. From {source(result, name)}")
+    """F1, exact match and contained answers, and the share of the gap between no document and the full cache: a table
+    per keep."""
+    cells, parts = Cells(result, "squad"), []
+    c, pack = cells("all", "full", 1), result["settings"]["tasks"]["squad"]["pack"]
+    for keep in cells.keeps:
+        rows = [[SEES.get(m, m), cells.text("all", m, keep, "f1", lowest=False, interval=True, form="{:.3f}"),
+                 gap(cells, m, keep, "f1"), paired(cells("all", m, keep), "f1", "{:+.3f}"),
+                 cells.text("all", m, keep, "em", form="{:.3f}"), cells.text("all", m, keep, "contains", form="{:.3f}")]
+                for m in cells.methods]
+        parts.append(markdown([f"SQuAD, keep {keep:g}", "F1 (95 %)", "share of the gap", "F1 minus kvdistill, paired",
+                               "exact match", "answer contained"], rows)
+                     + f"\n\nK = {cells('all', 'kvdistill', keep)['K']:.0f} of N = {c['N']:.0f} tokens on average.")
+    return "\n\n".join([*parts, f"{c['n']} questions about {c['contexts']} documents of {pack} paragraphs. "
+                        f"From {source(result, name)}"])
 
 
 def niah_table(result: dict, name: str = "niah") -> str:
@@ -131,11 +133,16 @@ def cost_table(result: dict, name: str = "cost") -> str:
                      "–" if r["method"] in ("full", "none", "question") else pays])
     keep, = {r["keep"] for r in cost_rows(result) if 0 < r["keep"] < 1}
     n = result["settings"]["tasks"]["cost"]["n"]
+    sizes = {(round(c["N"]), round(c["K"])) for c in result["cells"]
+             if c["method"] == "streaming" and c["kind"] != "all"}
+    sizes = ", ".join(f"{k} of {length}" for length, k in sorted(sizes))
     return markdown(["tokens", f"method, keep {keep:g}", "MB", "seconds", "(prefill + compression) / prefill",
                      "tokens/s, batch 1", "tokens/s, batch 8", "pays after … questions"], rows) + (
-        f"\n\nSeconds: prefill and compression, median of {n}. Tokens per second, and what a question of one short answer "
-        "saves, are means over the caches of one size: their work is the same. H2O's second reading of the document, an "
-        f"ease of ours, is left out. From {source(result, name)}")
+        f"\n\nK = {sizes}. MB: the header's 24 tokens included, and positions, of which a cache with another choice in "
+        f"each head holds more. Seconds: prefill and compression, median of {n}. Tokens per second, and what a question "
+        "of one short answer saves, are means over the caches of one size: their work is the same. Ratios within a few "
+        "hundredths of 1 are noise. H2O's second reading of the document, an ease of ours, is left out. "
+        f"From {source(result, name)}")
 
 
 TABLES = {"fidelity": fidelity_table, "squad": squad_table, "squad-all": squad_table, "niah": niah_table,

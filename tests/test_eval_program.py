@@ -179,11 +179,20 @@ def test_bad_input_is_one_line_that_says_what_to_do(files, tmp_path):
     assert "no such file" in one_line_error("eval.py", *flags(files, "--tasks", "squad", data=("squad=none.json",)))
     assert "made for a model with" in one_line_error("eval.py", "--weights", write_model(tmp_path / "other", n_layer=7),
                                                      "--adapter", files / "adapter", "--dtype", "fp32")
-    small = write_model(tmp_path / "small", max_positions=800)
+    assert "a folder; expected a file" in one_line_error("eval.py", *flags(files, data=("squad=texts",)))
+    assert "an empty name in it" in one_line_error("eval.py", *flags(files, data=("fidelity=texts,",)))
+    small = write_model(tmp_path / "small", max_positions=400)
     model = load_llama(small)
     save_adapter(tmp_path / "small-adapter", tiny_compressor(model), model, Tokenizer(small), {})
-    what = ("--weights", small, "--adapter", tmp_path / "small-adapter", "--tasks", "cost", "--data",
-            f"cost={files}/hay.txt", "--lengths", "790", "--n", "1", "--methods", "full", "--dtype", "fp32")
-    assert "790 tokens, the model 800 positions" in one_line_error("eval.py", *what)
-    out, _ = run("eval.py", *what, "--truncate")
-    assert "cost: 1 documents were cut" in out
+    (files / "long.jsonl").write_text(json.dumps({"document": "Ships came at dawn. " * 90, "summary": "Ships."}) + "\n")
+    what = ("--weights", small, "--adapter", tmp_path / "small-adapter", "--data", f"cost={files}/hay.txt", "--data",
+            f"summary={files}/long.jsonl", "--lengths", "390", "--n", "1", "--dtype", "fp32",
+            "--out", tmp_path / "cut.json")
+    for more in ((), ("--truncate",)):
+        assert "390 tokens, the model 400 positions" in one_line_error("eval.py", *what, "--tasks", "cost", *more)
+    what += ("--tasks", "summary", "--methods")
+    assert "--truncate cuts its end off" in one_line_error("eval.py", *what, "full")
+    out, _ = run("eval.py", *what, "full", "--truncate")
+    assert "summary: 1 documents were cut" in out
+    out, _ = run("eval.py", *what, "full,kvzip", "--keep", "0.5", "--truncate")
+    assert "1 of 2 caches were asked before" in out, "documents are cut alike, whatever the methods"

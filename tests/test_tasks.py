@@ -169,12 +169,19 @@ def test_summary_and_choice_read_their_layouts(tok, tmp_path):
     (squad, '{"data": [{"title": "a", "paragraphs": [{"qas": []}]}]}', "article 1"),
     (squad, '{"data": []}', "no question with an answer"),
     (squad, '{"data": [{"title": "a", "paragraphs": [{"context": null, "qas": []}]}]}', "article 1"),
-    (squad, '{"data": [{"title": "Ada", "paragraphs": [{"context": " ", "qas": []}]}]}', "'Ada' has a paragraph without"),
+    (squad, '{"data": [{"title": "A", "paragraphs": [{"context": " ", "qas": []}]}]}', "'A' has a paragraph without"),
     (choice, '{"document": "x", "questions": null}', "questions is None"),
     (summary, "", "no line with an object"), (summary, '{"document": "x", "summary": "y"}\n{', ":2: not valid JSON"),
     (summary, '{"text": "x", "summary": "y"}', ":1: no text under 'document' or 'report'; it has text, summary"),
     (summary, "[1]", ":1: a JSON list"),
     (choice, '{"document": "x", "question": "q", "options": ["y"]}', "two or more"),
+    (choice, '{"document": "x", "question": "q", "options": ["y", "y"]}', "two or more different"),
+    (choice, '{"document": "x", "question": "q", "options": ["y", " "]}', "two or more different"),
+    (choice, '{"document": "x", "question": "q", "options": ["y", "z"], "gold_label": true}', ":1: answer is None"),
+    (choice, '{"document": "x", "questions": []}', "no question in it"),
+    (choice, "[" * 10 ** 5, "too deep to read"), (squad, "[" * 10 ** 5, "not valid JSON"),
+    (squad, '{"data": [{"title": "a", "paragraphs": [{"context": "x", "qas": [{"question": "q", "answers": '
+            '[{"text": " "}]}, {"question": "", "answers": [{"text": "y"}]}]}]}]}', "no question with an answer"),
     (choice, '{"document": "x", "question": "q", "options": ["y", "z"], "answer": 2}', ":1: answer is 2"),
 ])
 def test_broken_data_is_refused_with_its_place(tok, tmp_path, build, text, message):
