@@ -56,7 +56,7 @@ def numbers(a: argparse.Namespace, name: str, kind, low: float, high: float) -> 
         values = []
     if not values or not all(low <= v <= high for v in values):
         raise BadInput(f"--{name} is {text!r}: expected numbers from {low} to {high}, such as {name_default(name)}")
-    return values
+    return list(dict.fromkeys(values))
 
 
 def name_default(name: str) -> str:
@@ -72,11 +72,9 @@ def check(a: argparse.Namespace, methods) -> dict:
                 raise BadInput(f"--{flag}: {name!r} is unknown, expected some of {', '.join(known)}")
     if a.against is not None and a.against not in lists["methods"]:
         raise BadInput(f"--against is {a.against!r}: expected one of --methods ({a.methods})")
-    lists["keep"] = list(dict.fromkeys(numbers(a, "keep", float, 1e-6, 0.999)))  # 1 is the method `full`
+    lists["keep"] = numbers(a, "keep", float, 1e-6, 0.999)  # 1 is the method `full`
     lists["lengths"] = numbers(a, "lengths", int, 64, 1 << 20)
     lists["depths"] = numbers(a, "depths", float, 0, 1)
-    for name in ("lengths", "depths"):
-        lists[name] = list(dict.fromkeys(lists[name]))
     if a.n < 1 or a.pack < 1 or a.context < 16:
         raise BadInput("--n and --pack must be at least 1, --context at least 16 tokens")
     lists["data"] = dict(part.partition("=")[::2] for part in a.data)

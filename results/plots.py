@@ -4,7 +4,6 @@
 
 `eval.py --plot --out FILE.json` draws the same for one result.
 """
-import json
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import BadInput  # noqa: E402
+from data import BadInput, read_json, run_program  # noqa: E402
 from data.tasks import METRICS  # noqa: E402
 
 NAMES = {"kl": "KL to the full cache, nats per token", "f1": "SQuAD F1", "match": "values found", "rougeL": "ROUGE-L F",
@@ -199,9 +198,9 @@ def draw(result: dict, out: Path) -> list[Path]:
 def main() -> None:
     for name in ("fidelity", "squad", "niah", "cost"):
         path = ROOT / "results" / f"{name}.json"
-        for made in draw(json.loads(path.read_text(encoding="utf-8")), path):
+        for made in draw(read_json(path), path):
             print(made)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -1,5 +1,4 @@
 """Rewrite README's tables from results/*.json:  python results/tables.py"""
-import json
 import math
 import re
 import sys
@@ -7,6 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from data import read_json, run_program  # noqa: E402
+
 KINDS = ("recite", "cloze", "title", "squad", "continue")
 SEES = {"question": "question (sees the question)"}
 
@@ -17,7 +18,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def load(name: str) -> dict:
-    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return read_json(ROOT / "results" / f"{name}.json")
 
 
 def source(result: dict, name: str) -> str:
@@ -133,8 +134,7 @@ def cost_table(result: dict, name: str = "cost") -> str:
                      "–" if r["method"] in ("full", "none", "question") else pays])
     keep, = {r["keep"] for r in cost_rows(result) if 0 < r["keep"] < 1}
     n = result["settings"]["tasks"]["cost"]["n"]
-    sizes = {(round(c["N"]), round(c["K"])) for c in result["cells"]
-             if c["method"] == "streaming" and c["kind"] != "all"}
+    sizes = {(round(c["N"]), round(c["K"])) for c in result["cells"] if 0 < c["keep"] < 1 and c["kind"] != "all"}
     sizes = ", ".join(f"{k} of {length}" for length, k in sorted(sizes))
     return markdown(["tokens", f"method, keep {keep:g}", "MB", "seconds", "(prefill + compression) / prefill",
                      "tokens/s, batch 1", "tokens/s, batch 8", "pays after … questions"], rows) + (
@@ -161,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
