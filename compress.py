@@ -12,27 +12,21 @@ The five parts of the method (arXiv 2503.10337), four of them here and the fifth
 Shapes: B batch, N context tokens, K kept tokens, D width, G key-value heads, d head width; layers count from 1 in text.
 """
 import argparse
-import hashlib
-import json
 import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
-from data import BadInput, read_json, run_program, write_atomic, write_json
-from data.weights import add_model_flags, open_model, seed_flag
 from model import NEG, Cache, Llama, Route, answer, gather, whole_cache
-
-ROOT = Path(__file__).resolve().parent
+from run.errors import BadInput, read_json, run_program
+from run.files import ROOT, load_cache, newest_adapter, read_adapter, save_cache
+from run.models import add_model_flags, open_model, seed_flag
 
 
 @dataclass
@@ -269,107 +263,18 @@ def open_text(comp: Compressor, model: Llama, tokenizer, text: str) -> Context:
     return comp.read(model, ids, protect=protect)
 
 
-# ------------------------------------------------------------------------------------- files: adapters and caches
-
-def base_of(model: Llama, tokenizer) -> dict:
-    """What an adapter or a saved cache is bound to: architecture, tokenizer and (a warning only) weights."""
-    if model.fingerprint is None:  # once: where weights are sharded, all processes have to take part
-        down = model.layers[-1].mlp.down.weight
-        down = down.full_tensor() if isinstance(down, DTensor) else down
-        some = (model.norm.weight, model.embed.weight[:64], down[:8])  # as bf16: equal in fp32
-        raw = b"".join(w.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes() for w in some)
-        model.fingerprint = hashlib.sha256(raw).hexdigest()
-    return {"architecture": asdict(model.cfg), "tokenizer": tokenizer.fingerprint, "weights": model.fingerprint}
-
-
-def check_base(path, found: dict, model: Llama, tokenizer) -> None:
-    want = base_of(model, tokenizer)
-    have, need = found.get("architecture", {}), want["architecture"]
-    for key in need:
-        if have.get(key) != need[key]:
-            raise BadInput(f"{path}: made for a model with {key} = {have.get(key)}, this one has {need[key]}; "
-                           "pass the --weights it was made with")
-    if found.get("tokenizer") != want["tokenizer"]:
-        raise BadInput(f"{path}: made with another tokenizer; pass the --weights it was made with")
-    if found.get("weights") != want["weights"]:
-        print(f"warning: {path} was made with other weights of this architecture: expect less", file=sys.stderr)
-
-
-def save_adapter(folder, comp: Compressor, model: Llama, tokenizer, about: dict) -> None:
-    """adapter.safetensors (fp32) and, last, adapter.json: configuration, base model, `about` (how it was trained)."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in comp.state_dict().items()}
-    write_atomic(Path(folder) / "adapter.safetensors", lambda tmp: save_file(tensors, tmp))
-    write_json(Path(folder) / "adapter.json", {"config": asdict(comp.cfg), "base": base_of(model, tokenizer),
-                                               "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **about})
-
-
 def load_adapter(folder, model: Llama, tokenizer) -> Compressor:
     """The compressor in `folder`, on the model's device. Errors: BadInput for a missing, damaged or foreign adapter."""
-    folder = Path(folder)
-    meta = read_json(folder / "adapter.json")
-    check_base(folder, meta.get("base", {}), model, tokenizer)
+    meta, tensors = read_adapter(folder, model, tokenizer)
     try:
         comp = Compressor(model.cfg, CompressorConfig(**meta["config"]))
     except (KeyError, TypeError) as e:
-        raise BadInput(f"{folder / 'adapter.json'}: no usable configuration ({e}); train or copy it again") from None
-    want = comp.state_dict()
-    try:
-        with safe_open(folder / "adapter.safetensors", "pt") as f:
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError) as e:
-        raise BadInput(f"{folder / 'adapter.safetensors'}: cannot be read ({e}); train or copy it again") from None
-    if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in want.items()}:
+        raise BadInput(f"{Path(folder) / 'adapter.json'}: no usable configuration ({e}); train or copy it again"
+                       ) from None
+    if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in comp.state_dict().items()}:
         raise BadInput(f"{folder}: the tensors are not those that adapter.json describes; train or copy it again")
-    if not all(v.isfinite().all() for v in tensors.values()):
-        raise BadInput(f"{folder}: the adapter holds numbers that are not finite; train or copy it again")
     comp.load_state_dict(tensors)
     return comp.to(model.device).requires_grad_(False)
-
-
-def newest_adapter(model: Llama, tokenizer) -> Path | None:
-    """The adapter for this architecture and tokenizer trained last, among adapters/* (shipped) and out/*/adapter."""
-    want, found = base_of(model, tokenizer), []
-    for path in (*ROOT.glob("adapters/*/adapter.json"), *ROOT.glob("out/*/adapter/adapter.json")):
-        meta = read_json(path)
-        if all(meta.get("base", {}).get(key) == want[key] for key in ("architecture", "tokenizer")):
-            found.append((meta.get("created", ""), path.parent))
-    return max(found)[1] if found else None
-
-
-CACHE_KEY = "kvdistill_cache"  # in the header of the safetensors file
-
-
-def save_cache(path, cache: Cache, model: Llama, tokenizer) -> None:
-    """One safetensors file: k, v (L, B, G, K, d), bias, positions, next_position; what it belongs to in the header."""
-    tensors = {"k": torch.stack(cache.k), "v": torch.stack(cache.v), "bias": cache.bias.contiguous(),
-               "positions": cache.positions.contiguous(), "next_position": cache.next_position.contiguous()}
-    header = {CACHE_KEY: json.dumps(base_of(model, tokenizer))}
-    write_atomic(path, lambda tmp: save_file({k: v.cpu() for k, v in tensors.items()}, tmp, metadata=header))
-
-
-def load_cache(path, model: Llama, tokenizer) -> Cache:
-    """A saved cache, on the model's device. Errors: BadInput for a missing, truncated, foreign or misshapen file."""
-    try:
-        with safe_open(path, "pt", device=str(model.device)) as f:
-            base = (f.metadata() or {}).get(CACHE_KEY)
-            t = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError) as e:
-        raise BadInput(f"{path}: cannot be read as a saved cache ({e}); write it again with --save") from None
-    if base is None or set(t) != {"k", "v", "bias", "positions", "next_position"} or t["positions"].dim() != 2:
-        raise BadInput(f"{path}: a safetensors file, but not a saved cache; give one that --save wrote")
-    try:
-        check_base(path, json.loads(base), model, tokenizer)
-    except (json.JSONDecodeError, AttributeError) as e:
-        raise BadInput(f"{path}: its header cannot be read ({e}); write it again with --save") from None
-    c, (B, K) = model.cfg, t["positions"].shape
-    shape = (c.n_layer, B, c.n_kv_head, K, c.head_dim)
-    want = {"k": shape, "v": shape, "bias": (B, K), "positions": (B, K), "next_position": (B,)}
-    if {name: tuple(x.shape) for name, x in t.items()} != want or not t["bias"].isfinite().all():
-        raise BadInput(f"{path}: shapes or numbers that no cache of this model has; write it again with --save")
-    if t["k"].dtype != model.dtype:
-        print(f"note: {path} holds {t['k'].dtype}, the model runs in {model.dtype}: converted", file=sys.stderr)
-    k, v = (list(t[name].to(model.dtype)) for name in "kv")
-    return Cache(k, v, t["bias"], t["positions"], t["next_position"])
 
 
 # ---------------------------------------------------------------------------------------------------- the program

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from data import BadInput, read_json
+from run.errors import BadInput, read_json
 
 NEG = -1e9  # an attention logit that means "not there"; finite, so that a row without any neighbour stays a number
 

@@ -19,7 +19,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,20 +28,74 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from compress import (DEMO, Compressor, CompressorConfig, base_of, decay, kept_count, open_text, save_adapter, select,
-                      soft_decay)
-from data import BadInput, provenance, run_program, write_json
-from data.checkpoint import (Signals, alone_in, append_line, claim, dtype_of, load_state, save_state, set_aside, sign,
-                             trim_log)
+from compress import DEMO, Compressor, CompressorConfig, decay, kept_count, open_text, select, soft_decay
+from run.errors import BadInput, provenance, run_program, write_json
+from run.files import ROOT, base_of, load_state, save_adapter, save_state
+from run.folders import Signals, alone_in, append_line, claim, dtype_of, set_aside, sign, trim_log
 from data.fetch import fetch
-from data.options import TrainConfig, check, parse_args
-from data.plan import choose_parallel, gemm_rate, out_of_memory, parameters, print_plan, rates, step_flops
+from run.train_flags import check, parse_args
+from run.plan import choose_parallel, gemm_rate, out_of_memory, parameters, print_plan, rates, step_flops
 from data.prepare import SHARDS, Shard, prepare
 from data.samples import Batch, Samples, collate
-from data.weights import open_model, pick_dtype
-from data.world import World, share
+from run.models import open_model, pick_dtype
+from run.world import World, share
 from eval import held_out_table
 from model import Llama, answer, attention_mask
+
+
+def flag(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainConfig:
+    """Every field is a flag. The defaults are the quick experiment."""
+    steps: int = flag(110, "optimiser steps")
+    batch: int = flag(1, "contexts per step")
+    micro: int = flag(1, "contexts per forward pass, in each process; the passes of a step are accumulated")
+    context: int = flag(300, "compressible tokens per context")
+    answer: int = flag(40, "tokens of a continuation or a recited passage")
+    mix: str = flag("continue=1,recite=2,cloze=2,title=2", "continuations per context, by kind")
+    sources: str = flag("wiki,sotu", "training texts: wiki, sotu, or paths, comma-separated")
+    shards: str = flag("", "folder for their tokens; empty: data/shards of this repository")
+    eta: int = flag(6, "the scorer reads the hidden state after this many layers")
+    rank: int = flag(32, "of the adapters on W_Q and W_O")
+    decay: str = flag("centred", "what a score does to attention: centred or sigmoid")
+    two_pass: bool = flag(False, "route all layers, in a second pass over the context")
+    no_positions: bool = flag(False, "let the scorer see the hidden state alone, not where a token stands")
+    lam: float = flag(0.6, "weight of KL(teacher || student); the rest is on the reverse")
+    keep_low: float = flag(0.05, "smallest kept fraction drawn; log-uniform, anew for each step")
+    keep_high: float = flag(0.5, "largest kept fraction drawn")
+    soft: float = flag(0.0, "share of steps in which tokens are decayed, not dropped")
+    tau: float = flag(0.15, "how sharply those steps tell kept from dropped, in standard deviations of the scores")
+    target: float = flag(1.0, "weight of the attention target, which teaches the scorer what was attended to; 0: off")
+    noise: float = flag(0.0, "Gumbel noise on the scores when choosing, in units of score")
+    lr: float = flag(2e-3, "peak rate of the adapters")
+    scorer_lr: float = flag(2e-3, "peak rate of the scorer")
+    warmup: int = flag(10, "steps over which the rates rise")
+    weight_decay: float = flag(0.0, "of AdamW")
+    clip: float = flag(1.0, "largest gradient norm, of the adapters and of the scorer")
+    chunk: int = flag(128, "rows of logits made at a time in the loss")
+    eval_contexts: int = flag(8, "held-out documents per kind in the final table; 0: no table")
+    seed: int = flag(0, "of initialisation, data order, and kept fractions")
+    out: str = flag("", "folder of the run; an unfinished one is taken up again. Empty: out/PRESET, or the next free")
+    save_every: int = flag(25, "steps between states that a run can be taken up from; also the most that can be lost")
+    parallel: str = flag("auto", "under torchrun, ddp: the frozen model whole in each process; fsdp: spread over them")
+    recompute: bool = flag(False, "keep only the inputs of blocks and compute the rest again in backward: less memory")
+    compile: bool = flag(False, "compile the blocks' MLPs with torch.compile; on a CPU it needs a C++ compiler")
+
+
+# Flags that --preset sets at once; a flag given as well has the last word.
+PRESETS = {
+    "quick": {},
+    "small": dict(steps=1800, batch=4, context=400, rank=64, lr=1e-3, scorer_lr=1e-3, warmup=50, save_every=50,
+                  eval_contexts=40),
+    # eta, rank, lam, lr, batch and bf16 are the paper's; the rest, steps and context included, is our choice
+    "paper": dict(weights=str(ROOT / "weights" / "llama-3.1-8b-instruct"), dtype="bf16", steps=10000, batch=32,
+                  context=2048, answer=128, mix="continue=1,recite=2,cloze=4,title=4", eta=6, rank=128, lam=0.6,
+                  lr=5e-5, scorer_lr=5e-5, keep_low=0.01, warmup=200, chunk=256, recompute=True, save_every=50,
+                  eval_contexts=100),
+}
 
 
 class DistillKL(torch.autograd.Function):
@@ -377,7 +431,7 @@ def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
 
 
 def main() -> None:
-    a = parse_args()
+    a = parse_args(TrainConfig, PRESETS)
     c, mix, about = a.config, check(a.config), provenance(a.config.seed)
     if a.plan:
         return print_plan(a, mix)

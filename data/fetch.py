@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `python data/fetch.py` finds the package it lies in
-from data import BadInput, run_program, write_atomic, write_json  # noqa: E402
+from run.errors import BadInput, run_program, write_atomic, write_json  # noqa: E402
 
 DEFAULT_WEIGHTS = ROOT / "weights" / "smollm2-135m-instruct"
 DOWNLOADS = Path(os.environ.get("KVDISTILL_CACHE", ROOT / "data" / "downloads"))

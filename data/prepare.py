@@ -19,7 +19,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import BadInput, read_json, run_program, write_atomic, write_json  # noqa: E402
+from run.errors import BadInput, read_json, run_program, write_atomic, write_json  # noqa: E402
 from data.fetch import fetch, wheel  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 

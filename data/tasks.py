@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from data import BadInput, read_json
+from run.errors import BadInput, read_json
 from data.fetch import wheel
 from data.prepare import SHARDS, Shard, prepare
 from data.samples import Continuation, about, cloze, recite

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tiktoken
 
-from data import BadInput, read_json
+from run.errors import BadInput, read_json
 
 # How text is cut before BPE. GPT-2's pattern, and what SmolLM2 makes of it: a digit is always a piece of its own, and
 # the white space before a digit is one piece (GPT-2 would keep its last blank for the number).

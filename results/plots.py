@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import BadInput, read_json, run_program  # noqa: E402
+from run.errors import BadInput, read_json, run_program  # noqa: E402
 from data.tasks import METRICS  # noqa: E402
 
 NAMES = {"kl": "KL to the full cache, nats per token", "f1": "SQuAD F1", "match": "values found", "rougeL": "ROUGE-L F",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import read_json, run_program  # noqa: E402
+from run.errors import read_json, run_program  # noqa: E402
 
 KINDS = ("recite", "cloze", "title", "squad", "continue")
 SEES = {"question": "question (sees the question)"}

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from conftest import ROOT, tiny_compressor, tiny_llama
-from data import BadInput, write_json
-from data.checkpoint import (alone_in, append_line, claim, dtype_of, load_state, save_state, set_aside,
-                             trim_log)
+from run.errors import BadInput, write_json
+from run.files import load_state, save_state
+from run.folders import alone_in, append_line, claim, dtype_of, set_aside, sign, trim_log
 
 
 def trained(seed: int):
@@ -73,7 +73,7 @@ def test_states_that_did_not_read_back_are_set_aside(tmp_path):
 
 
 def test_one_run_at_a_time_in_a_folder(tmp_path):
-    code = f"from data.checkpoint import alone_in\nwith alone_in(__import__('pathlib').Path({str(tmp_path)!r})): pass"
+    code = f"from run.folders import alone_in\nwith alone_in(__import__('pathlib').Path({str(tmp_path)!r})): pass"
     def other():
         return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     with alone_in(tmp_path):

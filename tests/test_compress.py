@@ -11,7 +11,7 @@ import torch
 
 from compress import decay, kept_count, positions_of, select, soft_decay
 from conftest import tiny_compressor, tiny_llama
-from data import BadInput
+from run.errors import BadInput
 from model import NEG, pad_right
 from train import DistillKL
 

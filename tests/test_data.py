@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from data import BadInput, write_atomic, write_json
+from run.errors import BadInput, write_atomic, write_json
 from data.fetch import GGUF, WHEELS, fetch, unpermute, wheel
 from data.prepare import Shard, is_held_out, prepare, wiki_documents, write_shards
 from data.samples import BLANK, KINDS, Samples, collate

@@ -19,11 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from compress import base_of, load_adapter
+from compress import load_adapter
 from conftest import ROOT, save_llama, tiny_compressor, tiny_llama
 from data.samples import collate
 from data.tokenizer import Tokenizer
-from data.world import World, share
+from run.files import base_of
+from run.world import World, share
 from eval import held_out_table
 from model import load_llama, own_rows
 from test_data import tiny_tokenizer_json

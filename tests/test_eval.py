@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from conftest import ROOT, tiny_compressor, tiny_llama
-from data import BadInput
-from data.judge import Judge, divergence
-from data.records import append_records, cells_of, continue_from, load_records, mean_and_interval
+from run.errors import BadInput
+from run.records import append_records, cells_of, continue_from, load_records, mean_and_interval
 from data.tasks import Case, Query
-from eval import (METHODS, SCORES, Document, alike, attention_weights, h2o, keep_per_head, knorm, kvzip, kvzip_replays,
+from eval import (METHODS, SCORES, Document, Judge, divergence, alike, attention_weights, h2o, keep_per_head, knorm, kvzip, kvzip_replays,
                   measure, snapkv, streaming, tova)
 from model import Cache
 

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from conftest import ROOT, tiny_compressor
-from compress import save_adapter
-from data.records import load_records
+from run.files import save_adapter
+from run.records import load_records
 from data.tokenizer import Tokenizer
 from model import load_llama
 from test_programs import one_line_error, run, write_model

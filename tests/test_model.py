@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import ROOT, hf_config, save_llama, tiny_llama
-from data import BadInput
+from run.errors import BadInput
 from model import Cache, attend, attention_mask, generate, load_llama, offsets, pad_right, rope_frequencies
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

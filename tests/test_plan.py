@@ -19,13 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress import Compressor, CompressorConfig
 from conftest import hf_config
-from data import BadInput
-from data.options import PRESETS, TrainConfig, check, parse_args
-from data.plan import (HEADER, continuation_tokens, memory, out_of_memory, parameters, step_flops,
+from run.errors import BadInput
+from run.train_flags import check, parse_args
+from run.plan import (HEADER, continuation_tokens, memory, out_of_memory, parameters, step_flops,
                        suggest_parallel)
 from data.samples import Batch
 from model import Config, Llama
-from train import Distiller, Work, main
+from train import PRESETS, Distiller, TrainConfig, Work, main
 
 SMOLLM = Config(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, head_dim=64, n_embd=576, n_ffn=1536,
                 max_positions=8192)
@@ -147,11 +147,11 @@ def test_out_of_memory_names_flags_that_help():
 
 def test_presets_are_flags_and_flags_have_the_last_word(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--preset", "paper", "--rank", "7", "--no-recompute"])
-    a = parse_args()
+    a = parse_args(TrainConfig, PRESETS)
     c = a.config
     assert (c.rank, c.recompute, c.eta, c.lam, c.lr, c.batch, a.dtype) == (7, False, 6, 0.6, 5e-5, 32, "bf16")
     for preset in PRESETS:
         monkeypatch.setattr("sys.argv", ["train.py", "--preset", preset])
-        check(parse_args().config)
+        check(parse_args(TrainConfig, PRESETS).config)
     monkeypatch.setattr("sys.argv", ["train.py"])
-    assert parse_args().config == TrainConfig()
+    assert parse_args(TrainConfig, PRESETS).config == TrainConfig()

@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compress import load_adapter, load_cache, newest_adapter, save_adapter, save_cache
+from compress import load_adapter
 from conftest import ROOT, save_llama, tiny_compressor, tiny_llama
-from data import BadInput, run_program
+from run.errors import BadInput, run_program
+from run.files import load_cache, newest_adapter, save_adapter, save_cache
 from data.tokenizer import Tokenizer
 from model import load_llama
 from test_data import tiny_tokenizer_json

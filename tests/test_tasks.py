@@ -7,7 +7,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from transformers.data.metrics import squad_metrics
 
-from data import BadInput
+from run.errors import BadInput
 from data.tasks import (N_KEYS, Case, Query, choice, contains, cost, exact_match, f1, fidelity, niah, normalize,
                         rouge_l, spread, squad, squad_answers, string_match_all, summary, windows)
 from data.tokenizer import Tokenizer

@@ -9,12 +9,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import tiny_compressor, tiny_llama
-from data import BadInput
-from data.checkpoint import Signals
-from data.plan import choose_parallel
+from run.errors import BadInput
+from run.folders import Signals
+from run.plan import choose_parallel
 from data.samples import Continuation, Sample, collate
-from data.weights import pick_dtype
-from data.world import World
+from run.models import pick_dtype
+from run.world import World
 from model import attention_mask
 from train import AttentionTarget, Distiller, Work, main, step_flops
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from data import write_atomic  # noqa: E402
+from run.errors import write_atomic  # noqa: E402
 from data.fetch import fetch  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 

@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from data import BadInput
-from data.weights import pick_device
+from run.errors import BadInput
+from run.models import pick_device
 from model import Llama
 
 

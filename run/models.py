@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import BadInput
+from run.errors import BadInput
 from data.fetch import fetch
 from data.tokenizer import Tokenizer
 from model import load_llama

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from data import BadInput
+from run.errors import BadInput
 from data import tasks as T
 from data.fetch import fetch
 from data.prepare import SHARDS
 from data.tasks import MAX_NEW_TOKENS, METRICS, Case
-from data.weights import add_model_flags, pick_dtype, seed_flag
-from data.world import World
+from run.models import add_model_flags, pick_dtype, seed_flag
+from run.world import World
 from model import Llama
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from compress import Compressor, CompressorConfig
-from data import BadInput
+from run.errors import BadInput
 from data.fetch import fetch
 from model import Config, Llama
 

@@ -1,15 +1,14 @@
-"""A training run on disk: files that are whole or not there, from which the run goes on as if it had never stopped.
+"""A training run's folder: whose it is, what is in it, and how the same command takes it up again.
 
     OUT/config.json               what was asked for, and for which base model
     OUT/log.jsonl                 one line per step
-    OUT/state/00000050.safetensors   after 50 steps: the adapter, AdamW's moments, and in the header what they belong to
+    OUT/state/00000050.safetensors   after 50 steps: see run/files.py
     OUT/adapter/, OUT/result.json    when training, and the table after it, are done
 
 Nothing else has to be kept. The learning rate is a function of the step, and every random draw (contexts, kept
-fractions, noise) one of (seed, step, sample): the number of the next step stands for the schedule, the place in the
-data and the state of all random generators. Nothing is pickled.
+fractions) one of (seed, step, sample): the number of the next step stands for the schedule, the place in the data and
+the state of all random generators.
 """
-import hashlib
 import json
 import os
 import signal
@@ -17,91 +16,15 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
-from data import BadInput, read_json, write_atomic, write_json
+from run.errors import BadInput, read_json, write_atomic, write_json
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-KEPT = 2             # states; should the newest not read back, the one before it does
-HEADER = "kvdistill_state"
-
 # What a resumed run may change: how a step is computed, not what; and what happens around the training.
 FREE = {"micro", "chunk", "parallel", "recompute", "compile", "save_every", "eval_contexts", "out", "shards"}
-
-
-def digest(tensors: dict[str, torch.Tensor], about: dict) -> str:
-    """SHA-256 over header, names, dtypes, shapes, bytes: a file that was cut, or has a bit flipped, does not match."""
-    h = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, x in sorted(tensors.items()):
-        h.update(f"{name} {x.dtype} {list(x.shape)} ".encode())
-        h.update(x.contiguous().flatten().view(torch.uint8).numpy())
-    return h.hexdigest()
-
-
-def save_state(out, step: int, module, optimizer, about: dict) -> Path:
-    """Write the state after `step` steps; older ones go once this one has been read back.
-
-    Args: module: what is trained; optimizer: AdamW over its parameters; about: JSON values for the header.
-    Errors: BadInput if it cannot be written, or not be read back; the states before it are still there.
-    """
-    tensors = {f"trained.{name}": p.detach().cpu() for name, p in module.named_parameters()}
-    for name, p in module.named_parameters():  # a parameter that had no gradient yet has no moments
-        tensors |= {f"{key}.{name}": x.detach().cpu() for key, x in optimizer.state.get(p, {}).items()}
-    tensors = {name: x.contiguous() for name, x in tensors.items()}
-    about = {"step": step, **about}
-    header = {HEADER: json.dumps({**about, "sha256": digest(tensors, about)})}
-    path = Path(out) / "state" / f"{step:08}.safetensors"
-    write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata=header))
-    read_state(path)
-    for old in sorted(path.parent.glob("*.safetensors"))[:-KEPT]:
-        old.unlink(missing_ok=True)
-    return path
-
-
-def read_state(path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and header of one state file. Errors: BadInput for a file that is not what was written."""
-    try:
-        with safe_open(path, "pt") as f:
-            header = json.loads((f.metadata() or {})[HEADER])
-            tensors, sha256 = {name: f.get_tensor(name) for name in f.keys()}, header.pop("sha256")
-    except (SafetensorError, OSError, KeyError, AttributeError, json.JSONDecodeError) as e:
-        raise BadInput(f"{path}: cannot be read as the state of a run ({e!r})") from None
-    if digest(tensors, header) != sha256 or Path(path).stem != f"{header['step']:08}":
-        raise BadInput(f"{path}: its bytes are not those that were written; is the disk sound?")
-    return tensors, header
-
-
-def load_state(out, module, optimizer) -> dict | None:
-    """Put the newest state that reads back into module and optimizer; its header, or None where there is no state.
-
-    A damaged file is named on stderr and passed over; it is not touched here: see `set_aside`. Errors: BadInput when
-    there are states and none can be read.
-    """
-    paths = sorted((Path(out) / "state").glob("*.safetensors"), reverse=True)
-    for path in paths:
-        try:
-            tensors, header = read_state(path)
-        except BadInput as e:
-            print(f"warning: {e}; going back to the one before it", file=sys.stderr)
-            continue
-        with torch.no_grad():
-            for name, p in module.named_parameters():
-                p.copy_(tensors[f"trained.{name}"])
-                moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                           if f"{key}.{name}" in tensors}
-                if moments:  # AdamW counts steps on the CPU
-                    optimizer.state[p] = {key: x.clone() if key == "step" else x.to(p.device, copy=True)
-                                          for key, x in moments.items()}
-        return header
-    if paths:
-        raise BadInput(f"{paths[0].parent}: none of {len(paths)} states can be read; delete {out} to start again")
-    return None
 
 
 def set_aside(out, step: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import BadInput, read_json, write_atomic
+from run.errors import BadInput, read_json, write_atomic
 from data.tasks import METRICS, SHARES
 
 

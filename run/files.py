@@ -1,0 +1,190 @@
+"""Files of tensors: adapters, saved caches, and the states that a training run goes on from. Nothing is pickled.
+
+    adapter.safetensors + adapter.json   the compressor's weights, fp32; its configuration, base model, how it was made
+    FILE.safetensors                     a compressed cache; what it belongs to stands in the header
+    OUT/state/00000050.safetensors       after 50 steps: what is trained, AdamW's moments, a hash of it all
+"""
+import hashlib
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from model import Cache, Llama
+from run.errors import BadInput, read_json, write_atomic, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def base_of(model: Llama, tokenizer) -> dict:
+    """What an adapter or a saved cache is bound to: architecture, tokenizer and (a warning only) weights."""
+    if model.fingerprint is None:  # once: where weights are sharded, all processes have to take part
+        down = model.layers[-1].mlp.down.weight
+        down = down.full_tensor() if isinstance(down, DTensor) else down
+        some = (model.norm.weight, model.embed.weight[:64], down[:8])  # as bf16: equal in fp32
+        raw = b"".join(w.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes() for w in some)
+        model.fingerprint = hashlib.sha256(raw).hexdigest()
+    return {"architecture": asdict(model.cfg), "tokenizer": tokenizer.fingerprint, "weights": model.fingerprint}
+
+
+def check_base(path, found: dict, model: Llama, tokenizer) -> None:
+    want = base_of(model, tokenizer)
+    have, need = found.get("architecture", {}), want["architecture"]
+    for key in need:
+        if have.get(key) != need[key]:
+            raise BadInput(f"{path}: made for a model with {key} = {have.get(key)}, this one has {need[key]}; "
+                           "pass the --weights it was made with")
+    if found.get("tokenizer") != want["tokenizer"]:
+        raise BadInput(f"{path}: made with another tokenizer; pass the --weights it was made with")
+    if found.get("weights") != want["weights"]:
+        print(f"warning: {path} was made with other weights of this architecture: expect less", file=sys.stderr)
+
+
+def save_adapter(folder, comp, model: Llama, tokenizer, about: dict) -> None:
+    """adapter.safetensors (fp32) and, last, adapter.json: configuration, base model, `about` (how it was trained)."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in comp.state_dict().items()}
+    write_atomic(Path(folder) / "adapter.safetensors", lambda tmp: save_file(tensors, tmp))
+    write_json(Path(folder) / "adapter.json", {"config": asdict(comp.cfg), "base": base_of(model, tokenizer),
+                                               "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **about})
+
+
+def read_adapter(folder, model: Llama, tokenizer) -> tuple[dict, dict[str, torch.Tensor]]:
+    """adapter.json and the tensors of an adapter made for this model. Errors: BadInput for a missing, damaged or
+    foreign one, or one with a number that is not finite."""
+    folder = Path(folder)
+    meta = read_json(folder / "adapter.json")
+    check_base(folder, meta.get("base", {}), model, tokenizer)
+    try:
+        with safe_open(folder / "adapter.safetensors", "pt") as f:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise BadInput(f"{folder / 'adapter.safetensors'}: cannot be read ({e}); train or copy it again") from None
+    if not all(v.isfinite().all() for v in tensors.values()):
+        raise BadInput(f"{folder}: the adapter holds numbers that are not finite; train or copy it again")
+    return meta, tensors
+
+
+def newest_adapter(model: Llama, tokenizer) -> Path | None:
+    """The adapter for this architecture and tokenizer trained last, among adapters/* (shipped) and out/*/adapter."""
+    want, found = base_of(model, tokenizer), []
+    for path in (*ROOT.glob("adapters/*/adapter.json"), *ROOT.glob("out/*/adapter/adapter.json")):
+        meta = read_json(path)
+        if all(meta.get("base", {}).get(key) == want[key] for key in ("architecture", "tokenizer")):
+            found.append((meta.get("created", ""), path.parent))
+    return max(found)[1] if found else None
+
+
+CACHE_KEY = "kvdistill_cache"  # in the header of the safetensors file
+
+
+def save_cache(path, cache: Cache, model: Llama, tokenizer) -> None:
+    """One safetensors file: k, v (L, B, G, K, d), bias, positions, next_position; what it belongs to in the header."""
+    tensors = {"k": torch.stack(cache.k), "v": torch.stack(cache.v), "bias": cache.bias.contiguous(),
+               "positions": cache.positions.contiguous(), "next_position": cache.next_position.contiguous()}
+    header = {CACHE_KEY: json.dumps(base_of(model, tokenizer))}
+    write_atomic(path, lambda tmp: save_file({k: v.cpu() for k, v in tensors.items()}, tmp, metadata=header))
+
+
+def load_cache(path, model: Llama, tokenizer) -> Cache:
+    """A saved cache, on the model's device. Errors: BadInput for a missing, truncated, foreign or misshapen file."""
+    try:
+        with safe_open(path, "pt", device=str(model.device)) as f:
+            base = (f.metadata() or {}).get(CACHE_KEY)
+            t = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise BadInput(f"{path}: cannot be read as a saved cache ({e}); write it again with --save") from None
+    if base is None or set(t) != {"k", "v", "bias", "positions", "next_position"} or t["positions"].dim() != 2:
+        raise BadInput(f"{path}: a safetensors file, but not a saved cache; give one that --save wrote")
+    try:
+        check_base(path, json.loads(base), model, tokenizer)
+    except (json.JSONDecodeError, AttributeError) as e:
+        raise BadInput(f"{path}: its header cannot be read ({e}); write it again with --save") from None
+    c, (B, K) = model.cfg, t["positions"].shape
+    shape = (c.n_layer, B, c.n_kv_head, K, c.head_dim)
+    want = {"k": shape, "v": shape, "bias": (B, K), "positions": (B, K), "next_position": (B,)}
+    if {name: tuple(x.shape) for name, x in t.items()} != want or not t["bias"].isfinite().all():
+        raise BadInput(f"{path}: shapes or numbers that no cache of this model has; write it again with --save")
+    if t["k"].dtype != model.dtype:
+        print(f"note: {path} holds {t['k'].dtype}, the model runs in {model.dtype}: converted", file=sys.stderr)
+    k, v = (list(t[name].to(model.dtype)) for name in "kv")
+    return Cache(k, v, t["bias"], t["positions"], t["next_position"])
+
+
+# ------------------------------------------------------------------------------------------- states of a training run
+
+KEPT = 2             # states; should the newest not read back, the one before it does
+HEADER = "kvdistill_state"
+
+def digest(tensors: dict[str, torch.Tensor], about: dict) -> str:
+    """SHA-256 over header, names, dtypes, shapes, bytes: a file that was cut, or has a bit flipped, does not match."""
+    h = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        h.update(f"{name} {x.dtype} {list(x.shape)} ".encode())
+        h.update(x.contiguous().flatten().view(torch.uint8).numpy())
+    return h.hexdigest()
+
+
+def save_state(out, step: int, module, optimizer, about: dict) -> Path:
+    """Write the state after `step` steps; older ones go once this one has been read back.
+
+    Args: module: what is trained; optimizer: AdamW over its parameters; about: JSON values for the header.
+    Errors: BadInput if it cannot be written, or not be read back; the states before it are still there.
+    """
+    tensors = {f"trained.{name}": p.detach().cpu() for name, p in module.named_parameters()}
+    for name, p in module.named_parameters():  # a parameter that had no gradient yet has no moments
+        tensors |= {f"{key}.{name}": x.detach().cpu() for key, x in optimizer.state.get(p, {}).items()}
+    tensors = {name: x.contiguous() for name, x in tensors.items()}
+    about = {"step": step, **about}
+    header = {HEADER: json.dumps({**about, "sha256": digest(tensors, about)})}
+    path = Path(out) / "state" / f"{step:08}.safetensors"
+    write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata=header))
+    read_state(path)
+    for old in sorted(path.parent.glob("*.safetensors"))[:-KEPT]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def read_state(path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and header of one state file. Errors: BadInput for a file that is not what was written."""
+    try:
+        with safe_open(path, "pt") as f:
+            header = json.loads((f.metadata() or {})[HEADER])
+            tensors, sha256 = {name: f.get_tensor(name) for name in f.keys()}, header.pop("sha256")
+    except (SafetensorError, OSError, KeyError, AttributeError, json.JSONDecodeError) as e:
+        raise BadInput(f"{path}: cannot be read as the state of a run ({e!r})") from None
+    if digest(tensors, header) != sha256 or Path(path).stem != f"{header['step']:08}":
+        raise BadInput(f"{path}: its bytes are not those that were written; is the disk sound?")
+    return tensors, header
+
+
+def load_state(out, module, optimizer) -> dict | None:
+    """Put the newest state that reads back into module and optimizer; its header, or None where there is no state.
+
+    A damaged file is named on stderr and passed over; it is not touched here: see `set_aside`. Errors: BadInput when
+    there are states and none can be read.
+    """
+    paths = sorted((Path(out) / "state").glob("*.safetensors"), reverse=True)
+    for path in paths:
+        try:
+            tensors, header = read_state(path)
+        except BadInput as e:
+            print(f"warning: {e}; going back to the one before it", file=sys.stderr)
+            continue
+        with torch.no_grad():
+            for name, p in module.named_parameters():
+                p.copy_(tensors[f"trained.{name}"])
+                moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                           if f"{key}.{name}" in tensors}
+                if moments:  # AdamW counts steps on the CPU
+                    optimizer.state[p] = {key: x.clone() if key == "step" else x.to(p.device, copy=True)
+                                          for key, x in moments.items()}
+        return header
+    if paths:
+        raise BadInput(f"{paths[0].parent}: none of {len(paths)} states can be read; delete {out} to start again")
+    return None
