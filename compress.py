@@ -1,15 +1,18 @@
 """KV-Distill: turn the cache of a long context into a short one, once, before any question is known.
 
 The five parts of the method (arXiv 2503.10337), four of them here and the fifth, the loss, in train.py:
-  1. Scorer            a small network reads each token's hidden state after layer η and gives one score
-  2. select, gather    the K best-scored tokens stay, the same in every layer
-  3. decay             a kept token's attention logits get β, a function of its score: how the loss reaches the scorer
+  1. Scorer            a small network reads each token's hidden state after layer η and gives a score for every head
+  2. select, gather    the best-scored entries of all heads together stay: one budget, shared
+  3. decay             attention to an entry gets β, a function of its score: how the loss reaches the scorer
   4. routes            while the context is encoded, kept tokens go through LoRA-adapted W_Q and W_O
-`compress` puts them together. As a program, this file compresses a text and answers questions about it:
+`compress` puts them together; `attention_received` is what the scorer is taught to foresee. As a program, this file
+compresses a text and answers questions about it:
 
     python compress.py --keep 0.1 --question "Who built the lighthouse?"
 
-Shapes: B batch, N context tokens, K kept tokens, D width, G key-value heads, d head width; layers count from 1 in text.
+Shapes: B batch, N context tokens, K kept of them per head on average, L layers, G key-value heads, d head width, D
+width. Scores, choices and β are (B, l, g, N): l = L and g = G where each head chooses (`head`), l = g = 1 where a token
+stays in all heads or in none (`token`, the paper's way). Layers count from 1 in text: index i is layer i + 1.
 """
 import argparse
 import math
@@ -23,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import NEG, Cache, Llama, Route, answer, gather, whole_cache
+from model import NEG, Cache, Llama, Part, Route, answer, own_mask, whole_cache
 from run.errors import BadInput, read_json, run_program
 from run.files import ROOT, load_cache, newest_adapter, read_adapter, save_cache
 from run.models import add_model_flags, open_model, seed_flag
@@ -31,33 +34,38 @@ from run.models import add_model_flags, open_model, seed_flag
 
 @dataclass
 class CompressorConfig:
+    choice: str = "head"       # each head keeps tokens of its own; or "token": all heads keep the same ones
     eta: int = 6               # the scorer reads the hidden state after this many layers
+    hidden: int = 1024         # width of the scorer's hidden layer
+    recent: int = 4            # last tokens that every head keeps (`head` only), so that none is empty
+    decay: str = "threshold"   # or "sigmoid", the paper's: what a score does to attention
+    tau: float = 0.5           # nats of score over which `threshold` goes from dropped to kept
     rank: int = 32             # of the adapters on W_Q and W_O
-    decay: str = "centred"     # or "sigmoid": what a score does to attention
-    two_pass: bool = False     # route every layer, after a first pass that only scores
-    positions: bool = True     # the scorer also sees where a token stands
 
+
+# ------------------------------------------------------------------------------------------------- 1. who is needed
 
 class Scorer(nn.Module):
-    """Part 1. s = W₂·GELU(W₁·x), fp32; x is the RMS-normalised hidden state and, with `positions`, how much text lies
-    behind and before the token: a causal hidden state cannot know how much is still to come (LOG.md)."""
+    """Part 1. s = W₂·GELU(W₁·x), fp32; x is the RMS-normalised hidden state and how much text lies after and before the
+    token: a causal hidden state cannot know how much is still to come (LOG.md)."""
 
-    def __init__(self, n_embd: int, positions: bool):
+    def __init__(self, n_embd: int, hidden: int, n_layer: int, n_kv_head: int):
         super().__init__()
-        self.positions = positions
-        self.w1 = nn.Linear(n_embd + 2 * positions, n_embd)
-        self.w2 = nn.Linear(n_embd, 1)
-        nn.init.zeros_(self.w2.bias)
+        self.heads = n_layer, n_kv_head
+        self.w1 = nn.Linear(n_embd + 2, hidden)
+        self.w2 = nn.Linear(hidden, n_layer * n_kv_head)
+        nn.init.constant_(self.w2.bias, -4.0)  # about the mean of a log attention
 
     def forward(self, h, lengths):
-        """Hidden states (B, N, D) of contexts of `lengths` (B,) tokens -> scores (B, N)."""
-        x = F.rms_norm(h.to(self.w1.weight.dtype), h.shape[-1:])
-        if self.positions:
-            before = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
-            behind = (lengths[:, None] - 1 - before).clamp(min=0)
-            x = torch.cat([x, torch.stack([behind, before], -1).to(x.dtype).log1p()], -1)
-        return self.w2(F.gelu(self.w1(x)))[..., 0]
+        """Hidden states (B, N, D) of contexts of `lengths` (B,) tokens -> scores (B, l, g, N) fp32."""
+        before = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
+        after = (lengths[:, None] - 1 - before).clamp(min=0)
+        places = torch.stack([after, before], -1).to(self.w1.weight.dtype).log1p()
+        x = torch.cat([F.rms_norm(h.to(self.w1.weight.dtype), h.shape[-1:]), places], -1)
+        return self.w2(F.gelu(self.w1(x))).transpose(1, 2).unflatten(1, self.heads)
 
+
+# ------------------------------------------------------------------------------------------------------ 2. who stays
 
 def kept_count(n, keep: float | None = None, tokens: int | None = None):
     """K = ceil(keep·N), or the absolute number `tokens`, never more than N. n: (B,) int64 -> (B,) int64."""
@@ -73,102 +81,158 @@ def kept_count(n, keep: float | None = None, tokens: int | None = None):
     return k.to(n.device).minimum(n)
 
 
-def select(scores, candidates, k, check: bool = True):
-    """Part 2. The k best-scored candidates of each row; of equal scores the earlier token.
+@dataclass
+class Choice:
+    kept: torch.Tensor    # (B, l, g, N) bool; protected tokens are not in it, they stay anyway
+    fixed: torch.Tensor   # (B, 1, 1, N) bool: what no score moves: recent tokens, and all that is not compressible
+    theta: torch.Tensor   # (B, 1, 1, 1) fp32, midway between the last kept score and the next
 
-    Args: scores (B, N) fp32; candidates (B, N) bool, the compressible tokens; k (B,) int64; check: look at the scores.
-    Returns: kept (B, N) bool. Errors: BadInput, with check, for a score that is not a finite number.
+    @property
+    def share(self):      # (B, l, N) fp32: of a layer's heads, how many keep the token
+        return self.kept.float().mean(2)
+
+
+def select(scores, candidates, k, recent: int = 0, check: bool = True) -> Choice:
+    """Part 2. The k·l·g best-scored entries of a row, all heads together; of equal ones the earlier layer, head, token.
+
+    Args: scores (B, l, g, N) fp32; candidates (B, N) bool, the compressible tokens; k (B,) int64, kept tokens per head
+    on average; recent: of them, the last ones that every head keeps; check: look at the scores.
+    Errors: BadInput, with check, for a score that is not a finite number.
     """
-    if check and not torch.isfinite(scores[candidates]).all():
+    B, l, g, N = scores.shape
+    scores = scores.detach()
+    if check and not torch.isfinite(scores.masked_fill(~candidates[:, None, None], 0)).all():
         raise BadInput("a score is not a finite number; the adapter is damaged, or training diverged (--scorer-lr)")
-    order = scores.masked_fill(~candidates, -math.inf).argsort(dim=1, descending=True, stable=True)
-    place = order.argsort(dim=1)  # of a permutation: its inverse
-    return candidates & (place < k[:, None])
+    from_end = candidates.flip(1).cumsum(1).flip(1)                                        # 1 for the last candidate
+    forced = (candidates & (from_end <= k.clamp(max=recent)[:, None]))[:, None, None]
+    ranked = scores.masked_fill(forced, math.inf).masked_fill(~candidates[:, None, None], -math.inf)
+    ranked, order = ranked.flatten(1).sort(dim=1, descending=True, stable=True)            # (B, l·g·N)
+    budget = (k * l * g)[:, None]
+    kept = torch.zeros_like(ranked, dtype=torch.bool)
+    kept.scatter_(1, order, torch.arange(l * g * N, device=k.device) < budget)
+    last = ranked.gather(1, (budget - 1).clamp(min=0))
+    after = ranked.gather(1, budget.clamp(max=l * g * N - 1))
+    last = torch.where(last == math.inf, after + 1, last)                                  # all that is kept is forced
+    after = torch.where(after == -math.inf, last - 1, after)                               # nothing is dropped
+    fixed = forced | ~candidates[:, None, None]
+    return Choice(kept.view_as(scores), fixed, ((last + after) / 2)[..., None, None])
 
 
-def positions_of(mask, slots: int | None = None):
-    """The True positions of each row in ascending order: (B, N) bool -> index (B, M) int64, real (B, M) bool.
+def gather(k, v, stay, beta=None) -> list[Part]:
+    """One layer's entries that stay, as the parts of a short cache.
 
-    M is the largest count; shorter rows are filled up with positions that `real` disowns. A caller who knows M gives
-    it as `slots`: asking a GPU for it means waiting for the GPU.
+    k, v: (B, G, N, d); stay: (B, G or 1, N) bool; beta: (B, G or 1, N) fp32, or None. Heads that hold equally many and
+    lie side by side share a part. Rows of a batch that keep fewer than others are padded.
     """
-    counts = mask.sum(1)
-    slots = int(counts.max()) if slots is None else slots
-    index = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :slots]
-    return index, torch.arange(index.shape[1], device=mask.device) < counts[:, None]
+    counts = stay.sum(-1)                                                                  # (B, G or 1)
+    order = (~stay).to(torch.uint8).argsort(dim=-1, stable=True)                           # those that stay come first
+    widths, parts, first = counts.amax(0).tolist(), [], 0
+    while first < len(widths):
+        end = first + 1
+        while end < len(widths) and widths[end] == widths[first]:
+            end += 1
+        heads = slice(first, end) if stay.shape[1] > 1 else slice(None)
+        index = order[:, first:end, :widths[first]]                                        # (B, g or 1, S)
+        real = torch.arange(widths[first], device=k.device) < counts[:, first:end, None]
+        bias = None if beta is None else beta.expand_as(stay)[:, first:end].gather(2, index)
+        if bias is not None or not bool(real.all()):
+            bias = torch.where(real, 0.0 if bias is None else bias, NEG)
+        keys, values = (x[:, heads].gather(2, index[..., None].expand(-1, x[:, heads].shape[1], -1, x.shape[3]))
+                        for x in (k, v))
+        parts.append(Part(keys, values, torch.where(real, index, -1).to(torch.int32), bias))
+        first = end
+    return parts
 
 
-def decay(scores, kept, n, kind: str, gamma):
-    """Part 3. β, what is added to the attention logits of kept tokens: (B, N) fp32; 0 elsewhere.
+# ------------------------------------------------------------------------------- 3. how the loss hears of the scores
 
-    sigmoid: β = log σ(s). centred: β = s − log mean exp(s over kept) + γ·log(N/K): the first two terms only compare
-    kept tokens with each other, and γ takes up the wish, common to them all, for the attention the dropped ones had.
-    Args: scores (B, N); kept (B, N) bool; n (B,) the number of compressible tokens; gamma: learned scalar.
+def decay(scores, choice: Choice, kind: str, tau: float, soft: bool = False):
+    """Part 3. β, what is added to every attention logit towards a context entry: (B, l, g, N) fp32.
+
+    The chain by which the loss reaches the scorer:
+        Scorer → s → decay: β → whole_cache(…, bias=β): one column more of the keys → attend: softmax(q·kᵀ/√d + β)·v
+    sigmoid: β = log σ(s). threshold: β = log σ((s − θ)/τ), θ a constant: no gradient flows through it. Three entries,
+    θ = −4, τ = 0.5, s = −3, −4.2, −7: β = −0.13, −0.91, −6.0.
+    In a hard step, and in a finished cache, dropped entries get −1e9, and with `threshold` those that stay have the
+    *value* 0: what is left of β is its gradient. In a soft step (training) every entry is heard through its β.
+    Recent and protected entries have β = 0.
     """
-    if kind == "sigmoid":
-        beta = F.logsigmoid(scores)
-    else:
-        k = kept.sum(1).clamp(min=1)
-        mean = scores.masked_fill(~kept, NEG).logsumexp(1) - k.log()
-        beta = scores - mean[:, None] + gamma * (n.clamp(min=1) / k).log()[:, None]
-    return torch.where(kept, beta, 0.0)
+    beta = F.logsigmoid(scores if kind == "sigmoid" else (scores - choice.theta) / tau)
+    beta = torch.where(choice.fixed, 0.0, beta)
+    if soft:
+        return beta
+    return torch.where(choice.kept | choice.fixed, beta if kind == "sigmoid" else beta - beta.detach(), NEG)
 
 
-def soft_decay(scores, candidates, k, tau: float):
-    """Decayed, not dropped (training only): β = log σ((s̃ − θ)/τ) for *every* candidate, kept or not: (B, N).
+# ------------------------------------------------------------------------------------- what the scorer is to foresee
 
-    s̃ are the scores standardised per row, so that they cannot flatten to let everything through; θ lies midway
-    between the k-th and the next. So dropped tokens are heard a little too, and learn whether they are missed.
+REPEAT = "\n\nRepeat the previous context exactly."
+
+
+@torch.no_grad()
+def attention_received(model: Llama, cache: Cache, tokens, lengths=None, segments=None, first: int = 0,
+                       end: int | None = None, sinks: int = 0, block: int = 128):
+    """The most attention that entries first … end−1 of a whole cache get from any of `tokens`: (B, L, G, end−first).
+
+    Maximum over the tokens and over the query heads of a group; the softmax runs over those entries, the `sinks` first
+    ones, and the tokens themselves. With tokens that repeat the context this is KVzip's importance (arXiv 2505.23416).
+    tokens: (B, T) int64, padded on the right to `lengths` (B,), or `segments` as in Llama.forward. block: queries at a
+    time, for all weights at 8k tokens would take 2.4 GB per layer of nine heads.
     """
-    n = candidates.sum(1, keepdim=True).clamp(min=1)
-    s = torch.where(candidates, scores, 0.0)
-    mean = s.sum(1, keepdim=True) / n
-    var = (torch.where(candidates, s - mean, 0.0) ** 2).sum(1, keepdim=True) / n
-    s = (s - mean) * (var + 1e-6).rsqrt()
-    ranked = s.detach().masked_fill(~candidates, -math.inf).sort(dim=1, descending=True).values
-    next_best = ranked.gather(1, k[:, None].clamp(max=scores.shape[1] - 1))
-    last_kept = ranked.gather(1, (k[:, None] - 1).clamp(min=0))
-    theta = torch.where((k[:, None] < n), (last_kept + next_best) / 2, last_kept - 10 * tau)  # nothing dropped: all in
-    return torch.where(candidates, F.logsigmoid((s - theta) / tau), 0.0)
+    S, own = cache.layers[0][0].k.shape[2], own_mask(tokens, segments)
+    end, received = S if end is None else end, []
+    real = torch.ones_like(tokens, dtype=torch.bool) if segments is None else segments >= 0
+    if lengths is not None:
+        real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]      # (B, T)
+    sinks = min(sinks, first)
 
+    def watch(layer, q, k):
+        (B, H, T, d), G, bias = q.shape, k.shape[1], cache.layers[layer][0].bias
+        seen = torch.cat([k[:, :, :sinks], k[:, :, first:end]], 2).transpose(2, 3)         # (B, G, d, n)
+        mine, n, best = k[:, :, S:].transpose(2, 3), sinks + end - first, None
+        bias = None if bias is None else torch.cat([bias[..., :sinks], bias[..., first:end]], -1)[:, :, None, None]
+        q = (q * d ** -0.5).view(B, G, H // G, T, d)
+        for i in range(0, T, block):
+            rows = q[:, :, :, i:i + block]
+            t, upto = rows.shape[3], i + rows.shape[3]                                     # keys behind see nobody here
+            rows = rows.flatten(2, 3)                                                      # (B, G, H/G·t, d)
+            logits = torch.cat([rows @ seen, rows @ mine[..., :upto]], -1).float().view(B, G, H // G, t, n + upto)
+            logits[..., n:].masked_fill_(~own[:, :, None, i:upto, :upto], NEG)
+            if bias is not None:
+                logits[..., :n] += bias
+            weights = logits.softmax(-1)[..., sinks:n].masked_fill_(~real[:, None, None, i:upto, None], 0)
+            most = weights.amax((2, 3))                                                    # (B, G, end − first)
+            best = most if best is None else torch.maximum(best, most)
+        received.append(best)
+
+    model(tokens, cache, segments, lengths, watch=watch)
+    return torch.stack(received, 1)
+
+
+# -------------------------------------------------------------------------------------------------------- the method
 
 @dataclass
 class Context:
     """A batch of documents read up to layer η: what teacher and student share. Padding is on the right."""
     h: torch.Tensor           # (B, N, D) after layer η
-    ks: list[torch.Tensor]    # keys of layers 1…η, (B, G, N, d) each
-    vs: list[torch.Tensor]
+    kvs: list                 # keys and values of layers 1…η, a pair of (B, G, N, d) each
     tokens: torch.Tensor      # (B, N) int64
     lengths: torch.Tensor     # (B,) int64, real tokens
     candidates: torch.Tensor  # (B, N) bool: compressible; the rest is padding or protected, which is kept whole
-
-    @property
-    def real(self):           # (B, N) bool
-        return torch.arange(self.h.shape[1], device=self.h.device) < self.lengths[:, None]
+    padded: bool              # rows differ in length
 
     @property
     def protected(self):      # (B, N) bool
-        return self.real & ~self.candidates
+        return (torch.arange(self.h.shape[1], device=self.h.device) < self.lengths[:, None]) & ~self.candidates
 
-
-def short_cache(ks, vs, index, real, beta, ctx: Context) -> Cache:
-    """The cache of gathered keys and values. A padded slot holds zeros, and its bias keeps everybody away from it."""
-    pad = real[:, None, :, None]
-    ks, vs = [k * pad for k in ks], [v * pad for v in vs]
-    return Cache(ks, vs, torch.where(real, beta.gather(1, index), NEG), torch.where(real, index, -1), ctx.lengths)
-
-
-def drop_from(full: Cache, ctx: Context, kept) -> Cache:
-    """The tokens `kept` (B, N) bool and the protected ones of an uncompressed cache: what training-free methods do."""
-    index, real = positions_of(kept | ctx.protected)
-    return short_cache([gather(k, index) for k in full.k], [gather(v, index) for v in full.v], index, real,
-                       torch.zeros_like(full.bias), ctx)
+    def whole_cache(self, kvs, bias=None) -> Cache:
+        return whole_cache(kvs, self.lengths if self.padded else None, bias)
 
 
 class Compressor(nn.Module):
-    """All that is trained: the scorer, the adapters (fp32), and γ. The Llama is passed in, and stays frozen.
+    """All that is trained: the scorer and the adapters (fp32). The Llama is passed in, and stays frozen.
 
-    adapted layers: η+1 … L−1; in layer L an adapter would reach no key or value. With two_pass, 1 … L−1.
+    Adapted layers: η+1 … L−1; in layer L an adapter would reach no key or value.
     """
 
     def __init__(self, model_cfg, cfg: CompressorConfig):
@@ -176,82 +240,98 @@ class Compressor(nn.Module):
         c = model_cfg
         if not (isinstance(cfg.eta, int) and 1 <= cfg.eta <= c.n_layer - 2):  # a layer to adapt, and the last
             raise BadInput(f"eta is {cfg.eta!r}, expected 1 … {c.n_layer - 2} for a model of {c.n_layer} layers")
-        if cfg.decay not in ("centred", "sigmoid"):
-            raise BadInput(f"decay is {cfg.decay!r}, expected 'centred' or 'sigmoid'")
-        self.cfg = cfg
-        self.first = 0 if cfg.two_pass else cfg.eta          # index of the first adapted layer
-        n, r, inner = c.n_layer - 1 - self.first, cfg.rank, c.n_head * c.head_dim
-        self.scorer = Scorer(c.n_embd, cfg.positions)
-        self.gamma = nn.Parameter(torch.zeros(()))
+        for name, known in (("choice", ("head", "token")), ("decay", ("threshold", "sigmoid"))):
+            if getattr(cfg, name) not in known:
+                raise BadInput(f"{name} is {getattr(cfg, name)!r}, expected {known[0]!r} or {known[1]!r}")
+        self.cfg, n, r, inner = cfg, self.n_adapted(c, cfg), cfg.rank, c.n_head * c.head_dim
+        self.scorer = Scorer(c.n_embd, cfg.hidden, *((c.n_layer, c.n_kv_head) if cfg.choice == "head" else (1, 1)))
         # A ~ N(0, 1/D), B = 0: routing changes nothing until it has learned something
         self.a_q = nn.Parameter(torch.randn(n, r, c.n_embd) * c.n_embd ** -0.5)
         self.b_q = nn.Parameter(torch.zeros(n, inner, r))
         self.a_o = nn.Parameter(torch.randn(n, r, inner) * c.n_embd ** -0.5)
         self.b_o = nn.Parameter(torch.zeros(n, c.n_embd, r))
 
-    def scores(self, ctx: Context):
-        return self.scorer(ctx.h, ctx.lengths)                # (B, N) fp32
+    @staticmethod
+    def n_adapted(model_cfg, cfg: CompressorConfig) -> int:
+        return model_cfg.n_layer - 1 - cfg.eta
 
-    def routes(self, kept, dtype):
-        """Part 4. layer -> Route for the kept tokens; None for a layer without adapters. kept: (B, N) bool."""
-        mask = kept[..., None].to(dtype)                      # (B, N, 1)
-        def route(layer):
-            i = layer - self.first
-            if not 0 <= i < len(self.a_q):
-                return None
-            return Route(mask, self.a_q[i].to(dtype), self.b_q[i].to(dtype), self.a_o[i].to(dtype),
-                         self.b_o[i].to(dtype))
-        return route
+    def adapters(self) -> list[nn.Parameter]:
+        return [self.a_q, self.b_q, self.a_o, self.b_o]
 
     @torch.no_grad()
     def read(self, model: Llama, tokens, lengths=None, protect=None) -> Context:
         """The context up to layer η. tokens (B, N) int64; lengths (B,); protect (B, N) bool, tokens to keep whole."""
-        B, N = tokens.shape
-        lengths = torch.full((B,), N, device=tokens.device) if lengths is None else lengths
+        (B, N), padded = tokens.shape, lengths is not None
+        lengths = lengths if padded else torch.full((B,), N, device=tokens.device)
         candidates = torch.arange(N, device=tokens.device) < lengths[:, None]
         if protect is not None:
             candidates = candidates & ~protect
-        h, ks, vs = model.read(model.embed(tokens), 0, self.cfg.eta)
-        return Context(h, ks, vs, tokens, lengths, candidates)
+        h, kvs = model.run_layers(model.embed(tokens), 0, self.cfg.eta)
+        return Context(h, kvs, tokens, lengths, candidates, padded)
 
     @torch.no_grad()
     def full(self, model: Llama, ctx: Context) -> Cache:
         """The uncompressed cache: the frozen layers after η, over the same hidden states. The teacher's."""
-        _, ks, vs = model.read(ctx.h, self.cfg.eta)
-        return whole_cache(ctx.ks + ks, ctx.vs + vs, ctx.lengths)
+        return ctx.whole_cache(ctx.kvs + model.run_layers(ctx.h, self.cfg.eta)[1])
 
-    def encode(self, model: Llama, ctx: Context, kept, beta, everything: bool = False,
-               slots: int | None = None) -> Cache:
-        """Read the context again from layer η+1 on with `kept` (B, N) bool routed; keep those tokens' keys and values.
+    def scores(self, ctx: Context):
+        return self.scorer(ctx.h, ctx.lengths)                # (B, l, g, N) fp32
 
-        beta: (B, N) fp32, the decay of the kept tokens. Protected tokens stay too, unrouted, with β = 0. With
-        `everything` no token is dropped from the cache (decayed, not dropped). slots: see `positions_of`.
+    def choose(self, scores, ctx: Context, k, check: bool = True) -> Choice:
+        return select(scores, ctx.candidates, k, self.cfg.recent if self.cfg.choice == "head" else 0, check)
+
+    def routes(self, choice: Choice, n, k, dtype):
+        """Part 4. layer index -> Route, or None for a layer without adapters. n, k: (B,) candidates, and kept of them.
+
+        A token is routed as strongly as the next layer's heads keep it, for these are the first whose key and value the
+        addition reaches; times ρ = log(N/K) / log(100), so that with less compression routing fades out (LOG.md).
         """
-        stay = ctx.real if everything else kept | ctx.protected
-        index, real = positions_of(stay, slots)
-        some = (kept.sum(1) < ctx.candidates.sum(1))[:, None]  # a row that keeps all of its tokens is not compressed
-        beta, route = beta * some, self.routes(kept & some, model.dtype)
-        if self.cfg.two_pass:
-            _, ks, vs = model.read(model.embed(ctx.tokens), 0, route=route, index=index)
-        else:
-            _, ks, vs = model.read(ctx.h, self.cfg.eta, route=route, index=index)
-            ks = [gather(k, index) for k in ctx.ks] + ks
-            vs = [gather(v, index) for v in ctx.vs] + vs
-        return short_cache(ks, vs, index, real, beta, ctx)
+        rho = (n.clamp(min=1) / k.clamp(min=1)).log() / math.log(100)  # (B,) fp32
+        strength = (choice.share * rho[:, None, None]).to(dtype)[..., None]  # (B, l, N, 1)
+        def route(layer):
+            i, next_layer = layer - self.cfg.eta, layer + 1 if strength.shape[1] > 1 else 0
+            if not 0 <= i < len(self.a_q):
+                return None
+            return Route(strength[:, next_layer], *(x[i].to(dtype) for x in self.adapters()))
+        return route
+
+    def encode(self, model: Llama, ctx: Context, choice: Choice, k, store) -> list:
+        """Read the context again from layer η+1 on, its kept tokens routed. Every layer's store(layer, k, v), as in
+        run_layers: what is made of a layer's keys and values before the next one's come.
+
+            layer   1 … η             η+1 … L−1              L
+                    read once,        frozen for dropped     keys and values only
+                    for teacher       tokens, + LoRA for
+                    and student       kept ones
+        """
+        below = [store(layer, *kv) for layer, kv in enumerate(ctx.kvs)]
+        route = self.routes(choice, ctx.candidates.sum(1), k, model.dtype)
+        return below + model.run_layers(ctx.h, self.cfg.eta, route=route, store=store)[1]
 
     def compress(self, model: Llama, ctx: Context, keep=None, tokens=None, scores=None) -> Cache:
         """A context's short cache. keep = 1 is no compression at all: no routes, no β, the pretrained model.
 
-        scores: (B, N) in place of the scorer's own, with β = 0 (other ways to choose, under the trained routing).
+        scores: (B, l, g, N) in place of the scorer's own, with β = 0 (other ways to choose, under the trained routing).
         """
         n = ctx.candidates.sum(1)
         k = kept_count(n, keep, tokens)
         if bool((k == n).all()):
             return self.full(model, ctx)
-        own = self.scores(ctx)
-        kept = select(own if scores is None else scores, ctx.candidates, k)
-        beta = decay(own, kept, n, self.cfg.decay, self.gamma) if scores is None else torch.zeros_like(own)
-        return self.encode(model, ctx, kept, beta)
+        own = self.scores(ctx) if scores is None else scores
+        choice, beta = self.choose(own, ctx, k), None
+        if self.cfg.decay == "sigmoid" and scores is None:
+            beta = decay(own, choice, "sigmoid", self.cfg.tau) * (choice.kept & (k < n)[:, None, None, None])
+        stay = choice.kept | ctx.protected[:, None, None]     # (B, l, g, N)
+        pick = lambda x, layer: x[:, layer if x.shape[1] > 1 else 0]  # noqa: E731
+        store = lambda layer, keys, values: gather(  # noqa: E731
+            keys, values, pick(stay, layer), None if beta is None else pick(beta, layer))
+        return Cache(self.encode(model, ctx, choice, k, store), ctx.lengths)
+
+
+def drop_from(full: Cache, ctx: Context, choice: Choice) -> Cache:
+    """The chosen entries of an uncompressed cache and the protected ones: what training-free methods do."""
+    stay = (choice.kept | ctx.protected[:, None, None]).expand(-1, len(full.layers), -1, -1)
+    return Cache([gather(part.k, part.v, stay[:, layer]) for layer, (part,) in enumerate(full.layers)], ctx.lengths)
 
 
 def open_text(comp: Compressor, model: Llama, tokenizer, text: str) -> Context:

@@ -451,10 +451,10 @@ def main() -> None:
     a = parse_args(METHODS, DEFAULT_METHODS)
     lists, about, start = check(a, METHODS), provenance(a.seed), time.perf_counter()
     world = World.start(a.device)
-    if world.size > 1:
+    if world.world_size > 1:
         agree(a, lists, world)
     evaluate(a, lists, about, world, start)
-    if world.size > 1:
+    if world.world_size > 1:
         dist.destroy_process_group()
 
 
@@ -475,16 +475,16 @@ def evaluate(a, lists: dict, about: dict, world: World, start: float) -> None:
     for task in lists["tasks"]:
         with world.one_first():  # texts are made tokens of once
             work[task], settings["tasks"][task] = build(task, a, lists, tokenizer, model, replay)
-    if world.agree(settings) != settings:
+    if world.broadcast(settings) != settings:
         raise BadInput(f"process {world.rank} has other weights, adapter or documents than process 0; expected the "
                        "same")
 
     out = None if a.out is None else Path(a.out)
     answers = out and out.with_name(out.name.removesuffix(".json") + ".jsonl.gz")
-    result = {"settings": settings, **about, "processes": world.size, "against": a.against,
+    result = {"settings": settings, **about, "processes": world.world_size, "against": a.against,
               "model": model_name(a.weights), "adapter": shown(folder), "device": str(model.device),
               "versions": {"python": platform.python_version(), "torch": torch.__version__}, "cells": []}
-    records = world.first(lambda: continue_from(out, answers, result)) if out else []
+    records = world.on_rank0(lambda: continue_from(out, answers, result)) if out else []
     before, saved = result.get("seconds", 0), start
     comps = compressors(comp, model, a.seed)
     for task, cases in work.items():

@@ -4,8 +4,9 @@ The parts, in order: the configuration (read from a Hugging Face config.json), t
 the block, the whole model, loading public weights, generating text.
 
 Three things differ from the plainest Llama, because the compressor needs them:
-  - the cache carries a number per token, `bias`, that is added to every attention logit towards it: 0 for an ordinary
-    token, the decay β of a kept token, a large negative number for padding;
+  - heads of the cache may hold different tokens, and different numbers of them; a number per entry, `bias`, is added to
+    every attention logit towards it: 0 for most, the decay β where one is kept, a large negative number for what is
+    not there;
   - attention takes an optional `Route`: a low-rank addition to W_Q and W_O for the tokens that will be kept;
   - a caller may watch queries and keys go by (to learn what the model attends to).
 
@@ -75,53 +76,76 @@ class Config:
 # ------------------------------------------------------------------------------------------------------ the cache
 
 @dataclass
+class Part:
+    """Adjacent key-value heads of one layer that hold equally many entries. g of the layer's G heads."""
+    k: torch.Tensor               # (B, g, S, d), rotated to the positions they were computed at
+    v: torch.Tensor               # (B, g, S, d)
+    positions: torch.Tensor       # (B, 1 or g, S) int32, where the entry stood in the context, -1 for padding
+    bias: torch.Tensor | None = None  # (B, 1 or g, S) fp32, added to the logits towards an entry; None: nothing is
+
+    def tensors(self):
+        return [x for x in (self.k, self.v, self.positions, self.bias) if x is not None]
+
+    def map(self, f) -> "Part":
+        return Part(f(self.k), f(self.v), f(self.positions), None if self.bias is None else f(self.bias))
+
+
+@dataclass
 class Cache:
     """Keys and values of every layer for tokens already read; what compression makes shorter.
+
+    A layer is a list of parts, its heads in order: a whole cache has one part, as all heads hold all tokens; where each
+    head holds tokens of its own, a part is mostly one head, and nothing is padded to the longest.
 
     As it is, a cache is a value: a forward pass reads it and leaves it alone, and gradients flow through it.
     `with_room` copies it into a larger buffer that a forward pass appends to in place; generation uses that.
     """
-    k: list[torch.Tensor]         # n_layer tensors (B, G, S, d), rotated to the positions they were computed at
-    v: list[torch.Tensor]         # n_layer tensors (B, G, S, d)
-    bias: torch.Tensor            # (B, S) fp32, added to the attention logits of every layer and head
-    positions: torch.Tensor       # (B, S) int64, where the token stood in the context, -1 for padding; (B, L, G, S)
-    #                               if each layer and head holds tokens of its own
+    layers: list[list[Part]]
     next_position: torch.Tensor   # (B,) int64, where a continuation starts: the *original* context length
-    length: int | None = None     # slots in use, when this cache is a buffer with room; None: all, and read-only
+    free: int | None = None       # slots still to be appended to, at the end of every part; None: not a buffer
 
-    def with_room(self, extra: int) -> "Cache":
-        """A copy whose last `extra` slots are free to be appended to."""
-        def grow(x, dim, fill):
-            pad = list(x.shape)
-            pad[dim] = extra
-            return torch.cat([x, x.new_full(pad, fill)], dim)
-        return Cache([grow(k, 2, 0) for k in self.k], [grow(v, 2, 0) for v in self.v], grow(self.bias, 1, NEG),
-                     grow(self.positions, -1, -1), self.next_position.clone(), length=self.bias.shape[1])
+    def with_room(self, extra: int, ragged: bool = False) -> "Cache":
+        """A copy that `extra` tokens can be appended to; ragged: some of them may be padding."""
+        def grow(p: Part) -> Part:
+            bias = p.bias
+            if bias is None and ragged:
+                bias = p.k.new_zeros(p.positions.shape, dtype=torch.float32)
+            return Part(F.pad(p.k, (0, 0, 0, extra)), F.pad(p.v, (0, 0, 0, extra)), p.positions.clone(),
+                        None if bias is None else F.pad(bias, (0, extra)))
+        return Cache([[grow(p) for p in parts] for parts in self.layers], self.next_position.clone(), free=extra)
 
     def rows(self, index) -> "Cache":
         """The rows `index` (a list), each as often as it is named: one context for several questions."""
-        i = torch.as_tensor(index, device=self.bias.device)
-        return Cache([k[i] for k in self.k], [v[i] for v in self.v], self.bias[i], self.positions[i],
-                     self.next_position[i], self.length)
+        i = torch.as_tensor(index, device=self.next_position.device)
+        return Cache([[p.map(lambda x: x[i]) for p in parts] for parts in self.layers], self.next_position[i],
+                     self.free)
 
-    def extend(self, layer: int, k, v):
-        """Keys and values that new tokens see: the cached ones, then their own. In a buffer, they are stored too."""
-        if self.length is None:
-            return torch.cat([self.k[layer], k], 2), torch.cat([self.v[layer], v], 2)
-        end = self.length + k.shape[2]
-        self.k[layer][:, :, self.length:end] = k
-        self.v[layer][:, :, self.length:end] = v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+    def extend(self, part: Part, k, v):
+        """What new tokens see of a part: its keys, values and biases, then their own. A buffer stores them, too."""
+        if self.free is None:
+            bias = None if part.bias is None else F.pad(part.bias, (0, k.shape[2]))
+            return torch.cat([part.k, k], 2), torch.cat([part.v, v], 2), bias
+        end = part.k.shape[2] - self.free + k.shape[2]
+        part.k[:, :, end - k.shape[2]:end] = k
+        part.v[:, :, end - k.shape[2]:end] = v
+        return part.k[:, :, :end], part.v[:, :, :end], None if part.bias is None else part.bias[..., :end]
 
-    @property
-    def n_slots(self) -> int:
-        return self.bias.shape[1] if self.length is None else self.length
+    def mark_appended(self, real) -> None:
+        """After all layers have appended to a buffer: T slots are used up. real: (B, T) bool, False for padding."""
+        for part in (p for parts in self.layers for p in parts if p.bias is not None):
+            end = part.k.shape[2] - self.free + real.shape[1]
+            part.bias[..., end - real.shape[1]:end] = torch.where(real, 0.0, NEG)[:, None]
+        self.next_position = self.next_position + real.sum(1)
+        self.free -= real.shape[1]
+
+    def entries(self) -> torch.Tensor:
+        """(B, L, G) int64: how many context tokens each head holds."""
+        return torch.stack([torch.cat([(p.positions >= 0).sum(-1).expand(-1, p.k.shape[1]) for p in parts], 1)
+                            for parts in self.layers], 1)
 
     def nbytes(self) -> int:
-        """Bytes of keys, values, biases and positions as stored, over all slots in use."""
-        per_slot = sum(x[..., 0, :].numel() * x.element_size() for x in (*self.k, *self.v))
-        per_slot += sum(x[..., 0].numel() * x.element_size() for x in (self.bias, self.positions))
-        return per_slot * self.n_slots
+        """Bytes of keys, values, biases and positions as stored, padding included."""
+        return sum(x.numel() * x.element_size() for parts in self.layers for p in parts for x in p.tensors())
 
 
 # ------------------------------------------------------------------------------------------------------ the parts
@@ -155,24 +179,33 @@ def rotate(x, rope):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def attend(q, k, v, mask=None):
-    """softmax(q·kᵀ/√d + mask)·v with G ≤ H: (B, H, T, d), (B, G, S, d), (B, G, S, d) -> (B, H, T, d).
+def attend(q, k, v, mask=None, bias=None):
+    """softmax(q·kᵀ/√d + bias)·v with G ≤ H: (B, H, T, d), (B, G, S, d), (B, G, S, d) -> (B, H, T, d).
 
-    mask: fp32 (B, 1, T, S), or None: causal, for T = S. The mask is cast here, layer by layer, so that the gradient
-    of a decay in it is summed over layers in fp32.
+    mask: (B or 1, 1, T, S) bool, who sees whom; None: causal where T = S, all keys for a single query.
+    bias: (B, 1 or G, S) fp32, or None. It belongs to a key, so it can be one more column of the keys, met by ones in
+    the queries: q·k + 1·bias. No mask per head is needed then, fast kernels stay in use, and the gradient is summed
+    over layers in fp32, because the cast is here.
     """
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    if q.shape[2] == 1:  # decoding: the query heads that share a key head become rows of one product, so that keys are
-        rows = q.reshape(k.shape[0], k.shape[1], -1, q.shape[3])  # read once, not H/G times: (B, G, H/G, d)
-        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.to(q.dtype)).view(q.shape)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), enable_gqa=True)
+    if q.shape[2] == 1 and mask is None:  # decoding: the query heads that share a key head become rows of one product,
+        rows = q.reshape(k.shape[0], k.shape[1], -1, q.shape[3])  # so that keys are read once: (B, G, H/G, d)
+        bias = None if bias is None else bias[:, :, None].to(q.dtype)
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=bias).view(q.shape)
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    d, width = q.shape[3], -(q.shape[3] + 1) % 8 + 1  # columns added: kernels want a multiple of 8
+    one = F.pad(q.new_ones(*q.shape[:3], 1), (0, width - 1))
+    column = (bias * d ** 0.5).to(k.dtype)[..., None].expand(*k.shape[:3], 1)
+    y = F.scaled_dot_product_attention(torch.cat([q, one], -1), torch.cat([k, F.pad(column, (0, width - 1))], -1),
+                                       F.pad(v, (0, width)), attn_mask=mask, is_causal=mask is None, enable_gqa=True,
+                                       scale=d ** -0.5)
+    return y[..., :d]
 
 
 @dataclass
 class Route:
-    """One layer's low-rank addition to W_Q and W_O, for the tokens where mask is 1: the method's part 4."""
-    mask: torch.Tensor  # (B, T, 1), 1 for a token that will be kept
+    """One layer's low-rank addition to W_Q and W_O for the tokens that will be kept: the method's part 4."""
+    mask: torch.Tensor  # (B, T, 1), how strongly: 0 for a token that nobody keeps
     a_q: torch.Tensor   # (r, D)
     b_q: torch.Tensor   # (H·d, r)
     a_o: torch.Tensor   # (r, H·d)
@@ -200,15 +233,25 @@ class Attention(nn.Module):
         v = self.wv(x).view(B, T, -1, self.cfg.head_dim).transpose(1, 2)  # (B, G, T, d)
         return rotate(k, rope), v
 
-    def forward(self, x, rope, mask, cache, layer, route, watch):
+    def forward(self, x, rope, own, cache, layer, route, watch):
         B, T, _ = x.shape
         k, v = self.keys_values(x, rope)
         q = self.wq(x) if route is None else self.wq(x) + route.q(x)
         q = rotate(q.view(B, T, -1, self.cfg.head_dim).transpose(1, 2), rope)  # (B, H, T, d)
-        k_all, v_all = (k, v) if cache is None else cache.extend(layer, k, v)
-        if watch is not None:
-            watch(layer, q, k_all)
-        y = attend(q, k_all, v_all, mask).transpose(1, 2).reshape(B, T, -1)    # (B, T, H·d)
+        if cache is None:
+            if watch is not None:
+                watch(layer, q, k)
+            y = attend(q, k, v, own)
+        else:
+            parts, ys, share = cache.layers[layer], [], self.cfg.n_head // self.cfg.n_kv_head
+            sizes = [p.k.shape[1] for p in parts]
+            for part, *qkv in zip(parts, q.split([share * g for g in sizes], 1), k.split(sizes, 1), v.split(sizes, 1)):
+                keys, values, bias = cache.extend(part, *qkv[1:])
+                if watch is not None:
+                    watch(layer, qkv[0], keys)
+                ys.append(attend(qkv[0], keys, values, mask_of(own, keys.shape[2]), bias))
+            y = torch.cat(ys, 1)
+        y = y.transpose(1, 2).reshape(B, T, -1)                                # (B, T, H·d)
         y = self.wo(y) if route is None else self.wo(y) + route.o(y)
         return y, k, v
 
@@ -230,7 +273,7 @@ class Block(nn.Module):
         self.attn_norm, self.attn = RMSNorm(cfg.n_embd, cfg.norm_eps), Attention(cfg)
         self.mlp_norm, self.mlp = RMSNorm(cfg.n_embd, cfg.norm_eps), MLP(cfg)
 
-    def forward(self, h, rope, mask=None, cache=None, layer=0, route=None, watch=None, kv_only=False):
+    def forward(self, h, rope, own=None, cache=None, layer=0, route=None, watch=None, kv_only=False):
         """One layer. h: (B, T, D) -> h, and this layer's own keys and values of the T tokens, (B, G, T, d) each.
 
         With kv_only nothing but keys and values is computed, and h comes back unchanged: all that a cache needs of
@@ -240,7 +283,7 @@ class Block(nn.Module):
         if kv_only:
             k, v = self.attn.keys_values(x, rope)
             return h, k, v
-        y, k, v = self.attn(x, rope, mask, cache, layer, route, watch)
+        y, k, v = self.attn(x, rope, own, cache, layer, route, watch)
         h = h + y
         return h + self.mlp(self.mlp_norm(h)), k, v
 
@@ -258,7 +301,7 @@ class Llama(nn.Module):
             self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.recompute = False  # in passes with a gradient: keep only each block's input, compute the rest again
         self.frequencies = None
-        self.fingerprint = None  # of the weights; compress.base_of fills it in
+        self.fingerprint = None  # of the weights; run.files.base_of fills it in
 
     @property
     def head_weight(self) -> torch.Tensor:  # (V, D)
@@ -303,75 +346,69 @@ class Llama(nn.Module):
             segments: (B, T) int64, for several continuations of one cache in one row: a token sees its own segment
                 only, and each segment starts at the cache's next position. -1 is padding.
             lengths: (B,) int64, the real tokens of each row, where rows differ (not together with segments).
-            watch: called as watch(layer, q (B, H, T, d), k (B, G, S + T, d)) in every layer.
+            watch: called as watch(layer, q (B, H, T, d), k (B, G, S + T, d)) in every layer of a whole cache.
             last: the largest position among the tokens, if it is known; see `rope`.
         Returns: (B, T, D) in the model's dtype.
         """
-        start = 0 if cache is None else cache.next_position[:, None]
-        positions = start + offsets(tokens, segments)
-        rope, mask = self.rope(positions, last), attention_mask(tokens, cache, segments)
+        at = offsets(tokens, segments)
+        if lengths is not None:
+            at = at.minimum(lengths[:, None] - 1)  # padding takes no position of its own
+        rope = self.rope(at if cache is None else at + cache.next_position[:, None], last)
+        own = None if cache is None and segments is None else own_mask(tokens, segments)  # None: plain causal
         h = self.embed(tokens)
         for layer in range(self.cfg.n_layer):
-            h, _, _ = self.block(layer, h, rope, mask, cache, layer, watch=watch)
-        if cache is not None and cache.length is not None:
-            self.account(cache, positions, lengths)
+            h, _, _ = self.block(layer, h, rope, own, cache, layer, watch=watch)
+        if cache is not None and cache.free is not None:
+            real = torch.ones_like(tokens, dtype=torch.bool)
+            if lengths is not None:
+                real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+            cache.mark_appended(real)
         return self.norm(h)
-
-    def account(self, cache: Cache, positions, lengths=None):
-        """After appending: mark the new slots of a buffer as used, the padding of shorter rows as not there."""
-        B, T = positions.shape
-        lengths = torch.full((B,), T, device=positions.device) if lengths is None else lengths
-        real = torch.arange(T, device=positions.device) < lengths[:, None]  # (B, T)
-        new = slice(cache.length, cache.length + T)
-        cache.bias[:, new] = torch.where(real, 0.0, NEG)
-        each = (B, *[1] * (cache.positions.dim() - 2), T)
-        cache.positions[..., new] = torch.where(real, positions, -1).view(each)
-        cache.next_position = cache.next_position + lengths
-        cache.length += T
 
     def logits(self, h):
         """fp32 logits of hidden states: (..., D) -> (..., V)."""
         return F.linear(h, self.head_weight).float()
 
-    def read(self, h, first: int = 0, last: int | None = None, route=None, index=None):
+    def run_layers(self, h, first: int = 0, last: int | None = None, route=None, store=lambda layer, k, v: (k, v)):
         """Run layers first … last−1 over a whole context, causally, and collect its keys and values.
 
         Args:
             h: (B, N, D), the hidden states before layer `first`; padding, if any, is on the right.
             route: called as route(layer); returns the layer's Route or None.
-            index: (B, K) int64, the positions whose keys and values are wanted; None for all.
-        Returns: h after layer last−1, and lists of (B, G, K, d). In the model's last layer nothing but keys and values
-        is computed: what else it would do, no cache sees.
+            store: called as store(layer, k, v) with keys and values (B, G, N, d); what it returns is collected.
+        Returns: h after layer last−1, and the list of what was stored. In the model's last layer nothing but keys and
+        values is computed: what else it would do, no cache sees.
         """
         rope = self.rope(torch.arange(h.shape[1], device=h.device)[None], last=h.shape[1] - 1)
-        ks, vs = [], []
+        stored = []
         for layer in range(first, self.cfg.n_layer if last is None else last):
             h, k, v = self.block(layer, h, rope, route=route and route(layer),
                                  kv_only=layer == self.cfg.n_layer - 1)
-            ks.append(k if index is None else gather(k, index))
-            vs.append(v if index is None else gather(v, index))
-        return h, ks, vs
+            stored.append(store(layer, k, v))
+        return h, stored
 
     @torch.no_grad()
     def prefill(self, tokens, lengths=None) -> Cache:
         """Read a context: (B, N) int64, padded on the right, with `lengths` (B,) real tokens -> its whole cache."""
-        _, ks, vs = self.read(self.embed(tokens))
-        return whole_cache(ks, vs, lengths)
+        return whole_cache(self.run_layers(self.embed(tokens))[1], lengths)
 
 
-def gather(x, index):
-    """Rows `index` (B, K), or (B, G, K) for heads that differ, of keys or values x (B, G, N, d) -> (B, G, K, d)."""
-    index = index[:, None] if index.dim() == 2 else index
-    return x.gather(2, index[..., None].expand(-1, x.shape[1], -1, x.shape[3]))
+def whole_cache(kvs, lengths=None, bias=None) -> Cache:
+    """The cache in which every head holds all N tokens of its context.
 
-
-def whole_cache(ks, vs, lengths=None) -> Cache:
-    """The uncompressed cache of a context of N tokens, of which each row has `lengths` (B,) real ones."""
-    (B, _, N, _), device = ks[0].shape, ks[0].device
-    i = torch.arange(N, device=device).expand(B, N)
-    lengths = torch.full((B,), N, device=device) if lengths is None else lengths
-    real = i < lengths[:, None]
-    return Cache(ks, vs, torch.where(real, 0.0, NEG), torch.where(real, i, -1), lengths)
+    Args: kvs: (k, v) of every layer, (B, G, N, d) each; lengths: (B,) int64, the real tokens of each row, None: all;
+    bias: (B, L or 1, G or 1, N) fp32, for entries that are decayed, or that a head is to do without.
+    """
+    (B, _, N, _), device = kvs[0][0].shape, kvs[0][0].device
+    positions = torch.arange(N, dtype=torch.int32, device=device).expand(B, 1, N)
+    if lengths is not None:
+        real = positions < lengths[:, None, None]
+        bias = torch.where(real[:, None], 0.0 if bias is None else bias, NEG)               # (B, L or 1, G or 1, N)
+        positions = torch.where(real, positions, -1)
+    else:
+        lengths = torch.full((B,), N, device=device)
+    per_layer = [None] * len(kvs) if bias is None else bias.expand(-1, len(kvs), -1, -1).unbind(1)
+    return Cache([[Part(k, v, positions, b)] for (k, v), b in zip(kvs, per_layer)], lengths)
 
 
 def offsets(tokens, segments=None):
@@ -384,22 +421,28 @@ def offsets(tokens, segments=None):
     return i - torch.where(new, i, 0).cummax(1).values
 
 
-def attention_mask(tokens, cache: Cache | None, segments=None):
-    """What `attend` takes: None for plain causal attention, else fp32 (B, 1, T, S + T) with the cache's biases in it.
-
-    New tokens see cached ones through their bias and each other causally, within their segment. (SDPA's is_causal
-    aligns to the top left when the key is longer than the query, so it is of no use here.)
-    """
-    if segments is None and cache is None:
+def own_mask(tokens, segments=None):
+    """Who sees whom among the new tokens: causal, within a segment. (B or 1, 1, T, T) bool; None: `attend` knows."""
+    T = tokens.shape[1]
+    if segments is None and T == 1:
         return None
-    B, T = tokens.shape
-    causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril().expand(B, T, T)
-    if segments is not None:
-        causal = causal & (segments[:, :, None] == segments[:, None, :])
-    own = torch.where(causal, 0.0, NEG)[:, None]                                          # (B, 1, T, T)
-    if cache is None:
-        return own
-    return torch.cat([cache.bias[:, None, None, :cache.n_slots].expand(B, 1, T, -1), own], -1)
+    causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()[None, None]
+    return causal if segments is None else causal & (segments[:, None, :, None] == segments[:, None, None, :])
+
+
+def mask_of(own, n_keys: int):
+    """`own_mask` with the cached keys before it, all of them seen: (B or 1, 1, T, n_keys) bool.
+
+    Two continuations, x and y, of a cache of three entries, in one row (SDPA's is_causal aligns to the top left when
+    there are more keys than queries, so it is of no use here):
+
+             cached   x0 x1 y0 y1
+        x0   1 1 1    1  .  .  .
+        x1   1 1 1    1  1  .  .
+        y0   1 1 1    .  .  1  .
+        y1   1 1 1    .  .  1  1
+    """
+    return None if own is None else F.pad(own, (n_keys - own.shape[3], 0), value=True)
 
 
 # ------------------------------------------------------------------------------------------------ public weights
@@ -485,11 +528,12 @@ def generate(model: Llama, cache: Cache, prompts: list[list[int]], max_new_token
     greedy. A stop token ends its row and is not yielded. Generation also ends at the model's last position.
     """
     tokens, lengths = pad_right(prompts, model.device)
-    if int(lengths.min()) == 0:
+    sizes = [len(p) for p in prompts]
+    if min(sizes) == 0:
         raise BadInput("an empty prompt cannot be continued; ask something")
     left = model.cfg.max_positions - int((cache.next_position + lengths).max())
     max_new_tokens = min(max_new_tokens, left + 1)  # the last token needs no position: nothing follows it
-    cache = cache.with_room(tokens.shape[1] + max(0, max_new_tokens))
+    cache = cache.with_room(tokens.shape[1] + max(0, max_new_tokens), ragged=len(set(sizes)) > 1)
     rng = torch.Generator(model.device).manual_seed(seed)
     h = model(tokens, cache, lengths=lengths)
     last = h[torch.arange(len(prompts)), lengths - 1]                      # (B, D), each row's last real token

@@ -1,13 +1,15 @@
-"""Train a compressor by distillation: the short cache must make the frozen model answer as the long one does.
+"""Train a compressor: first what the frozen model looks at, then to answer from the short cache as from the long one.
 
     python train.py                                            # the quick experiment: two CPU cores, ten minutes
     python train.py --preset small                             # the same model, longer: one GPU, or a night on a CPU
     torchrun --nproc_per_node=8 train.py --preset paper        # an 8B Llama on eight GPUs
     python train.py --preset paper --plan --gpus 8             # what that takes: bytes, FLOPs, seconds
 
-Part 5 of the method, the loss, comes first: λ·KL(p‖q) + (1−λ)·KL(q‖p), p the model with the whole cache, q with the
-short one. Then one training step as one `forward`, and the loop, in one process or in many (data/world.py). A run that
-was cut off goes on where it was when the same command is given again.
+A run has two phases. In `reconstruct` steps the scorer learns by regression which entries of the cache the model
+attends to while it repeats the context. In `steps` steps the whole is distilled, part 5 of the method: the loss is
+λ·KL(p‖q) + (1−λ)·KL(q‖p), p the model with the whole cache, q with the short one. The order here: what can be set, one
+step as one `forward`, its loss, the processes that share a step, the loop. A run that was cut off goes on where it was
+when the same command is given again.
 """
 import hashlib
 import json
@@ -28,19 +30,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from compress import DEMO, Compressor, CompressorConfig, decay, kept_count, open_text, select, soft_decay
+from compress import (DEMO, DEMO_QUESTIONS, Compressor, CompressorConfig, attention_received, decay, kept_count,
+                      open_text)
+from data.fetch import fetch
+from data.prepare import SHARDS, Shard, prepare
+from data.samples import Batch, Samples, collate
+from eval import held_out_table
+from model import Llama, answer
 from run.errors import BadInput, provenance, run_program, write_json
 from run.files import ROOT, base_of, load_state, save_adapter, save_state
 from run.folders import Signals, alone_in, append_line, claim, dtype_of, set_aside, sign, trim_log
-from data.fetch import fetch
-from run.train_flags import check, parse_args
-from run.plan import choose_parallel, gemm_rate, out_of_memory, parameters, print_plan, rates, step_flops
-from data.prepare import SHARDS, Shard, prepare
-from data.samples import Batch, Samples, collate
 from run.models import open_model, pick_dtype
-from run.world import World, share
-from eval import held_out_table
-from model import Llama, answer, attention_mask
+from run.plan import choose_parallel, gemm_rate, out_of_memory, print_plan, rates, step_flops
+from run.train_flags import check, parse_args
+from run.world import World
 
 
 def flag(default, text):
@@ -50,29 +53,31 @@ def flag(default, text):
 @dataclass
 class TrainConfig:
     """Every field is a flag. The defaults are the quick experiment."""
-    steps: int = flag(110, "optimiser steps")
+    reconstruct: int = flag(400, "steps of the first phase: the scorer learns what the model attends to; 0: none")
+    steps: int = flag(120, "steps of the second phase: distillation")
     batch: int = flag(1, "contexts per step")
     micro: int = flag(1, "contexts per forward pass, in each process; the passes of a step are accumulated")
-    context: int = flag(300, "compressible tokens per context")
+    context: int = flag(400, "compressible tokens per context")
     answer: int = flag(40, "tokens of a continuation or a recited passage")
     mix: str = flag("continue=1,recite=2,cloze=2,title=2", "continuations per context, by kind")
+    prompts: bool = flag(True, "distil the words of a question, too, not its answer alone")
     sources: str = flag("wiki,sotu", "training texts: wiki, sotu, or paths, comma-separated")
     shards: str = flag("", "folder for their tokens; empty: data/shards of this repository")
+    choice: str = flag("head", "each head keeps tokens of its own under one budget; or token: all heads keep the same")
     eta: int = flag(6, "the scorer reads the hidden state after this many layers")
+    hidden: int = flag(1024, "width of the scorer's hidden layer")
+    recent: int = flag(4, "last tokens that every head keeps, with --choice head")
+    decay: str = flag("threshold", "what a score does to attention: threshold, or the paper's sigmoid")
+    tau: float = flag(0.5, "nats of score over which threshold goes from dropped to kept")
     rank: int = flag(32, "of the adapters on W_Q and W_O")
-    decay: str = flag("centred", "what a score does to attention: centred or sigmoid")
-    two_pass: bool = flag(False, "route all layers, in a second pass over the context")
-    no_positions: bool = flag(False, "let the scorer see the hidden state alone, not where a token stands")
     lam: float = flag(0.6, "weight of KL(teacher || student); the rest is on the reverse")
-    keep_low: float = flag(0.05, "smallest kept fraction drawn; log-uniform, anew for each step")
-    keep_high: float = flag(0.5, "largest kept fraction drawn")
-    soft: float = flag(0.0, "share of steps in which tokens are decayed, not dropped")
-    tau: float = flag(0.15, "how sharply those steps tell kept from dropped, in standard deviations of the scores")
-    target: float = flag(1.0, "weight of the attention target, which teaches the scorer what was attended to; 0: off")
-    noise: float = flag(0.0, "Gumbel noise on the scores when choosing, in units of score")
-    lr: float = flag(2e-3, "peak rate of the adapters")
-    scorer_lr: float = flag(2e-3, "peak rate of the scorer")
-    warmup: int = flag(10, "steps over which the rates rise")
+    keep_low: float = flag(0.01, "smallest kept fraction drawn; log-uniform, anew for each step")
+    keep_high: float = flag(0.7, "largest kept fraction drawn")
+    soft: float = flag(0.0, "share of distillation steps in which entries are decayed, not dropped")
+    teach_lr: float = flag(1e-3, "peak rate of the scorer in the first phase")
+    scorer_lr: float = flag(0.0, "its peak rate in the second, through the decay; 0: it stays as it is")
+    lr: float = flag(1e-3, "peak rate of the adapters")
+    warmup: int = flag(10, "steps over which the rates rise, in each phase")
     weight_decay: float = flag(0.0, "of AdamW")
     clip: float = flag(1.0, "largest gradient norm, of the adapters and of the scorer")
     chunk: int = flag(128, "rows of logits made at a time in the loss")
@@ -84,18 +89,119 @@ class TrainConfig:
     recompute: bool = flag(False, "keep only the inputs of blocks and compute the rest again in backward: less memory")
     compile: bool = flag(False, "compile the blocks' MLPs with torch.compile; on a CPU it needs a C++ compiler")
 
+    def compressor(self) -> CompressorConfig:
+        return CompressorConfig(**{name: getattr(self, name) for name in CompressorConfig.__dataclass_fields__})
+
 
 # Flags that --preset sets at once; a flag given as well has the last word.
 PRESETS = {
     "quick": {},
-    "small": dict(steps=1800, batch=4, context=400, rank=64, lr=1e-3, scorer_lr=1e-3, warmup=50, save_every=50,
+    "small": dict(reconstruct=4000, steps=2000, batch=2, context=800, rank=64, warmup=50, save_every=50,
                   eval_contexts=40),
     # eta, rank, lam, lr, batch and bf16 are the paper's; the rest, steps and context included, is our choice
-    "paper": dict(weights=str(ROOT / "weights" / "llama-3.1-8b-instruct"), dtype="bf16", steps=10000, batch=32,
-                  context=2048, answer=128, mix="continue=1,recite=2,cloze=4,title=4", eta=6, rank=128, lam=0.6,
-                  lr=5e-5, scorer_lr=5e-5, keep_low=0.01, warmup=200, chunk=256, recompute=True, save_every=50,
+    "paper": dict(weights=str(ROOT / "weights" / "llama-3.1-8b-instruct"), dtype="bf16", reconstruct=2000, steps=10000,
+                  batch=32, context=2048, answer=128, mix="continue=1,recite=2,cloze=4,title=4", eta=6, rank=128,
+                  hidden=4096, lam=0.6, lr=5e-5, teach_lr=2e-4, warmup=200, chunk=256, recompute=True, save_every=50,
                   eval_contexts=100),
 }
+
+
+# -------------------------------------------------------------------------------------------------------- one step
+
+@dataclass
+class MicroBatch:
+    """One forward pass's share of a step, and every size in it that the device would otherwise be asked for."""
+    batch: Batch
+    at: torch.Tensor              # (R,) int64, the supervised places among the B·T
+    k: torch.Tensor               # (B,) int64, tokens to keep, per head on average
+    last: int                     # the largest position of a continuation
+    padded: bool                  # contexts differ in length
+
+    @classmethod
+    def of(cls, b: Batch, keep: float) -> "MicroBatch":
+        """b: on the CPU; keep: kept fraction."""
+        longest = max(int((b.segments == j).sum(1).max()) for j in range(int(b.segments.max()) + 1))
+        return cls(b, b.supervised.flatten().nonzero()[:, 0], kept_count(b.lengths - b.protect.sum(1), keep),
+                   int(b.lengths.max()) + longest - 1, bool((b.lengths < b.tokens.shape[1]).any()))
+
+    def to(self, device) -> "MicroBatch":
+        def send(x):
+            return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+        return MicroBatch(Batch(*map(send, vars(self.batch).values())), send(self.at), send(self.k), self.last,
+                          self.padded)
+
+
+@dataclass
+class Totals:
+    """Of a whole step, all forward passes in all processes: what sums are divided by (a mean per pass would weigh
+    tokens unequally), and what the rates are counted from. fp32 scalars, which count exactly to 2^24."""
+    supervised: torch.Tensor      # tokens whose prediction is learned
+    answers: torch.Tensor         # of them, those of answers
+    candidates: torch.Tensor      # compressible context tokens
+    context: torch.Tensor         # context tokens
+    continuation: torch.Tensor    # tokens asked about the contexts
+
+    @classmethod
+    def of(cls, micro_batches: list[MicroBatch], world: World) -> "Totals":
+        b = [m.batch for m in micro_batches]
+        counts = [[x.supervised.sum(), x.answers.sum(), x.lengths.sum() - x.protect.sum(), x.lengths.sum(),
+                   (x.segments >= 0).sum()] for x in b]
+        counts = torch.tensor(counts, dtype=torch.float32).sum(0).to(world.device, non_blocking=True)
+        return cls(*world.sum(counts))
+
+
+class Distiller(nn.Module):
+    """One training step as one forward, of either phase. The frozen model runs layers 1…η once for all that follows."""
+
+    def __init__(self, model: Llama, compressor: Compressor, lam: float, chunk: int, learn_scores: bool):
+        super().__init__()
+        self.compressor = compressor
+        self.model = [model]  # in a list, so that the frozen model is no part of this module's parameters
+        self.lam, self.chunk, self.learn_scores = lam, chunk, learn_scores
+
+    def forward(self, m: MicroBatch, totals: Totals, phase: str) -> dict[str, torch.Tensor]:
+        """This pass's share of a step's loss, and what the log wants to know: scalars, still on the device.
+
+        phase: "reconstruct"; "hard": entries are dropped; "soft": they are decayed.
+        """
+        b = m.batch
+        ctx = self.compressor.read(self.model[0], b.tokens, b.lengths if m.padded else None, b.protect)
+        full = self.compressor.full(self.model[0], ctx)
+        if phase == "reconstruct":
+            return self.reconstruct(m, totals, ctx, full)
+        return self.distil(m, totals, ctx, full, phase == "soft")
+
+    def reconstruct(self, m, totals, ctx, full):
+        """The scorer's regression: the logarithm of the most attention that an entry gets while the context is repeated
+        from its whole cache and the text goes on. No gradient runs through the Llama."""
+        model, b = self.model[0], m.batch
+        wanted = attention_received(model, full, b.cont, segments=b.segments)                # (B, L, G, N)
+        if self.compressor.cfg.choice == "token":
+            wanted = wanted.mean((1, 2), keepdim=True)
+        error = self.compressor.scores(ctx) - wanted.clamp(min=1e-6).log()
+        error = torch.where(ctx.candidates[:, None, None], error, 0).square().mean((1, 2)).sum()
+        return {"loss": error / totals.candidates}
+
+    def distil(self, m, totals, ctx, full, soft: bool):
+        """Shapes of the quick experiment's pass, B = 1, SmolLM2: context (1, 424), h (1, 424, 576), scores and β
+        (1, 30, 3, 424), keys of a layer (1, 3, 424, 64); continuations (1, ~330), of which R ≈ 320 are supervised:
+        student and teacher (R, 576), their logits (R, 49152), a chunk at a time."""
+        model, comp, b = self.model[0], self.compressor, m.batch
+        with torch.no_grad():
+            teacher = model(b.cont, full, b.segments, last=m.last).flatten(0, 1)[m.at]         # (R, D)
+            del full
+        with torch.set_grad_enabled(self.learn_scores):
+            scores = comp.scores(ctx)                                                          # (B, l, g, N)
+            choice = comp.choose(scores, ctx, m.k, check=False)
+            beta = decay(scores, choice, comp.cfg.decay, comp.cfg.tau, soft)
+        # nothing is gathered: an entry that a head dropped gets a bias of −1e9 in that head, which is the same function
+        kvs = comp.encode(model, ctx, choice, m.k, lambda layer, k, v: (k, v))
+        short = ctx.whole_cache(kvs, beta)
+        student = model(b.cont, short, b.segments, last=m.last).flatten(0, 1)[m.at]            # (R, D)
+        losses, kl, agree = DistillKL.apply(student, teacher, model.head_weight, self.lam, self.chunk)
+        answers = b.answers.flatten()[m.at]
+        return {"loss": losses.sum() / totals.supervised, "kl": (kl * answers).sum() / totals.answers,
+                "agree": (agree * answers).sum() / totals.answers}
 
 
 class DistillKL(torch.autograd.Function):
@@ -135,121 +241,71 @@ class DistillKL(torch.autograd.Function):
         return grad * d_loss[:, None].to(grad.dtype), None, None, None, None
 
 
-class AttentionTarget:
-    """How much attention each context token gets from the continuation in the teacher's own pass.
+# ------------------------------------------------------------------------------------ the processes that share a step
+# Training is data-parallel: every process has the whole compressor, takes its share of each step's contexts, and adds
+# its gradient to the others'. What is trained is small and always called through one `forward`, so this is one
+# all-reduce of one flat fp32 tensor, and torch's DDP wrapper would only hide it. The frozen model has no gradient to
+# share. Where it fits into one device, each process has its own (ddp); where not, it is spread over them (fsdp).
 
-    Mean over heads and over layers from `eta` on, maximum over the supervised positions. The teacher's `watch`.
+def share(first: int, batch: int, micro: int, world: World) -> list[list[int]]:
+    """Sample numbers of this process's part of a step, by forward pass. A step is the `batch` samples from `first` on,
+    whoever works on them: no sample is seen twice, and the order does not depend on the number of processes."""
+    each = batch // world.world_size
+    mine = first + world.rank * each
+    return [list(range(i, min(i + micro, mine + each))) for i in range(mine, mine + each, micro)]
+
+
+def sum_gradients(parameters, numbers, world: World):
+    """Every gradient and the fp32 `numbers` (n,), summed over the processes in one go; returns the latter."""
+    if world.world_size > 1:
+        grads = [p.grad for p in parameters if p.grad is not None]  # in all processes the same ones
+        flat = torch.cat([*(g.flatten() for g in grads), numbers])
+        *summed, numbers = world.sum(flat).split([*(g.numel() for g in grads), len(numbers)])
+        for g, x in zip(grads, summed):
+            g.copy_(x.view_as(g))
+    return numbers
+
+
+def add_gradients(distil: Distiller, micro_batches: list[MicroBatch], phase: str, world: World, signals=None):
+    """One step's gradient, of all forward passes in all processes, in the .grad of what is trained.
+
+    Returns its numbers by name, fp32 scalars still on the device: what `Distiller` returns, the totals, and how many
+    processes were asked to stop, by SIGTERM and by Ctrl-C.
     """
-
-    def __init__(self, mask, supervised, eta: int, n_context: int):
-        self.mask, self.supervised, self.eta, self.n = mask, supervised, eta, n_context
-        self.sum, self.layers = 0.0, 0
-
-    def __call__(self, layer, q, k):
-        if layer < self.eta - 1:  # counted from 0 here
-            return
-        B, H, T, d = q.shape
-        q = q.view(B, k.shape[1], -1, d)                                     # (B, G, H/G·T, d)
-        logits = (q @ k.transpose(2, 3)).view(B, H, T, -1).float().mul_(d ** -0.5).add_(self.mask)  # large: in place
-        self.sum = self.sum + logits.softmax(-1)[..., :self.n].mean(1)       # (B, T, N)
-        self.layers += 1
-
-    def result(self):                                                        # (B, N)
-        mean = self.sum / self.layers
-        return mean.masked_fill(~self.supervised[..., None], 0).amax(1)
-
-
-@dataclass
-class Work:
-    """One forward pass's share of a step, and what must be known of it beforehand: with it, nothing in the pass has to
-    wait for a number to come back from the device."""
-    batch: Batch
-    at: torch.Tensor              # (R,) int64, the supervised places among the B·T
-    k: torch.Tensor               # (B,) int64, tokens to keep
-    noise: torch.Tensor           # (B, N) fp32, added to the scores when choosing
-    slots: int                    # of the short cache: the most tokens that a row keeps, protected ones included
-    last: int                     # the largest position of a continuation
-
-    @classmethod
-    def of(cls, b: Batch, keep: float, soft: bool = False, noise=None) -> "Work":
-        """b: on the CPU. keep: kept fraction; soft: all tokens stay, decayed; noise: (B, N), none if not given."""
-        n = b.lengths - b.protect.sum(1)
-        k = kept_count(n, keep)
-        longest = max(int((b.segments == j).sum(1).max()) for j in range(int(b.segments.max()) + 1))
-        noise = torch.zeros(b.tokens.shape) if noise is None else noise
-        return cls(b, b.supervised.flatten().nonzero()[:, 0], k, noise,
-                   int((b.lengths if soft else b.lengths - n + k).max()), int(b.lengths.max()) + longest - 1)
-
-    def to(self, device) -> "Work":
-        def send(x):
-            return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-        return Work(Batch(*map(send, vars(self.batch).values())), send(self.at), send(self.k), send(self.noise),
-                    self.slots, self.last)
-
-
-class Distiller(nn.Module):
-    """One training step as one forward: teacher, scores, encoding, student, loss. Layers 1…η are run once for both."""
-
-    def __init__(self, model: Llama, compressor: Compressor, lam: float, chunk: int, target: float, tau: float):
-        super().__init__()
-        self.compressor = compressor
-        self.model = [model]  # in a list, so that the frozen model is no part of this module's parameters
-        self.lam, self.chunk, self.target, self.tau = lam, chunk, target, tau
-
-    def forward(self, work: Work, soft: bool, rows, contexts: int) -> dict[str, torch.Tensor]:
-        """This work's share of a step's loss, and what the log wants to know: scalars, still on the device.
-
-        Args: soft: decayed, not dropped; rows, contexts: supervised tokens and contexts of the *whole* step (all
-        forward passes, all processes), by which sums are divided. A mean per pass would weigh tokens unequally.
-        """
-        model, comp, b = self.model[0], self.compressor, work.batch
-        with torch.no_grad():
-            ctx = comp.read(model, b.tokens, b.lengths, b.protect)
-            full = comp.full(model, ctx)
-            mask = attention_mask(b.cont, full, b.segments)
-            watch = AttentionTarget(mask, b.supervised, comp.cfg.eta, b.tokens.shape[1]) if self.target else None
-            teacher = model(b.cont, full, b.segments, watch=watch, last=work.last).flatten(0, 1)[work.at]  # (R, D)
-            wanted = torch.where(ctx.candidates, watch.result(), 0) if watch else None                    # (B, N)
-            del full, mask, watch  # the largest things so far; the student needs their room
-
-        scores, n = comp.scores(ctx), ctx.candidates.sum(1)                              # (B, N), (B,)
-        kept = select(scores.detach() + work.noise, ctx.candidates, work.k, check=False)
-        beta = (soft_decay(scores, ctx.candidates, work.k, self.tau) if soft else
-                decay(scores, kept, n, comp.cfg.decay, comp.gamma))
-        cache = comp.encode(model, ctx, kept, beta, everything=soft, slots=work.slots)
-        student = model(b.cont, cache, b.segments, last=work.last).flatten(0, 1)[work.at]  # (R, D)
-
-        losses, kl, agree = DistillKL.apply(student, teacher, model.head_weight, self.lam, self.chunk)
-        loss = losses.sum() / rows
-        missed = torch.zeros_like(loss)
-        if wanted is not None:  # cross-entropy of softmax(s) against the attention that the continuation really paid
-            log_chosen = scores.masked_fill(~ctx.candidates, -1e9).log_softmax(1)
-            missed = -(wanted / wanted.sum(1, keepdim=True).clamp(min=1e-9) * log_chosen).sum() / contexts
-            loss = loss + self.target * missed
-        return {"loss": loss, "kl": kl.sum() / rows, "agree": agree.sum() / rows, "target": missed}
+    totals, sums = Totals.of(micro_batches, world), {}
+    for m in micro_batches:
+        got = distil(m.to(world.device), totals, phase)
+        got["loss"].backward()
+        sums = {name: sums.get(name, 0) + x.detach() for name, x in got.items()}
+    got = signals.got if signals else 0  # asked as late as can be: torchrun grants 30 seconds
+    stop = torch.tensor([float(got == s) for s in (signal.SIGTERM, signal.SIGINT)])
+    flat = torch.cat([torch.stack(list(sums.values())), stop.to(world.device, non_blocking=True)])
+    flat = sum_gradients(distil.parameters(), flat, world)
+    return dict(zip([*sums, "term", "interrupt"], flat)) | vars(totals)
 
 
 # -------------------------------------------------------------------------------------------------------- the loop
 
-def add_gradients(distil: Distiller, works: list[Work], soft: bool, contexts: int, world: World, signals=None):
-    """One step's gradient, of all forward passes in all processes, in the .grad of what is trained; returns fp32 (9,):
+def rate(step: int, steps: int, warmup: int) -> float:
+    """Of the peak: a linear rise, then half a cosine down to a tenth."""
+    return min(1, (step + 1) / warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
 
-    supervised tokens, context tokens, continuation tokens; loss, KL, agreement, target; processes asked to stop by
-    SIGTERM, and by Ctrl-C. contexts: in the whole step. In several processes as in one, to rounding: every sum is
-    divided by the count of the whole step before it is added up.
-    """
-    device = world.device
-    counts = [sum(len(w.at) for w in works), sum(int(w.batch.lengths.sum()) for w in works),
-              sum(int((w.batch.segments >= 0).sum()) for w in works)]  # of this process; fp32 counts exactly to 2^24
-    counts = world.sum(torch.tensor(counts, dtype=torch.float32).to(device, non_blocking=True))
-    sums = torch.zeros(4, device=device)
-    for work in works:
-        got = distil(work.to(device), soft, counts[0], contexts)
-        got["loss"].backward()
-        sums += torch.stack([x.detach() for x in got.values()])
-    got = signals.got if signals else 0  # asked as late as can be: torchrun grants 30 seconds
-    stop = torch.tensor([float(got == s) for s in (signal.SIGTERM, signal.SIGINT)]).to(device, non_blocking=True)
-    return torch.cat([counts, world.sum_gradients(distil.parameters(), torch.cat([sums, stop]))])
+
+class Draw:
+    """What steps are made of; none depends on the ones before it, so a resumed run draws what it would have drawn."""
+
+    def __init__(self, c: TrainConfig, mix: dict, shards, tokenizer, world: World):
+        make = lambda m: Samples(shards, tokenizer, c.context, m, c.answer, c.seed)  # noqa: E731
+        self.c, self.world, self.replays, self.samples = c, world, make({"replay": 1, "continue": 1}), make(mix)
+
+    def __call__(self, step: int) -> tuple[str, float, list[MicroBatch]]:
+        """Phase, kept fraction, and this process's forward passes."""
+        c, rng = self.c, random.Random(f"{self.c.seed}/step/{step}")
+        keep = math.exp(rng.uniform(math.log(c.keep_low), math.log(c.keep_high)))
+        phase = "reconstruct" if step < c.reconstruct else "soft" if rng.random() < c.soft else "hard"
+        source = self.replays if phase == "reconstruct" else self.samples
+        parts = share(step * c.batch, c.batch, c.micro, self.world)
+        return phase, keep, [MicroBatch.of(collate([source(i) for i in part], c.prompts), keep) for part in parts]
 
 
 def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: dict, world: World) -> Compressor:
@@ -258,113 +314,103 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: 
     Errors: BadInput for settings that diverge, or need more memory than there is.
     """
     torch.manual_seed(c.seed)
-    config = CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_positions)
-    comp = Compressor(model.cfg, config).to(model.device)
-    distil = Distiller(model, comp, c.lam, c.chunk, c.target, c.tau)
+    comp = Compressor(model.cfg, c.compressor()).to(model.device)
+    distil = Distiller(model, comp, c.lam, c.chunk, c.scorer_lr > 0)
     with world.one_first():
         folders = prepare(c.sources.split(","), tokenizer, c.shards or SHARDS)
-    samples = Samples([Shard(f, "train", tokenizer) for f in folders], tokenizer, c.context, mix, c.answer, c.seed)
+    draw = Draw(c, mix, [Shard(f, "train", tokenizer) for f in folders], tokenizer, world)
 
-    scorer = list(comp.scorer.parameters())
-    adapters = [p for name, p in comp.named_parameters() if not name.startswith("scorer.")]
+    scorer, total = list(comp.scorer.parameters()), c.reconstruct + c.steps
     print(f"training {sum(p.numel() for p in comp.parameters()):,} parameters: {sum(p.numel() for p in scorer):,} in "
-          f"the scorer, the rest in adapters of rank {c.rank} in layers {comp.first + 1}…{model.cfg.n_layer - 1}; "
+          f"the scorer, the rest in adapters of rank {c.rank} in layers {c.eta + 1}…{model.cfg.n_layer - 1}; "
           f"{sum(p.numel() for p in model.parameters()):,} are frozen")
-    groups = [{"params": adapters, "peak": c.lr}, {"params": scorer, "peak": c.scorer_lr}]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=c.weight_decay)
+    optimizer = torch.optim.AdamW([{"params": comp.adapters()}, {"params": scorer}], lr=0.0, betas=(0.9, 0.98),
+                                  weight_decay=c.weight_decay)
 
     texts = hashlib.sha256(b"".join((f / "train.json").read_bytes() for f in folders)).hexdigest()[:16]
-    state = load_state(out, comp, optimizer) or {"step": 0, "processes": world.size, "texts": texts}
+    state = load_state(out, comp, optimizer) or {"step": 0, "processes": world.world_size, "texts": texts}
     begin = state["step"]
     if state["texts"] != texts:
         raise BadInput(f"{out}: the texts of --sources are not those that this run began with; give a new --out")
-    if world.agree(begin) != begin:
+    if world.broadcast(begin) != begin:
         raise BadInput(f"{out}: process {world.rank} sees the state of another step than process 0; give an --out on a "
                        "disk that all hosts share")
     if begin:
-        print(f"resuming {out} after {begin} of {c.steps} steps")
-    if state["processes"] != world.size:
-        print(f"processes: {world.size}, and {state['processes']} before: the same contexts in the same order, but "
+        print(f"resuming {out} after {begin} of {total} steps")
+    if state["processes"] != world.world_size:
+        print(f"processes: {world.world_size}, and {state['processes']} before: the same contexts in the same order, but "
               "sums are rounded differently from here on")
     if not world.rank:
         set_aside(out, begin)
         trim_log(out / "log.jsonl", begin)
 
-    def draw(step):
-        """What a step is made of: kept fraction, soft or not, this process's work. It depends on nothing before it."""
-        rng = random.Random(f"{c.seed}/step/{step}")
-        keep = math.exp(rng.uniform(math.log(c.keep_low), math.log(c.keep_high)))
-        soft, works = rng.random() < c.soft, []
-        for part in share(step, c.batch, c.micro, world):
-            b = collate([samples(i) for i in part], prompts=True)
-            noise = torch.zeros(b.tokens.shape)
-            for row, n, i in zip(noise, b.lengths, part if c.noise else ()):  # Gumbel, of a sample's own
-                g = torch.Generator().manual_seed(random.Random(f"{c.seed}/noise/{i}").getrandbits(63))
-                row[:n] = -c.noise * torch.log(-torch.log(torch.rand(int(n), generator=g).clamp(1e-9, 1 - 1e-7)))
-            works.append(Work.of(b, keep, soft, noise))
-        return keep, soft, works
-
-    recent, stop = {}, 0  # running KL per bucket of kept fractions, for the progress bar
-    bar = tqdm(range(begin, c.steps), initial=begin, total=c.steps, unit="step", mininterval=1, disable=world.rank > 0)
+    recent, stop = {}, 0  # running means for the progress bar
+    bar = tqdm(range(begin, total), initial=begin, total=total, unit="step", mininterval=1, disable=world.rank > 0)
     path = os.devnull if world.rank else out / "log.jsonl"
     with open(path, "ab", buffering=0) as log, ThreadPoolExecutor(1) as reader, Signals() as signals:
         ahead = reader.submit(draw, begin)
         for step in bar:
             start = time.perf_counter()
-            keep, soft, works = ahead.result()
-            ahead = reader.submit(draw, step + 1)
+            phase, keep, micro_batches = ahead.result()
+            ahead = reader.submit(draw, min(step + 1, total - 1))
+            teaching = phase == "reconstruct"
             try:
-                numbers = add_gradients(distil, works, soft, c.batch, world, signals)
+                got = add_gradients(distil, micro_batches, phase, world, signals)
             except BadInput as e:
                 raise BadInput(f"step {step}: {e}") from None
-            norms = [nn.utils.clip_grad_norm_(g["params"], c.clip) for g in optimizer.param_groups]
-            # the one place where a step waits for the device
-            numbers = torch.cat([numbers, torch.stack([*norms, comp.gamma.detach()])]).tolist()
-            rows, ctx, cont, loss, kl, agree, target, term, interrupt, *norms, gamma = numbers
-            if not all(map(math.isfinite, (loss, *norms))):
-                raise BadInput(f"step {step}: the loss is {loss}, its gradient {max(norms)}; lower --lr ({c.lr}) or "
-                               f"--scorer-lr ({c.scorer_lr})")
-            rate = min(1, (step + 1) / c.warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / c.steps)))
-            for g in optimizer.param_groups:
-                g["lr"] = g["peak"] * rate
+            now = rate(step, c.reconstruct, c.warmup) if teaching else rate(step - c.reconstruct, c.steps, c.warmup)
+            for g, name, peak in zip(optimizer.param_groups, ("grad_adapters", "grad_scorer"),
+                                     (c.lr, c.teach_lr if teaching else c.scorer_lr)):
+                g["lr"] = peak * now
+                got[name] = nn.utils.clip_grad_norm_(g["params"], c.clip)
+            got = dict(zip(got, torch.stack([x.to(world.device) for x in got.values()]).tolist()))  # waits for the device
+            if not all(map(math.isfinite, (got["loss"], got["grad_adapters"], got["grad_scorer"]))):
+                raise BadInput(f"step {step}: the loss is {got['loss']}, its gradient {got['grad_adapters']} and "
+                               f"{got['grad_scorer']}; lower --lr ({c.lr}), --teach-lr ({c.teach_lr}) or --scorer-lr "
+                               f"({c.scorer_lr})")
             optimizer.step()
             optimizer.zero_grad()
 
-            seconds = time.perf_counter() - start
-            flops = step_flops(model.cfg, config, ctx, cont, ctx if soft else keep * ctx, rows, c.batch, c.target > 0)
-            line = {"step": step, "keep": round(keep, 4), "soft": soft, "loss": loss, "kl": kl, "agree": agree,
-                    "target": target, "grad_adapters": norms[0], "grad_scorer": norms[1], "gamma": gamma,
-                    "lr": c.lr * rate, "seconds": round(seconds, 3), **rates(ctx + cont, flops, seconds)}
-            stop = 128 + signal.SIGTERM if term else 128 + signal.SIGINT if interrupt else 0
+            seconds, tokens = time.perf_counter() - start, got["context"] + got["continuation"]
+            flops = step_flops(model.cfg, comp.cfg, got["context"], got["continuation"], got["supervised"], c.batch, phase)
+            line = {"step": step, "phase": phase, "keep": round(keep, 4),
+                    **{name: got[name] for name in ("loss", "kl", "agree", "grad_adapters", "grad_scorer") if name in got},
+                    "lr": optimizer.param_groups[teaching]["lr"], "seconds": round(seconds, 3),
+                    **rates(tokens, flops, seconds)}
+            stop = 128 + signal.SIGTERM if got["term"] else 128 + signal.SIGINT if got["interrupt"] else 0
             if not world.rank:
-                save = stop or (step + 1) % c.save_every == 0 or step + 1 == c.steps
+                save = stop or (step + 1) % c.save_every == 0 or step + 1 == total
                 append_line(log, line, sync=save)  # first the lines, then the state that says they are there
                 if save:
-                    save_state(out, step + 1, comp, optimizer, {"processes": world.size, "texts": texts})
+                    save_state(out, step + 1, comp, optimizer, {"processes": world.world_size, "texts": texts})
             if stop:
                 break
-            bucket = next(b for b in (0.1, 0.25, 1.0) if keep <= b)
-            recent[bucket] = 0.9 * recent.get(bucket, kl) + 0.1 * kl
-            bar.set_postfix_str(" ".join(f"kl<={b}: {recent[b]:.2f}" for b in sorted(recent))
+            name = "error" if teaching else f"kl<={next(b for b in (0.1, 0.25, 1.0) if keep <= b)}"
+            value = got["loss"] if teaching else got["kl"]
+            recent[name] = 0.9 * recent.get(name, value) + 0.1 * value
+            bar.set_description(phase)
+            bar.set_postfix_str(" ".join(f"{b}: {recent[b]:.2f}" for b in sorted(recent) if ("kl" in b) != teaching)
                                 + f" {line['tokens_per_s']} tok/s {line['gflop_per_s']:.0f} GFLOP/s")
     if stop:
-        world.agree(None)  # nobody ends before the state is written: torchrun would stop the writer
-        print(f"stopped after {step + 1} of {c.steps} steps; the same command goes on from there")
+        world.broadcast(None)  # nobody ends before the state is written: torchrun would stop the writer
+        print(f"stopped after {step + 1} of {total} steps; the same command goes on from there")
         raise SystemExit(stop)
     if not world.rank:
         save_adapter(out / "adapter", comp, model, tokenizer, {"train": asdict(c), **about})
     return comp.requires_grad_(False)
 
 
-def show_answers(comp: Compressor, model: Llama, tokenizer, keep: float = 0.1) -> None:
-    """One question about a text of our own, from the full cache and from one ten times shorter."""
-    question = "Who built the lighthouse?"
+def show_answers(comp: Compressor, model: Llama, tokenizer) -> None:
+    """Three questions about a text of our own, answered from the whole cache and from shorter ones."""
     with torch.no_grad():
         ctx = open_text(comp, model, tokenizer, DEMO.read_text(encoding="utf-8"))
-        full, short = comp.full(model, ctx), comp.compress(model, ctx, keep)
-    print(f"\n{question}")
-    for name, cache in (("full", full), ("short", short)):
-        print(f"  {name:5} ({cache.nbytes():,} bytes)  {answer(model, tokenizer, cache, [question], 40)[0]}")
+        caches = {"whole": comp.full(model, ctx), "4 x smaller": comp.compress(model, ctx, 0.25),
+                  "10 x smaller": comp.compress(model, ctx, 0.1)}
+    replies = {name: answer(model, tokenizer, cache, DEMO_QUESTIONS, 40) for name, cache in caches.items()}
+    for i, question in enumerate(DEMO_QUESTIONS):
+        print(f"\n? {question}")
+        for name, cache in caches.items():
+            print(f"  {name:12} ({cache.nbytes():,} bytes)  {replies[name][i]}")
 
 
 def profile(c: TrainConfig, mix: dict, model: Llama, tokenizer, about: dict, world: World, steps: int) -> None:
@@ -372,16 +418,16 @@ def profile(c: TrainConfig, mix: dict, model: Llama, tokenizer, about: dict, wor
     tokens = c.micro * (c.context + len(tokenizer.header))
     before = gemm_rate(model, tokens)
     with tempfile.TemporaryDirectory() as tmp:
-        tmp = world.agree(Path(tmp))
+        tmp = world.broadcast(Path(tmp))
         train(replace(c, steps=steps + 1), mix, model, tokenizer, tmp, about, world)
         lines = [] if world.rank else list(map(json.loads, (tmp / "log.jsonl").read_text().splitlines()[1:]))
-    rate = (before + gemm_rate(model, tokens)) / 2 * world.size
+    rate = (before + gemm_rate(model, tokens)) / 2 * world.world_size
     if lines:
         reached = sum(x["gflop_per_s"] * x["seconds"] for x in lines) / sum(x["seconds"] for x in lines) * 1e9
         print(json.dumps({"steps": steps, "seconds_per_step": round(sum(x["seconds"] for x in lines) / steps, 3),
                           "gflop_per_s": round(reached / 1e9, 1), "gemm_gflop_per_s": round(rate / 1e9, 1),
                           "utilisation": round(reached / rate, 3), "micro": c.micro, "context": c.context,
-                          "dtype": str(model.dtype)[6:], "processes": world.size, **about}))
+                          "dtype": str(model.dtype)[6:], "processes": world.world_size, **about}))
 
 
 def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
@@ -391,9 +437,9 @@ def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
         a.weights = a.weights or fetch()
     a.device, default = str(world.device), f"out/{a.preset}"
     if a.dtype == "auto":  # all processes must come to the same, and a run that goes on to what it was
-        a.dtype = world.agree(None if world.rank else dtype_of(c.out, default) or
+        a.dtype = world.broadcast(None if world.rank else dtype_of(c.out, default) or
                               {torch.float32: "fp32", torch.bfloat16: "bf16"}[pick_dtype("auto", world.device)])
-    c.parallel = world.agree(choose_parallel(c.parallel, a.weights, a.dtype, world.size, world.device))
+    c.parallel = world.broadcast(choose_parallel(c.parallel, a.weights, a.dtype, world.world_size, world.device))
     model, tokenizer = open_model(a, world.shard if c.parallel == "fsdp" else None)
     model.recompute = c.recompute
     if c.compile:
@@ -404,7 +450,7 @@ def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
     if a.profile:
         return profile(c, mix, model, tokenizer, about, world, a.profile)
 
-    out, finished = world.first(lambda: claim(wanted, c.out, default))
+    out, finished = world.on_rank0(lambda: claim(wanted, c.out, default))
     if finished:
         return print(f"{out}: this run is finished, its adapter is in {out / 'adapter'}; for another, give a new --out")
     print(" ".join(f"{k}={v}" for k, v in asdict(c).items()) + f"\nwriting to {out}")
@@ -418,7 +464,7 @@ def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
         if c.eval_contexts:
             # Under ddp the processes share the documents out. Under fsdp each goes through all of them: a forward pass
             # needs everybody, and documents differ in how many they take.
-            alone = world.size == 1 or c.parallel == "fsdp"
+            alone = world.world_size == 1 or c.parallel == "fsdp"
             result["cells"] = held_out_table(model, tokenizer, comp, c.sources, c.shards or SHARDS, c.context,
                                              c.eval_contexts, c.seed, world=None if alone else world)
         result |= {"dtype": str(model.dtype)[6:], "context": c.context,
@@ -436,14 +482,14 @@ def main() -> None:
     if a.plan:
         return print_plan(a, mix)
     world = World.start(a.device)
-    if c.batch % (world.size * c.micro):
-        raise BadInput(f"--batch {c.batch} cannot be shared by {world.size} processes with --micro {c.micro}; "
-                       f"expected a multiple of {world.size * c.micro}")
+    if c.batch % (world.world_size * c.micro):
+        raise BadInput(f"--batch {c.batch} cannot be shared by {world.world_size} processes with --micro {c.micro}; "
+                       f"expected a multiple of {world.world_size * c.micro}")
     try:
         run(a, c, mix, about, world)
     except RuntimeError as e:
-        raise out_of_memory(e, c, world.size) or e
-    if world.size > 1:
+        raise out_of_memory(e, c, world.world_size) or e
+    if world.world_size > 1:
         dist.destroy_process_group()
 
 

@@ -31,9 +31,9 @@ class World:
     """The processes that work together, as torchrun tells through the environment; by default, one."""
     device: torch.device
     rank: int = 0
-    size: int = 1
-    local: int = 0                # rank among the processes of this host
-    local_size: int = 1
+    world_size: int = 1
+    local_rank: int = 0              # rank among the processes of this host
+    local_world_size: int = 1
 
     @classmethod
     def start(cls, device: str) -> "World":
@@ -65,22 +65,22 @@ class World:
     @contextmanager
     def one_first(self):
         """One process of each host runs the block before the others, which then find its files."""
-        if self.size > 1 and self.local:
+        if self.world_size > 1 and self.local_rank:
             dist.barrier()
         try:
             yield
         finally:  # where it failed, it will fail for the others as well, who then say why
-            if self.size > 1 and not self.local:
+            if self.world_size > 1 and not self.local_rank:
                 dist.barrier()
 
-    def agree(self, value):
+    def broadcast(self, value):
         """The first process's value (any picklable), in all of them."""
         box = [value]
-        if self.size > 1:
+        if self.world_size > 1:
             dist.broadcast_object_list(box)
         return box[0]
 
-    def first(self, make):
+    def on_rank0(self, make):
         """make() in the first process alone; what it returns, or the BadInput it raises, in all of them."""
         value = error = None
         if not self.rank:
@@ -88,7 +88,7 @@ class World:
                 value = make()
             except BadInput as e:
                 error = str(e)
-        value, error = self.agree((value, error))
+        value, error = self.broadcast((value, error))
         if error is not None:
             raise BadInput(error)
         return value
@@ -96,36 +96,26 @@ class World:
     def gather(self, rows: list) -> list:
         """The rows (any picklable) of all processes, in each of them."""
         parts = [rows]
-        if self.size > 1:
-            parts = [None] * self.size
+        if self.world_size > 1:
+            parts = [None] * self.world_size
             dist.all_gather_object(parts, rows)
         return [row for part in parts for row in part]
 
     def part(self, rows: list) -> list:
         """This process's rows: 0, 1, 1, 0, 0, 1 … for two, as rows that come in turn from two sources differ in how
         long they take."""
-        turn = 2 * self.size
+        turn = 2 * self.world_size
         return [row for i, row in enumerate(rows) if i % turn in (self.rank, turn - 1 - self.rank)]
 
     def sum(self, x):
         """x, summed in place over the processes."""
-        if self.size > 1:
+        if self.world_size > 1:
             dist.all_reduce(x)
         return x
 
-    def sum_gradients(self, parameters, numbers):
-        """Every gradient and the fp32 `numbers` (n,), summed over the processes in one go; returns the latter."""
-        if self.size > 1:
-            grads = [p.grad for p in parameters if p.grad is not None]  # in all processes the same ones
-            flat = torch.cat([*(g.flatten() for g in grads), numbers])
-            *summed, numbers = self.sum(flat).split([*(g.numel() for g in grads), len(numbers)])
-            for g, x in zip(grads, summed):
-                g.copy_(x.view_as(g))
-        return numbers
-
     def shard(self, model: Llama) -> None:
         """Spread each block's weights over the processes of this host. The model may still be without memory."""
-        mesh = init_device_mesh(self.device.type, (self.size // self.local_size, self.local_size),
+        mesh = init_device_mesh(self.device.type, (self.world_size // self.local_world_size, self.local_world_size),
                                 mesh_dim_names=("hosts", "shards"))["shards"]
         for block in model.layers:
             fully_shard(block, mesh=mesh)
@@ -134,11 +124,3 @@ class World:
         fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if not isinstance(p, DTensor)})
         register_fsdp_forward_method(model, "read")
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody here writes into
-
-
-def share(step: int, batch: int, micro: int, world: World) -> list[list[int]]:
-    """Sample numbers of this process's part of a step, by forward pass. Step s is samples s·batch … (s+1)·batch − 1,
-    whoever works on them: no sample is seen twice, and the order does not depend on the number of processes."""
-    each = batch // world.size
-    first = step * batch + world.rank * each
-    return [list(range(i, min(i + micro, first + each))) for i in range(first, first + each, micro)]
