@@ -26,7 +26,8 @@ def shard(tok, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     write_shards([{"title": f"T{i}", "about": f"thing number {i}" if i % 3 else "",
                    "text": f"Thing {i} was made in {1800 + i} by Anna Berg. "
-                           + "It is a remarkable object indeed, they say. " * (i % 7)} for i in range(400)], tok, folder)
+                           + "It is a remarkable object indeed, they say. " * (i % 7)} for i in range(400)],
+                 tok, folder)
     return Shard(folder, "train", tok)
 
 
