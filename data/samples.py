@@ -1,6 +1,6 @@
-"""Training and test samples from plain text: a context, and several continuations of it that a short cache must serve.
+"""Cases: a context and several queries that a short cache of it must serve; and how training makes them of plain text.
 
-What the student must continue decides what the compressor learns, so there are four kinds, each in the model's chat
+What the student must answer decides what the compressor learns, so there are four kinds, each in the model's chat
 format, each made from the text alone:
   continue   the text goes on
   recite     "Repeat the part of the text that starts with …"
@@ -11,7 +11,7 @@ one of them has to find it. Sample i of a seed is always the same sample, whoeve
 """
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,24 +23,36 @@ BLANK = "____"
 
 
 @dataclass
-class Continuation:
+class Query:
     kind: str
-    ids: list[int]      # question and answer, or the text that follows
-    n_prompt: int       # the first n_prompt ids are given; the student must predict the rest as the teacher does
+    prompt: list[int]                                # ids after the document: the question, the model's turn opened
+    answer: list[int] = field(default_factory=list)  # ids that the student must predict as the teacher does
+    gold: list[str] = field(default_factory=list)    # accepted answers (of `choice`: the right option)
+    options: list[str] = field(default_factory=list)
 
 
 @dataclass
-class Sample:
+class Case:
     context: list[int]  # chat header and document
     n_protect: int      # its first tokens, the header, are kept whole
-    continuations: list[Continuation]
+    queries: list[Query]
+    unit: str = ""      # what the bootstrap draws: the document, or the article that several documents share
+
+    @property
+    def n(self) -> int:  # N: compressible tokens
+        return len(self.context) - self.n_protect
+
+
+def case(tok: Tokenizer, document: list[int], queries: list[Query], unit: str = "") -> Case:
+    """The document behind the chat header. Without a header its first token is protected: attention rests there."""
+    return Case(tok.header + document, max(1, len(tok.header)), queries, unit)
 
 
 def sentences(text: str) -> list[str]:
     return [s.strip() for s in re.split(r"(?<=[.!?])\s+(?=[A-Z\"“])", text) if 6 <= len(s.split()) <= 45]
 
 
-def recite(rng, text: str, tok: Tokenizer, n_answer: int) -> Continuation | None:
+def recite(rng, text: str, tok: Tokenizer, n_answer: int) -> Query | None:
     """Ask for a passage by its first words. The passage starts with a sentence where it can."""
     early = text[:-5 * n_answer]  # a token is about five characters: from here on, enough text follows
     starts = [m.end() for m in re.finditer(r"(?:[.!?]\s+|^|\n)(?=\S)", early)]
@@ -50,10 +62,10 @@ def recite(rng, text: str, tok: Tokenizer, n_answer: int) -> Continuation | None
     passage = text[rng.choice(starts):]
     cue = " ".join(passage.split()[:4])
     prompt = tok.ask(f'Repeat the part of the text that starts with "{cue}".')
-    return Continuation("recite", prompt + tok.encode(passage)[:n_answer], len(prompt))
+    return Query("recite", prompt, tok.encode(passage)[:n_answer])
 
 
-def cloze(rng, text: str, tok: Tokenizer) -> Continuation | None:
+def cloze(rng, text: str, tok: Tokenizer) -> Query | None:
     """Blank out a name, a number or a long word of one sentence, and ask for it."""
     picks = []
     for s in sentences(text):
@@ -63,19 +75,19 @@ def cloze(rng, text: str, tok: Tokenizer) -> Continuation | None:
         return None
     s, i, j = rng.choice(picks)
     prompt = tok.ask(f"Fill in the blank with words from the text: {s[:i]}{BLANK}{s[j:]}")
-    return Continuation("cloze", prompt + tok.encode(s[i:j]) + tok.turn[:1], len(prompt))
+    return Query("cloze", prompt, tok.encode(s[i:j]) + tok.turn[:1])
 
 
-def about(title: str, description: str, tok: Tokenizer) -> Continuation:
+def about(title: str, description: str, tok: Tokenizer) -> Query:
     prompt = tok.ask(f"What is {title}? Answer in a few words.")
-    return Continuation("title", prompt + tok.encode(description) + tok.turn[:1], len(prompt))
+    return Query("title", prompt, tok.encode(description) + tok.turn[:1])
 
 
 class Samples:
-    """An endless, addressable stream: `samples(i)` -> Sample.
+    """An endless, addressable stream: `samples(i)` -> Case.
 
     Args: shards: one per source, drawn with equal chance; n_context: compressible tokens per context;
-    mix: continuations per context, {kind: how many}; n_answer: tokens of a continuation or a recited passage.
+    mix: queries per context, {kind: how many}; n_answer: tokens of text that goes on or is recited.
     """
 
     def __init__(self, shards: list[Shard], tokenizer: Tokenizer, n_context: int, mix: dict[str, int],
@@ -97,7 +109,7 @@ class Samples:
             ids += (gap if ids else []) + piece
         return ids[:self.n_context], ids[self.n_context:need], inside
 
-    def __call__(self, i: int) -> Sample:
+    def __call__(self, i: int) -> Case:
         rng = random.Random(f"{self.seed}/{i}")
         ids, following, inside = self.window(rng)
         text = self.tok.decode(ids)
@@ -106,14 +118,14 @@ class Samples:
             if kind == "title":
                 out += [about(d["title"], d["about"], self.tok) for d in rng.sample(inside, min(count, len(inside)))]
             elif kind == "continue":
-                out += [Continuation(kind, following, 1)] * count
+                out += [Query(kind, following[:1], following[1:])] * count
             else:
                 made = [recite(rng, text, self.tok, self.n_answer) if kind == "recite" else cloze(rng, text, self.tok)
                         for _ in range(count)]
                 out += [c for c in made if c is not None]
-        if not out:  # no title, no sentence to blank out: a context without any continuation would teach nothing
-            out = [Continuation("continue", following, 1)]
-        return Sample(self.tok.header + ids, max(1, len(self.tok.header)), out)
+        if not out:  # no title, no sentence to blank out: a context without any query would teach nothing
+            out = [Query("continue", following[:1], following[1:])]
+        return case(self.tok, ids, out)
 
 
 @dataclass
@@ -121,33 +133,31 @@ class Batch:
     tokens: torch.Tensor        # (B, N) int64 contexts, padded on the right
     lengths: torch.Tensor       # (B,) int64
     protect: torch.Tensor       # (B, N) bool
-    cont: torch.Tensor          # (B, T) int64, the continuations of a context one after the other
-    segments: torch.Tensor      # (B, T) int64, which continuation; -1 for padding
+    cont: torch.Tensor          # (B, T) int64, prompts and answers of a context one after the other
+    segments: torch.Tensor      # (B, T) int64, which query; -1 for padding
     supervised: torch.Tensor    # (B, T) bool: the prediction made *at* this token counts
-    kinds: torch.Tensor         # (B, T) int64, index into the list of kinds
-
-    def to(self, device) -> "Batch":
-        return Batch(*(x.to(device, non_blocking=True) for x in vars(self).values()))
+    answers: torch.Tensor       # (B, T) bool: and it is that of an answer's token
 
 
-def collate(samples: list[Sample], prompts: bool = False, kinds=KINDS) -> Batch:
-    """Samples as tensors. With `prompts`, the words of a question are supervised too: the teacher has an opinion on
+def collate(cases: list[Case], prompts: bool = False) -> Batch:
+    """Cases as tensors. With `prompts`, the words of a question are supervised too: the teacher has an opinion on
     them as well, and a cloze sentence is nearly all copied from the document."""
-    B = len(samples)
-    N = max(len(s.context) for s in samples)
-    T = max(sum(len(c.ids) for c in s.continuations) for s in samples)
-    b = Batch(torch.zeros(B, N, dtype=torch.long), torch.tensor([len(s.context) for s in samples]),
-              torch.zeros(B, N, dtype=torch.bool), torch.zeros(B, T, dtype=torch.long),
-              torch.full((B, T), -1), torch.zeros(B, T, dtype=torch.bool), torch.zeros(B, T, dtype=torch.long))
-    for i, s in enumerate(samples):
-        b.tokens[i, :len(s.context)] = torch.tensor(s.context)
-        b.protect[i, :s.n_protect] = True
+    B = len(cases)
+    N = max(len(c.context) for c in cases)
+    T = max(sum(len(q.prompt) + len(q.answer) for q in c.queries) for c in cases)
+    no = torch.zeros(B, T, dtype=torch.bool)
+    b = Batch(torch.zeros(B, N, dtype=torch.long), torch.tensor([len(c.context) for c in cases]),
+              torch.zeros(B, N, dtype=torch.bool), torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -1),
+              no, no.clone())
+    for i, c in enumerate(cases):
+        b.tokens[i, :len(c.context)] = torch.tensor(c.context)
+        b.protect[i, :c.n_protect] = True
         at = 0
-        for j, c in enumerate(s.continuations):
-            end = at + len(c.ids)
-            b.cont[i, at:end] = torch.tensor(c.ids)
+        for j, q in enumerate(c.queries):
+            middle, end = at + len(q.prompt), at + len(q.prompt) + len(q.answer)
+            b.cont[i, at:end] = torch.tensor(q.prompt + q.answer)
             b.segments[i, at:end] = j
-            b.supervised[i, (at if prompts else at + c.n_prompt - 1):end - 1] = True  # position t predicts token t + 1
-            b.kinds[i, at:end] = kinds.index(c.kind)
+            b.answers[i, middle - 1:end - 1] = True  # position t predicts token t + 1
+            b.supervised[i, (at if prompts else middle - 1):end - 1] = True
             at = end
     return b

@@ -1,6 +1,6 @@
 """What evaluation asks: documents, questions about them, and the metrics that judge the answers.
 
-A task is a list of `Case`s. A case is one document, compressed once, and the queries asked of its cache:
+A task is a list of `Case`s (data/samples.py). A case is one document, compressed once, and the queries asked of its cache:
   fidelity   does the short cache predict an answer's tokens as the full one does? Kinds: those of data/samples.py on
              held-out text, and `squad` answers, which training never sees
   squad      SQuAD v1.1 questions; several paragraphs of an article make one document
@@ -16,14 +16,13 @@ import re
 import string
 import zipfile
 from collections import Counter
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 from run.errors import BadInput, read_json
 from data.fetch import wheel
 from data.prepare import SHARDS, Shard, prepare
-from data.samples import Continuation, about, cloze, recite
+from data.samples import Case, Query, about, case, cloze, recite
 from data.tokenizer import Tokenizer
 
 # how the default model answers best without examples; chosen on its full cache, among 16 (LOG.md)
@@ -37,27 +36,6 @@ NEEDLE_INTRO = ("Some special magic numbers are hidden within the following text
 NEEDLE_QUESTION = "What is the special magic number for {} mentioned in the provided text?"
 NEEDLE_ANSWER = "The special magic number for {} mentioned in the provided text is"
 N_KEYS = 4  # needles in a multi-key document; each is asked for
-
-
-@dataclass
-class Query:
-    kind: str
-    prompt: list[int]                                # ids after the document: the question, the model's turn opened
-    gold: list[str] = field(default_factory=list)    # accepted answers (of `choice`: the right option)
-    answer: list[int] = field(default_factory=list)  # ids scored teacher-forced (fidelity)
-    options: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Case:
-    unit: str           # what the bootstrap draws: the document, or the article that several documents share
-    context: list[int]  # chat header and document
-    n_protect: int      # the header
-    queries: list[Query]
-
-    @property
-    def n(self) -> int:  # N: compressible tokens
-        return len(self.context) - self.n_protect
 
 
 # -------------------------------------------------------------------------------------------------------- metrics
@@ -207,7 +185,7 @@ def text_of(where: str, line: dict, *names: str) -> str:
 
 def squad_query(tok: Tokenizer, question: str, golds: list[str], kind: str = "all") -> Query:
     prompt = tok.ask(SQUAD_PROMPT.format(question)) + tok.encode(SQUAD_ANSWER)
-    return Query(kind, prompt, golds, tok.encode(golds[0] + SQUAD_END[0]))
+    return Query(kind, prompt, tok.encode(golds[0] + SQUAD_END[0]), golds)
 
 
 def squad(tok: Tokenizer, path, n: int, seed: int, pack: int = 1) -> list[Case]:
@@ -220,8 +198,7 @@ def squad(tok: Tokenizer, path, n: int, seed: int, pack: int = 1) -> list[Case]:
             documents.append((title, text, [q for p in part for q in p["qas"]]))
     n = clamp(n, sum(len(d[2]) for d in documents), "questions")
     asked = spread([d[2] for d in documents], n, random.Random(f"{seed}/squad"))
-    return [Case(f"{title}/{i}", tok.header + tok.encode(text), max(1, len(tok.header)),
-                 [squad_query(tok, *q) for q in qas])
+    return [case(tok, tok.encode(text), [squad_query(tok, *q) for q in qas], f"{title}/{i}")
             for i, ((title, text, _), qas) in enumerate(zip(documents, asked)) if qas]
 
 
@@ -242,7 +219,7 @@ def squad_answers(tok: Tokenizer, path, n: int, seed: int, n_context: int, per_c
             qas = [q for p in part for q in p["qas"]]
             if qas:
                 queries = [squad_query(tok, *q, "squad") for q in rng.sample(qas, min(per_context, len(qas)))]
-                cases.append(Case(f"squad/{title}", tok.header + ids, max(1, len(tok.header)), queries))
+                cases.append(case(tok, ids, queries, f"squad/{title}"))
         groups.append(cases)
     n = clamp(n, sum(map(len, groups)), f"documents of at most {n_context} tokens for squad answers")
     return [c for group in spread(groups, n, rng) for c in group]
@@ -283,13 +260,13 @@ def fidelity(tok: Tokenizer, n: int, seed: int, n_context: int = 512, sources: s
     cases, missing = [], dict.fromkeys(("continue", "recite", "cloze", "title"), n)
     for unit, ids, following, inside in order:
         text, own = tok.decode(ids), random.Random(f"{seed}/{unit}/{len(cases)}")
-        made = [Continuation("continue", following, 1), recite(own, text, tok, n_answer), cloze(own, text, tok)]
+        made = [Query("continue", following[:1], following[1:]), recite(own, text, tok, n_answer),
+                cloze(own, text, tok)]
         made += [about(d["title"], d["about"], tok) for d in own.sample([d for d in inside if d["about"]], 1)
                  ] if any(d["about"] for d in inside) else []
-        queries = [Query(c.kind, c.ids[:c.n_prompt], answer=c.ids[c.n_prompt:]) for c in made
-                   if c is not None and missing[c.kind] > 0]
+        queries = [q for q in made if q is not None and missing[q.kind] > 0]
         if queries:
-            cases.append(Case(unit, tok.header + ids, max(1, len(tok.header)), queries))
+            cases.append(case(tok, ids, queries, unit))
             for q in queries:
                 missing[q.kind] -= 1
     short = {kind: n - left for kind, left in missing.items() if left}
@@ -352,9 +329,8 @@ def niah(tok: Tokenizer, path, n: int, seed: int, lengths, depths) -> list[Case]
         # by place in tokens; a needle at depth d stands before the first sentence that starts at d or later
         body = [s for _, s in sorted(body + [(d * used - 0.5, NEEDLE.format(key, value)) for d, key, value in needles])]
         queries = [Query(f"{kind}/{length}/{d}", tok.ask(NEEDLE_QUESTION.format(key))
-                         + tok.encode(NEEDLE_ANSWER.format(key)), [value]) for d, key, value in needles]
-        cases.append(Case(f"niah/{i}", tok.header + tok.encode(NEEDLE_INTRO + " ".join(body)), max(1, len(tok.header)),
-                          queries))
+                         + tok.encode(NEEDLE_ANSWER.format(key)), gold=[value]) for d, key, value in needles]
+        cases.append(case(tok, tok.encode(NEEDLE_INTRO + " ".join(body)), queries, f"niah/{i}"))
     return cases
 
 
@@ -363,8 +339,9 @@ def summary(tok: Tokenizer, path, n: int, seed: int) -> list[Case]:
     lines = read_lines(path)
     n = clamp(n, len(lines), "documents")
     chosen = random.Random(f"{seed}/summary").sample(lines, n)
-    return [Case(where, tok.header + tok.encode(text_of(where, x, "document", "report")), max(1, len(tok.header)),
-                 [Query("all", tok.ask(SUMMARY_PROMPT), [text_of(where, x, "summary")])]) for where, x in chosen]
+    return [case(tok, tok.encode(text_of(where, x, "document", "report")),
+                 [Query("all", tok.ask(SUMMARY_PROMPT), gold=[text_of(where, x, "summary")])], where)
+            for where, x in chosen]
 
 
 def choice(tok: Tokenizer, path, n: int, seed: int) -> list[Case]:
@@ -389,12 +366,12 @@ def choice(tok: Tokenizer, path, n: int, seed: int) -> list[Case]:
             listed = "\n".join(f"- {o.strip()}" for o in options)
             prompt = tok.ask(CHOICE_PROMPT.format(text_of(where, q, "question"), listed))
             documents.setdefault(text_of(where, x, "document", "article"), []).append(
-                Query("all", prompt, [right], options=options))
+                Query("all", prompt, gold=[right], options=options))
     if not documents:
         raise BadInput(f"{path}: no question in it")
     n = clamp(n, sum(map(len, documents.values())), "questions")
     asked = spread(list(documents.values()), n, random.Random(f"{seed}/choice"))
-    return [Case(f"choice/{i}", tok.header + tok.encode(text), max(1, len(tok.header)), queries)
+    return [case(tok, tok.encode(text), queries, f"choice/{i}")
             for i, (text, queries) in enumerate(zip(documents, asked)) if queries]
 
 
@@ -404,6 +381,5 @@ def cost(tok: Tokenizer, path, n: int, lengths) -> list[Case]:
     ids = tok.encode(text)[:max(lengths)]
     if len(ids) < max(lengths):
         raise BadInput(f"{path or 'the essays'}: {len(ids)} tokens, {max(lengths)} are asked for by --lengths")
-    return [Case(f"cost/{i}", tok.header + ids[:length], max(1, len(tok.header)),
-                 [Query(str(length), tok.ask("What does the author say about work, and why? Answer in one sentence."))])
-            for length in lengths for i in range(n)]
+    ask = tok.ask("What does the author say about work, and why? Answer in one sentence.")
+    return [case(tok, ids[:length], [Query(str(length), ask)], f"cost/{i}") for length in lengths for i in range(n)]

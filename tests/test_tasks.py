@@ -8,10 +8,11 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers.data.metrics import squad_metrics
 
 from run.errors import BadInput
-from data.tasks import (N_KEYS, Case, Query, choice, contains, cost, exact_match, f1, fidelity, niah, normalize,
-                        rouge_l, spread, squad, squad_answers, string_match_all, summary, windows)
+from data.samples import Case, Query
+from data.tasks import (N_KEYS, choice, contains, cost, exact_match, f1, fidelity, niah, normalize, rouge_l, spread,
+                        squad, squad_answers, string_match_all, summary, windows)
 from data.tokenizer import Tokenizer
-from test_data import tiny_tokenizer_json
+from test_tokenizer import tiny_tokenizer_json
 
 
 @pytest.fixture

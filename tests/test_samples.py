@@ -1,0 +1,76 @@
+"""Training samples: addressable, made of the text alone, and as tensors."""
+import json
+
+import pytest
+import torch
+
+from data.prepare import Shard, write_shards
+from data.samples import BLANK, KINDS, Case, Query, Samples, collate
+from data.tokenizer import Tokenizer
+from test_tokenizer import tiny_tokenizer_json
+
+HEADER = 8  # a stand-in: the tiny tokenizer has no chat format
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tok")
+    (folder / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json()), encoding="utf-8")
+    tok = Tokenizer(folder)
+    tok.header, tok.turn = [300] * HEADER, [304]
+    return tok
+
+
+@pytest.fixture(scope="module")
+def shard(tok, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards([{"title": f"T{i}", "about": f"thing number {i}" if i % 3 else "",
+                   "text": f"Thing {i} was made in {1800 + i} by Anna Berg. "
+                           + "It is a remarkable object indeed, they say. " * (i % 7)} for i in range(400)],
+                 tok, folder)
+    return Shard(folder, "train", tok)
+
+
+def test_samples_are_addressable_and_made_of_the_text(shard, tok):
+    stream = Samples([shard], tok, 700, {k: 2 for k in KINDS}, n_answer=24)
+    assert stream(5) == stream(5) != stream(6)
+    seen = set()
+    for i in range(20):
+        c = stream(i)
+        assert c.context[:HEADER] == tok.header and c.n == 700 and c.n_protect == HEADER
+        text = tok.decode(c.context[HEADER:])
+        for q in c.queries:
+            seen.add(q.kind)
+            prompt, answer = tok.decode(q.prompt), tok.decode(q.answer)
+            if q.kind == "continue":
+                assert len(q.prompt) == 1 and len(q.answer) == 23
+            if q.kind == "recite":
+                assert answer in text and '"' in prompt and len(q.answer) == 24
+            if q.kind == "cloze":
+                assert answer.removesuffix("<|eot_id|>") in text and BLANK in prompt
+            if q.kind == "title":
+                assert answer.startswith("thing number") and answer.endswith("<|eot_id|>")
+    assert seen == set(KINDS)
+
+
+def test_a_context_always_has_a_query(tok, tmp_path):
+    """Documents without titles or sentences cannot be asked about; the text going on is what is left."""
+    write_shards([{"title": str(i), "about": "", "text": "x " * 400} for i in range(99)], tok, tmp_path)
+    stream = Samples([Shard(tmp_path, "train", tok)], tok, 100, {"title": 1, "cloze": 1}, n_answer=16)
+    assert [q.kind for q in stream(0).queries] == ["continue"]
+
+
+def test_collate_by_hand():
+    """Rows are padded; a prediction is made one token before what it predicts."""
+    a = Case([1, 2, 3], 1, [Query("recite", [4, 5], [6])])
+    b = Case([1, 2], 2, [Query("cloze", [7], [8]), Query("title", [9, 10], [11, 12])])
+    batch = collate([a, b])
+    assert batch.tokens.tolist() == [[1, 2, 3], [1, 2, 0]] and batch.lengths.tolist() == [3, 2]
+    assert batch.protect.tolist() == [[True, False, False], [True, True, False]]
+    assert batch.cont.tolist() == [[4, 5, 6, 0, 0, 0], [7, 8, 9, 10, 11, 12]]
+    assert batch.segments.tolist() == [[0, 0, 0, -1, -1, -1], [0, 0, 1, 1, 1, 1]]
+    answers = torch.tensor([[0, 1, 0, 0, 0, 0], [1, 0, 0, 1, 1, 0]]).bool()
+    assert torch.equal(batch.answers, answers) and torch.equal(batch.supervised, answers)
+    batch = collate([a, b], prompts=True)  # question words too, but nothing is predicted across two queries
+    assert torch.equal(batch.answers, answers)
+    assert batch.supervised.int().tolist() == [[1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 1, 0]]
