@@ -166,9 +166,6 @@ def decay(scores, choice: Choice, kind: str, tau: float, soft: bool = False):
 
 # ------------------------------------------------------------------------------------- what the scorer is to foresee
 
-REPEAT = "\n\nRepeat the previous context exactly."
-
-
 @torch.no_grad()
 def attention_received(model: Llama, cache: Cache, tokens, lengths=None, segments=None, first: int = 0,
                        end: int | None = None, sinks: int = 0, block: int = 128):

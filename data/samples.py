@@ -19,6 +19,7 @@ from data.prepare import Shard
 from data.tokenizer import Tokenizer
 
 KINDS = ("continue", "recite", "cloze", "title")
+REPEAT = "\n\nRepeat the previous context exactly."
 BLANK = "____"
 
 
@@ -117,6 +118,8 @@ class Samples:
         for kind, count in self.mix.items():
             if kind == "title":
                 out += [about(d["title"], d["about"], self.tok) for d in rng.sample(inside, min(count, len(inside)))]
+            elif kind == "replay":  # what the scorer is taught from: the whole context, once more
+                out += [Query(kind, self.tok.encode(REPEAT) + self.tok.turn, ids)] * count
             elif kind == "continue":
                 out += [Query(kind, following[:1], following[1:])] * count
             else:
