@@ -81,15 +81,15 @@ def dtype_of(out: str, default: str) -> str | None:
 
 
 @contextmanager
-def alone_in(out: Path):
-    """One run at a time in a folder. Errors: BadInput where another process is training in it."""
+def alone_in(out: Path, name: str = ".lock", doing: str = "training"):
+    """One run at a time that holds this lock in a folder. Errors: BadInput where another process is at it."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
+    with open(out / name, "w") as lock:
         if fcntl is not None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise BadInput(f"{out}: another process is training in it; wait for it, or give a new --out") from None
+                raise BadInput(f"{out}: another process is {doing} in it; wait for it, or give a new --out") from None
             except OSError as e:  # some network file systems have no locks
                 print(f"warning: {out}: cannot be locked ({e}); make sure that no other run uses it", file=sys.stderr)
         yield
