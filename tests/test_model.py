@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from compress import gather
 from conftest import ROOT, hf_config, save_llama, tiny_llama
+from model import (NEG, Cache, attend, generate, load_llama, mask_of, offsets, own_mask, pad_right, rope_frequencies)
 from run.errors import BadInput
-from model import Cache, attend, attention_mask, generate, load_llama, offsets, pad_right, rope_frequencies
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
@@ -106,27 +107,63 @@ def test_a_ragged_prefill_is_its_rows(model):
 
 
 @torch.no_grad()
-def test_bias_multiplies_the_attention_weight():
-    """attend with bias log 2 on a token is attention that counts the token twice; worked by hand."""
-    q, k = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 3, 4)
+@pytest.mark.parametrize("queries", [1, 2])
+def test_bias_multiplies_the_attention_weight(queries):
+    """A bias of log 2 on a key counts it twice, worked by hand; for one query (decoding) and for several."""
+    q, k = torch.zeros(1, 1, queries, 4), torch.zeros(1, 1, 3, 4)
     v = torch.tensor([[[[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0]]]])
-    mask = torch.tensor([[[[math.log(2), 0.0, 0.0]]]])
-    assert torch.allclose(attend(q, k, v, mask)[0, 0, 0], torch.tensor([0.5, 0.25, 0.25, 0.0]))
+    mask = None if queries == 1 else torch.ones(1, 1, 2, 3, dtype=torch.bool)
+    got = attend(q, k, v, mask, torch.tensor([[[math.log(2), 0.0, 0.0]]]))
+    assert torch.allclose(got[0, 0], torch.tensor([0.5, 0.25, 0.25, 0.0]).expand(queries, 4))
 
 
-def test_mask_by_hand():
-    cache = Cache([], [], torch.tensor([[0.0, -2.0]]), torch.tensor([[0, 5]]), torch.tensor([9]))
-    mask = attention_mask(torch.zeros(1, 2, dtype=torch.long), cache)
-    assert mask[0, 0].tolist() == [[0.0, -2.0, 0.0, -1e9], [0.0, -2.0, 0.0, 0.0]]
-    assert attention_mask(torch.zeros(1, 2, dtype=torch.long), None) is None
+@torch.no_grad()
+def test_a_bias_per_head_is_the_mask_that_it_stands_for():
+    """Against a float mask, with two query heads to a key head, some keys under −1e9, and a gradient to the bias."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 5, 12), torch.randn(2, 2, 9, 12), torch.randn(2, 2, 9, 12)
+    bias = torch.where(torch.rand(2, 2, 9) < 0.4, NEG, torch.randn(2, 2, 9))
+    bias[..., -1] = 0
+    see = torch.ones(1, 1, 5, 9, dtype=torch.bool).tril(4)
+    want = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=torch.where(
+        see, bias.repeat_interleave(2, 1)[:, :, None], NEG))
+    assert torch.allclose(attend(q, k, v, see, bias), want, atol=1e-5)
+
+
+def test_masks_by_hand():
+    """Two continuations of two and one tokens, and a padded place, over three cached keys: the docstring's picture."""
+    own = own_mask(torch.zeros(1, 4, dtype=torch.long), torch.tensor([[0, 0, 1, -1]]))
+    assert mask_of(own, 7)[0, 0].int().tolist() == [[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 1, 0],
+                                                    [1, 1, 1, 0, 0, 0, 1]]
+    assert own_mask(torch.zeros(2, 1, dtype=torch.long)) is None
 
 
 @torch.no_grad()
 def test_bytes_of_a_cache_are_counted_as_stored(model):
     cache = model.prefill(torch.zeros(2, 10, dtype=torch.long))
-    per_token = 2 * 6 * 2 * 12 * 4 + 4 + 8  # K and V, 6 layers, 2 heads of 12, fp32; bias fp32, position int64
-    assert cache.nbytes() == 2 * 10 * per_token
-    assert cache.with_room(50).nbytes() == cache.nbytes(), "free room does not count"
+    assert cache.nbytes() == 2 * 10 * 6 * (2 * 2 * 12 * 4 + 4)  # K and V of 2 heads of 12, fp32; position int32
+    assert cache.entries().tolist() == [[[10, 10]] * 6] * 2
+
+
+def ragged(model) -> Cache:
+    """Heads of 3 to 10 tokens of 12, at random places; in every other layer both of equally many."""
+    g, full = torch.Generator().manual_seed(2), model.prefill(torch.randint(0, 97, (1, 12)))
+    counts = torch.tensor([[3 + (2 * layer + layer % 2 * head) % 8 for head in range(2)] for layer in range(6)])
+    stay = torch.rand(6, 2, 12, generator=g).argsort(-1) < counts[..., None]
+    return Cache([gather(p.k, p.v, s[None]) for (p,), s in zip(full.layers, stay)], full.next_position)
+
+
+@torch.no_grad()
+def test_a_ragged_cache_answers_batched_as_one_by_one(model):
+    """Eight prompts of different lengths at once, and each alone; the cache stays as it was."""
+    cache = ragged(model)
+    assert any(len(parts) == 2 for parts in cache.layers) and any(len(parts) == 1 for parts in cache.layers)
+    prompts = [[*range(1, n + 1)] for n in range(1, 9)]
+    before = [x.clone() for parts in cache.layers for p in parts for x in p.tensors()]
+    together = list(generate(model, cache.rows([0] * 8), prompts, 6))
+    for i, p in enumerate(prompts):
+        assert [s[i] for s in together] == [s[0] for s in generate(model, cache, [p], 6)]
+    assert all(torch.equal(a, b) for a, b in zip(before, (x for ps in cache.layers for p in ps for x in p.tensors())))
 
 
 # Generation --------------------------------------------------------------------------------------------------------
@@ -170,6 +207,16 @@ def test_generation_ends_at_the_last_position(model):
     """512 positions, 500 read, 5 asked: 7 more can be read, so 8 tokens can be said."""
     cache = model.prefill(torch.zeros(1, 500, dtype=torch.long))
     assert len(list(generate(model, cache, [[1, 2, 3, 4, 5]], 50))) == 8
+
+
+@torch.no_grad()
+def test_padding_takes_no_positions(model):
+    """A short row near the last position beside a long row that starts early: both fit, and none is refused."""
+    tokens, lengths = pad_right([[1] * 505, [1] * 400])
+    cache = model.prefill(tokens, lengths)
+    got = list(generate(model, cache, [[1, 2], [*range(40)]], 3))
+    alone = list(generate(model, model.prefill(tokens[:1]), [[1, 2]], 3))
+    assert [s[0] for s in got] == [s[0] for s in alone]
 
 
 def test_an_empty_prompt_is_refused(model):
