@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import NEG, Cache, Llama, Part, Route, answer, own_mask, whole_cache
+from model import NEG, Cache, Llama, Part, Route, answer, whole_cache
 from run.errors import BadInput, read_json, run_program
 from run.files import ROOT, load_cache, newest_adapter, read_adapter, save_cache
 from run.models import add_model_flags, open_model, seed_flag
@@ -168,42 +168,32 @@ def decay(scores, choice: Choice, kind: str, tau: float, soft: bool = False):
 
 @torch.no_grad()
 def attention_received(model: Llama, cache: Cache, tokens, lengths=None, segments=None, first: int = 0,
-                       end: int | None = None, sinks: int = 0, block: int = 128):
+                       end: int | None = None, sinks: int = 0):
     """The most attention that entries first … end−1 of a whole cache get from any of `tokens`: (B, L, G, end−first).
 
-    Maximum over the tokens and over the query heads of a group; the softmax runs over those entries, the `sinks` first
-    ones, and the tokens themselves. With tokens that repeat the context this is KVzip's importance (arXiv 2505.23416).
-    tokens: (B, T) int64, padded on the right to `lengths` (B,), or `segments` as in Llama.forward. block: queries at a
-    time, for all weights at 8k tokens would take 2.4 GB per layer of nine heads.
+    Maximum over the tokens and over the query heads of a group. Of a part of the cache, attention is counted as if there
+    were only it, the first `sinks` entries, and the tokens themselves. With tokens that repeat the context this is
+    KVzip's importance (arXiv 2505.23416).
+    tokens: (B, T) int64, padded on the right to `lengths` (B,), or `segments` as in Llama.forward.
     """
-    S, own = cache.layers[0][0].k.shape[2], own_mask(tokens, segments)
-    end, received = S if end is None else end, []
-    real = torch.ones_like(tokens, dtype=torch.bool) if segments is None else segments >= 0
-    if lengths is not None:
-        real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]      # (B, T)
-    sinks = min(sinks, first)
+    S, best = cache.layers[0][0].k.shape[2], {}
+    end, real = S if end is None else end, None
+    if segments is not None or lengths is not None:
+        real = segments >= 0 if lengths is None else (
+            torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None])        # (B, T)
 
-    def watch(layer, q, k):
-        (B, H, T, d), G, bias = q.shape, k.shape[1], cache.layers[layer][0].bias
-        seen = torch.cat([k[:, :, :sinks], k[:, :, first:end]], 2).transpose(2, 3)         # (B, G, d, n)
-        mine, n, best = k[:, :, S:].transpose(2, 3), sinks + end - first, None
-        bias = None if bias is None else torch.cat([bias[..., :sinks], bias[..., first:end]], -1)[:, :, None, None]
-        q = (q * d ** -0.5).view(B, G, H // G, T, d)
-        for i in range(0, T, block):
-            rows = q[:, :, :, i:i + block]
-            t, upto = rows.shape[3], i + rows.shape[3]                                     # keys behind see nobody here
-            rows = rows.flatten(2, 3)                                                      # (B, G, H/G·t, d)
-            logits = torch.cat([rows @ seen, rows @ mine[..., :upto]], -1).float().view(B, G, H // G, t, n + upto)
-            logits[..., n:].masked_fill_(~own[:, :, None, i:upto, :upto], NEG)
-            if bias is not None:
-                logits[..., :n] += bias
-            weights = logits.softmax(-1)[..., sinks:n].masked_fill_(~real[:, None, None, i:upto, None], 0)
-            most = weights.amax((2, 3))                                                    # (B, G, end − first)
-            best = most if best is None else torch.maximum(best, most)
-        received.append(best)
+    def watch(layer, weights, i):                                                          # (B, G, H/G, t, s)
+        received = weights[..., first:end]
+        if end - first < S:
+            seen = received.sum(-1) + weights[..., S:].sum(-1) + weights[..., :min(sinks, first)].sum(-1)
+            received = received / seen.clamp(min=1e-30)[..., None]
+        if real is not None:
+            received = received.masked_fill(~real[:, None, None, i:i + weights.shape[3], None], 0)
+        received = received.amax((2, 3))                                                   # (B, G, end − first)
+        best[layer] = torch.maximum(best[layer], received) if layer in best else received
 
     model(tokens, cache, segments, lengths, watch=watch)
-    return torch.stack(received, 1)
+    return torch.stack(list(best.values()), 1)
 
 
 # -------------------------------------------------------------------------------------------------------- the method

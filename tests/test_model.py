@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from compress import gather
 from conftest import ROOT, hf_config, save_llama, tiny_llama
-from model import (NEG, Cache, attend, generate, load_llama, mask_of, offsets, own_mask, pad_right, rope_frequencies)
+from model import (NEG, Cache, attend, attend_by_kernel, attend_in_blocks, generate, load_llama, offsets, own_mask,
+                   pad_right, rope_frequencies)
 from run.errors import BadInput
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -110,32 +111,46 @@ def test_a_ragged_prefill_is_its_rows(model):
 @pytest.mark.parametrize("queries", [1, 2])
 def test_bias_multiplies_the_attention_weight(queries):
     """A bias of log 2 on a key counts it twice, worked by hand; for one query (decoding) and for several."""
-    q, k = torch.zeros(1, 1, queries, 4), torch.zeros(1, 1, 3, 4)
-    v = torch.tensor([[[[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0]]]])
-    mask = None if queries == 1 else torch.ones(1, 1, 2, 3, dtype=torch.bool)
-    got = attend(q, k, v, mask, torch.tensor([[[math.log(2), 0.0, 0.0]]]))
-    assert torch.allclose(got[0, 0], torch.tensor([0.5, 0.25, 0.25, 0.0]).expand(queries, 4))
+    q, k = torch.zeros(1, 1, queries, 4), torch.zeros(1, 1, 2 + queries, 4)
+    v = torch.eye(4)[None, None, :2 + queries]
+    bias = torch.tensor([[[math.log(2), 0.0] + [0.0] * queries]])
+    assert torch.allclose(attend(q, k, v, None, bias)[0, 0, 0], torch.tensor([0.5, 0.25, 0.25, 0.0]))
 
 
-@torch.no_grad()
-def test_a_bias_per_head_is_the_mask_that_it_stands_for():
-    """Against a float mask, with two query heads to a key head, some keys under −1e9, and a gradient to the bias."""
+@pytest.mark.parametrize("biased", [None, 1, 2])
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("keys", [7, 12])
+def test_both_ways_to_attend_are_a_softmax_under_a_float_mask(biased, segmented, keys):
+    """Blocks (a CPU's way) and SDPA with a bias as a column (a GPU's), with gradients; two query heads to a key head,
+    some keys under −1e9, two segments."""
     torch.manual_seed(0)
-    q, k, v = torch.randn(2, 4, 5, 12), torch.randn(2, 2, 9, 12), torch.randn(2, 2, 9, 12)
-    bias = torch.where(torch.rand(2, 2, 9) < 0.4, NEG, torch.randn(2, 2, 9))
-    bias[..., -1] = 0
-    see = torch.ones(1, 1, 5, 9, dtype=torch.bool).tril(4)
-    want = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=torch.where(
-        see, bias.repeat_interleave(2, 1)[:, :, None], NEG))
-    assert torch.allclose(attend(q, k, v, see, bias), want, atol=1e-5)
+    q, k, v = (torch.randn(2, h, n, 12, dtype=torch.float64) for h, n in ((4, 7), (2, keys), (2, keys)))
+    bias = None if biased is None else torch.where(torch.rand(2, biased, keys) < 0.4, NEG, torch.randn(2, biased, keys))
+    own = own_mask(torch.zeros(2, 7), torch.tensor([[0] * 4 + [1] * 3, [0] * 7])) if segmented else None
+    if bias is not None:
+        bias[..., -7:] = 0
+    see = F.pad(own_mask(torch.zeros(2, 7)) if own is None else own, (keys - 7, 0), value=True)
+    mask = torch.where(see, 0.0, NEG).double()
+    mask = mask if bias is None else mask + bias.repeat_interleave(4 // biased, 1)[:, :, None]
+
+    def plain(q, k, v):
+        return ((q @ k.repeat_interleave(2, 1).transpose(2, 3)) * 12 ** -0.5 + mask).softmax(-1) @ v.repeat_interleave(2, 1)
+
+    def out(f, *args):
+        x = [a.clone().requires_grad_() for a in (q, k, v)]
+        y = f(*x, *args)
+        return y.detach(), *torch.autograd.grad((y * torch.linspace(-1, 1, 12)).sum(), x)
+    want = out(plain)
+    ways = {"blocks": out(lambda *x: attend_in_blocks(*x, own, bias, block=3)),
+            "kernel": out(attend_by_kernel, own, bias)}
+    for name, got in ways.items():
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want)), name
 
 
 def test_masks_by_hand():
-    """Two continuations of two and one tokens, and a padded place, over three cached keys: the docstring's picture."""
-    own = own_mask(torch.zeros(1, 4, dtype=torch.long), torch.tensor([[0, 0, 1, -1]]))
-    assert mask_of(own, 7)[0, 0].int().tolist() == [[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 1, 0],
-                                                    [1, 1, 1, 0, 0, 0, 1]]
-    assert own_mask(torch.zeros(2, 1, dtype=torch.long)) is None
+    """Continuations of two and one tokens, and a padded place."""
+    own = own_mask(torch.zeros(1, 4), torch.tensor([[0, 0, 1, -1]]))
+    assert own[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
 @torch.no_grad()
