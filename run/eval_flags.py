@@ -109,6 +109,8 @@ def check(a: argparse.Namespace, methods) -> dict:
 def agree(a: argparse.Namespace, lists: dict, world: World) -> None:
     """Settle what several processes must have in common, --device and --dtype, before they share the documents out.
     Errors: BadInput for what they cannot share."""
+    if world.world_size == 1:
+        return
     if "cost" in lists["tasks"]:
         raise BadInput("--tasks cost is timed, and other processes would be in its way; run it without torchrun")
     if world.world_size > world.local_world_size:
