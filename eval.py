@@ -5,10 +5,9 @@
     torchrun --nproc_per_node 2 -- eval.py ...         # two processes, or one per GPU, share the documents out
 
 The protocol: a document is compressed before any question is known, the chat header kept; then all questions are asked
-of the one cache. `full` is the ceiling, `none` (no document) the floor. Intervals are 95 % bootstrap intervals with the
-document as unit. A baseline is a score for each entry, and the budget its authors share it by (`BASELINES`). The parts,
-in order: budgets, scores, one method's cache, judging answers, the loop, the program. Tasks and metrics are in
-data/tasks.py, means and intervals in run/records.py.
+of the one cache. `full` is the ceiling, `none` (no document) the floor. A baseline is a score for each entry, and the
+budget its authors share it by (`BASELINES`). The parts, in order: budgets, scores, one method's cache, judging answers,
+the loop, the program. Tasks and metrics are in data/tasks.py, means and 95 % intervals (by document) in run/records.py.
 
 Shapes: N tokens of the one document at hand, K kept per head on average, L layers, H query heads, G key-value heads, d
 head width. Scores are (1, l, g, N), l and g as in compress.py: TOVA's are (1, L, 1, N), for example.
@@ -81,8 +80,7 @@ def attention_sum(q, k, own: int, block: int = 64):
     """The attention that keys k (1, G, S, d) get from all queries q (1, H, T, d) together: (G, H/G, S) fp32.
 
     own: the index among the keys of query 0's own; what lies before it, every query sees; the rest is causal. In blocks
-    of queries, for all weights at 8k tokens would take 2.4 GB for each layer of nine heads.
-    """
+    of queries, for all weights at 8k tokens would take 2.4 GB for each layer of nine heads."""
     (_, H, T, d), (_, G, S, _) = q.shape, k.shape
     total = torch.zeros(G, H // G, S, device=k.device)
     for i in range(0, T, block):
@@ -213,11 +211,10 @@ class Document:
         (name, budget), candidates = BASELINES[method], self.ctx.candidates
         scores, window = self.scores(name, int(k)), snap_window(int(k))
         recent = {"h2o": int(k) // 2, "snapkv": window, "tova": 1}.get(name, 0)
-        if budget == "ours":
-            return self.comp.choose(scores, self.ctx, k)
-        if budget == "layer":
-            return choose_in_layer(scores, candidates, k, recent)
-        return choose(scores, candidates, k, scores[0, ..., 0].numel() if budget == "all" else 1, recent)
+        return {"ours": lambda: self.comp.choose(scores, self.ctx, k),
+                "layer": lambda: choose_in_layer(scores, candidates, k, recent),
+                "all": lambda: choose(scores, candidates, k, scores[0, ..., 0].numel(), recent),
+                "head": lambda: choose(scores, candidates, k, 1, recent)}[budget]()
 
     def cache(self, method: str, keep: float) -> Cache:
         """The short cache of one method: one row, or, for `question`, a row per query. keep = 1 is the whole cache."""
@@ -234,13 +231,12 @@ class Document:
         if method == "no-routing":  # the trained choice, from the plain cache
             return drop_from(full, ctx, self.comp.choose(self.comp.scores(ctx), ctx, k))
         if method.startswith("kvdistill:"):  # another choice, under the trained routing and its way to share a budget
-            c = model.cfg
-            scores = self.scores(method.partition(":")[2], int(k)).expand(1, c.n_layer, c.n_kv_head, -1)
+            heads = model.cfg.n_layer, model.cfg.n_kv_head
+            scores = self.scores(method.partition(":")[2], int(k)).expand(1, *heads, -1)
             scores = scores if self.comp.cfg.choice == "head" else scores.mean((1, 2), keepdim=True)
             return self.comp.compress(model, ctx, tokens=int(k), scores=scores)
         choice = self.choice(method, k)
-        rows = len(choice.kept)
-        return drop_from(full if rows == 1 else full.rows([0] * rows), ctx, choice)
+        return drop_from(full.rows([0] * len(choice.kept)) if len(choice.kept) > 1 else full, ctx, choice)
 
     def timed_cache(self, method: str, keep: float) -> tuple[Cache, dict]:
         """And its seconds: `prefill` is what the method needs of reading the context plainly, `compress` the rest,
@@ -248,9 +244,9 @@ class Document:
         self.owed, start = 0.0, clock(self.model)
         cache = self.cache(method, keep)
         own = 0.0 if cache is self.full else clock(self.model) - start + self.owed
-        read = {"truncate": 0.0, "none": 0.0, "kvdistill": self.seconds["read"], "untrained": self.seconds["read"]}
-        prefill = self.seconds["prefill"] if cache is self.full else read.get(method, self.seconds["prefill"])
-        return cache, {"prefill": prefill, "compress": own}
+        plain, read = self.seconds["prefill"], self.seconds["read"]
+        less = {"truncate": 0.0, "none": 0.0, "kvdistill": read, "untrained": read}
+        return cache, {"prefill": plain if cache is self.full else less.get(method, plain), "compress": own}
 
 
 # ------------------------------------------------------------------------------------------------- judging answers
@@ -289,8 +285,8 @@ class Judge:
         return self.model.logits(h[b.answers.to(self.model.device)]).log_softmax(-1)
 
     def __call__(self, cache: Cache) -> list[dict]:
-        by_task = {"fidelity": self.fidelity, "choice": self.choice, "cost": self.cost}
-        return by_task.get(self.task, self.generated)(cache)
+        return {"fidelity": self.fidelity, "choice": self.choice, "cost": self.cost
+                }.get(self.task, self.generated)(cache)
 
     def fidelity(self, cache):
         per_token = divergence(self.log_probabilities(self.case.queries, cache), self.teacher).cpu()   # (3, R)
@@ -408,9 +404,9 @@ def evaluate(a, lists: dict, about: dict, world: World, results: Results) -> Non
     if folder is None and ours:
         raise BadInput(f"--methods {','.join(ours)} need a trained adapter and there is none for this model; train one "
                        "(train.py), give --adapter, or leave them out")
-    state = b"".join(v.cpu().numpy().tobytes() for v in comp.state_dict().values())
+    state = hashlib.sha256(b"".join([repr(comp.cfg).encode(), *(v.cpu().numpy() for v in comp.state_dict().values())]))
     settings = {"weights": base_of(model, tokenizer)["weights"][:16], "dtype": str(model.dtype)[6:],
-                "adapter": hashlib.sha256(state).hexdigest()[:16], "seed": a.seed, "tasks": {}}
+                "adapter": state.hexdigest()[:16], "seed": a.seed, "tasks": {}}
     # with --truncate in any case: documents do not depend on the methods
     replay = replay_overhead(tokenizer) if a.truncate or any("kvzip" in m for m in lists["methods"]) else 0
     work = {}
@@ -418,8 +414,7 @@ def evaluate(a, lists: dict, about: dict, world: World, results: Results) -> Non
         with world.one_first():  # texts are made tokens of once
             work[task], settings["tasks"][task] = build(task, a, lists, tokenizer, model, replay)
     if world.broadcast(settings) != settings:
-        raise BadInput(f"process {world.rank} has other weights, adapter or documents than process 0; expected the "
-                       "same")
+        raise BadInput(f"process {world.rank} has other weights, adapter or documents than process 0; expected equal")
     results.begin({"settings": settings, **about, "processes": world.world_size, "against": a.against,
                    "model": model_name(a.weights), "adapter": folder and os.path.relpath(folder, ROOT),
                    "device": str(model.device), "cells": [],
@@ -448,8 +443,7 @@ def evaluate(a, lists: dict, about: dict, world: World, results: Results) -> Non
     if a.json:
         return print(json.dumps(cells))
     print_table(cells)
-    if a.out:
-        print(f"\nresult: {a.out}")
+    print(f"\nresult: {a.out}" if a.out else "")
 
 
 if __name__ == "__main__":

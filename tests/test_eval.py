@@ -13,12 +13,10 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from compress import drop_from
 from conftest import ROOT, tiny_compressor, tiny_llama
 from data.samples import Case, Query
 from eval import (BASELINES, METHODS, SCORES, Document, Judge, attention_sum, choose, choose_in_layer, divergence, h2o,
                   knorm, kvzip, kvzip_replays, measure, snapkv, streaming)
-from model import Cache
 from run.errors import BadInput
 from run.records import append_records, cells_of, continue_from, load_records, mean_and_interval, print_table
 
@@ -207,7 +205,7 @@ def test_h2o_splits_its_budget_between_heavy_hitters_and_recent_tokens(document,
 
 def test_budgets_by_hand():
     """Two layers of two heads, six tokens of which the first is no candidate, two to keep per head."""
-    scores = torch.tensor([[[[9, 5, 4, 3, 0, 0], [9, 1, 1, 0, 0, 0]], [[9, 8, 7, 6, 0, 1], [9, 0, 0, 2, 0, 0]]]]).float()
+    scores = torch.tensor([[[[9., 5, 4, 3, 0, 0], [9, 1, 1, 0, 0, 0]], [[9, 8, 7, 6, 0, 1], [9, 0, 0, 2, 0, 0]]]])
     candidates, k = torch.tensor([[False, True, True, True, True, True]]), torch.tensor([2])
     where = lambda choice: [[x.nonzero()[:, 0].tolist() for x in layer] for layer in choice.kept[0]]  # noqa: E731
     assert where(choose(scores, candidates, k, 1)) == [[[1, 2], [1, 2]], [[1, 2], [1, 3]]]
