@@ -5,10 +5,9 @@
     torchrun --nproc_per_node 2 -- eval.py ...         # two processes, or one per GPU, share the documents out
 
 The protocol: a document is compressed before any question is known, the chat header kept; then all questions are asked
-of the one cache. `full` is the ceiling, `none` (no document) the floor. Intervals are 95 % bootstrap intervals with the
-document as unit. A baseline is a score for each entry, and the budget its authors share it by (`BASELINES`). The parts,
-in order: budgets, scores, one method's cache, judging answers, the loop, the program. Tasks and metrics are in
-data/tasks.py, means and intervals in run/records.py.
+of the one cache. `full` is the ceiling, `none` (no document) the floor. A baseline is a score for each entry, and the
+budget its authors share it by (`BASELINES`). The parts, in order: budgets, scores, one method's cache, judging answers,
+the loop, the program. Tasks and metrics are in data/tasks.py, means and 95 % intervals (by document) in run/records.py.
 
 Shapes: N tokens of the one document at hand, K kept per head on average, L layers, H query heads, G key-value heads, d
 head width. Scores are (1, l, g, N), l and g as in compress.py: TOVA's are (1, L, 1, N), for example.
@@ -16,20 +15,19 @@ head width. Scores are (1, l, g, N), l and g as in compress.py: TOVA's are (1, L
 import hashlib
 import json
 import math
+import os
 import platform
 import random
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from compress import (Choice, Compressor, Context, attention_received, drop_from, kept_count, open_compressor, select)
+from compress import Choice, Compressor, Context, attention_received, drop_from, kept_count, open_compressor, select
 from data import tasks as T
 from data.samples import REPEAT, Case, Query, collate
 from data.tasks import MAX_NEW_TOKENS, METRICS, SQUAD_END, tokens_with
@@ -37,9 +35,8 @@ from model import Cache, Llama, generate
 from run.errors import BadInput, provenance, run_program
 from run.eval_flags import KEEPS, agree, build, check, parse_args
 from run.files import ROOT, base_of
-from run.folders import alone_in
 from run.models import model_name, open_model
-from run.records import append_records, cells_of, continue_from, keeps_of, print_table, write_result
+from run.records import Results, cells_of, keeps_of, print_table
 from run.world import World
 
 SINKS, WINDOW, KERNEL, CHUNK, TAIL = 4, 64, 5, 2048, 8  # tokens; the originals' defaults
@@ -63,11 +60,10 @@ DEFAULT_METHODS = "full,none,random,streaming,knorm,snapkv,adasnapkv,kvzip,kvdis
 
 def choose(scores, candidates, k, heads: int, recent: int = 0) -> Choice:
     """The best entries where every `heads` adjacent heads share a budget of heads·k: 1, each has its own; G, those of a
-    layer share; L·G, all share. scores (B, l, g, N); candidates (1 or B, N); k (1,) int64; recent: the last ones, kept
-    in every head. `select`, with a row for each budget."""
+    layer share; L·G, all share. scores (B, l, g, N); candidates (1, N); k (1,) int64; recent: the last ones, kept in
+    every head. `select`, with a row for each budget."""
     rows = scores.reshape(-1, 1, heads, scores.shape[3])
-    per_row = candidates.repeat_interleave(len(rows) // len(candidates), 0)
-    choice = select(rows, per_row, k.expand(len(rows)), recent, check=False)
+    choice = select(rows, candidates.expand(len(rows), -1), k.expand(len(rows)), recent, check=False)
     return replace(choice, kept=choice.kept.view(scores.shape))
 
 
@@ -80,21 +76,30 @@ def choose_in_layer(scores, candidates, k, recent: int) -> Choice:
 
 # -------------------------------------------------------------------------------------------------------- the scores
 
-def attention_weights(q, k, own: int, block: int = 64) -> Iterator[torch.Tensor]:
-    """Causal attention weights of queries q (1, H, T, d) over keys k (1, G, S, d), a block of queries at a time.
+def attention_sum(q, k, own: int, block: int = 64):
+    """The attention that keys k (1, G, S, d) get from all queries q (1, H, T, d) together: (G, H/G, S) fp32.
 
-    own: the index among the keys of query 0's own; what lies before it, every query sees. Yields fp32 (G, H/G, t, s),
-    s the keys that the block's last query sees: blocks, because all of them at 8k tokens would take 2.4 GB for each
-    layer of nine heads, and because the keys behind a block need not be multiplied.
-    """
-    (_, H, T, d), (_, G, _, _) = q.shape, k.shape
+    own: the index among the keys of query 0's own; what lies before it, every query sees; the rest is causal. In blocks
+    of queries, for all weights at 8k tokens would take 2.4 GB for each layer of nine heads."""
+    (_, H, T, d), (_, G, S, _) = q.shape, k.shape
+    total = torch.zeros(G, H // G, S, device=k.device)
     for i in range(0, T, block):
         rows = q[0].view(G, H // G, T, d)[:, :, i:i + block] * d ** -0.5                   # (G, H/G, t, d)
         t, first = rows.shape[2], own + i
         logits = (rows.reshape(G, -1, d) @ k[0, :, :first + t].transpose(1, 2)).float().view(G, H // G, t, first + t)
-        later = torch.ones(t, t, dtype=torch.bool, device=k.device).triu(1)
-        logits[..., first:].masked_fill_(later, -math.inf)
-        yield logits.softmax(-1)
+        logits[..., first:].masked_fill_(torch.ones(t, t, dtype=torch.bool, device=k.device).triu(1), -math.inf)
+        total[..., :first + t] += logits.softmax(-1).sum(2)
+    return total
+
+
+def snap_window(k: int) -> int:  # at most half of what is kept
+    return max(1, min(WINDOW, k // 2))
+
+
+def attention_from(q, k, n: int, kernel: int):
+    """Mean attention of all queries over the first n keys, smoothed: (G, n). Smoothing pads with zeros."""
+    mean = attention_sum(q, k, n)[..., :n] / q.shape[2]                                    # (G, H/G, n)
+    return F.avg_pool1d(mean, kernel, stride=1, padding=kernel // 2).mean(1)
 
 
 def watched(model: Llama, tokens, cache, score) -> torch.Tensor:
@@ -121,17 +126,13 @@ def h2o(model: Llama, ctx: Context):
     2306.14048). kvpress divides the sum by the number of queries that could see the token, and forces no recent tokens;
     they are half of H2O's budget. For simplicity the document is read a second time here; whoever sums while reading it
     first need not, so the cost table leaves that out."""
-    def received(q, k):
-        total = torch.zeros(k.shape[1:3], device=k.device)                                 # (G, N) fp32
-        for w in attention_weights(q, k, 0):
-            total[:, :w.shape[-1]] += w.sum(2).mean(1)
-        return total
-    return watched(model, ctx.tokens, None, received)
+    return watched(model, ctx.tokens, None, lambda q, k: attention_sum(q, k, 0).mean(1))
 
 
 def snapkv(model: Llama, ctx: Context, full: Cache, window: int, kernel: int = KERNEL):
     """Attention from the last `window` tokens, averaged and smoothed over 5 neighbours; they stay themselves (SnapKV,
-    arXiv 2404.14469). Those tokens are read once more, on top of the cache of what lies before them."""
+    arXiv 2404.14469). Those tokens are read once more, on top of the cache of what lies before them. TOVA (arXiv
+    2401.06104) is this with a window of one token, nothing smoothed, all heads of a layer alike."""
     n = ctx.tokens.shape[1] - window
     before = Cache([[p.map(lambda x: x[:, :, :n]) for p in parts] for parts in full.layers],
                    full.next_position - window)
@@ -139,32 +140,11 @@ def snapkv(model: Llama, ctx: Context, full: Cache, window: int, kernel: int = K
     return F.pad(scores, (0, window), value=1.0)                                           # no mean weight is above
 
 
-def attention_from(q, k, n: int, kernel: int):
-    """Mean attention of all queries over the first n keys, smoothed: (G, n). Smoothing pads with zeros."""
-    mean = next(attention_weights(q, k, n, block=q.shape[2]))[..., :n].mean(2)             # (G, H/G, n)
-    return F.avg_pool1d(mean, kernel, stride=1, padding=kernel // 2).mean(1)
-
-
-def tova(model: Llama, ctx: Context, full: Cache):
-    """SnapKV with a window of one token, all heads of a layer alike, nothing smoothed (TOVA, arXiv 2401.06104)."""
-    return snapkv(model, ctx, full, window=1, kernel=1).mean(2, keepdim=True)
-
-
-def question_scores(model: Llama, full: Cache, prompt: list[int], n: int):
-    """SnapKV whose window is the *question*: an upper reference, for the cache fits this one question only."""
-    tokens = torch.tensor([prompt], device=model.device)
-    return watched(model, tokens, full, lambda q, k: attention_from(q, k, n, KERNEL))
-
-
 def kvzip_replays(tokenizer, ids: list[int], first: int, chunk: int = CHUNK) -> list[tuple[int, int, list[int]]]:
     """[(start, end, ids to read on top of the cache)]: an instruction to repeat, then ids[start:end] themselves."""
-    out = []
-    for a in range(first, len(ids), chunk):
-        ask = tokenizer.encode(REPEAT)
-        if a > first:
-            ask = tokenizer.encode(REPEAT_FROM) + ids[max(a - TAIL, first):a]
-        out.append((a, min(a + chunk, len(ids)), ask + tokenizer.turn + ids[a:a + chunk]))
-    return out
+    asks = {a: tokenizer.encode(REPEAT_FROM) + ids[max(a - TAIL, first):a] for a in range(first, len(ids), chunk)}
+    asks[first] = tokenizer.encode(REPEAT)
+    return [(a, min(a + chunk, len(ids)), ask + tokenizer.turn + ids[a:a + chunk]) for a, ask in asks.items()]
 
 
 def replay_overhead(tokenizer) -> int:
@@ -204,39 +184,37 @@ class Document:
         self.full = self.comp.full(model, self.ctx)
         self.seconds = {"read": t1 - t0, "prefill": clock(model) - t0}
 
-    def scores(self, name: str, window: int):
-        """(1, l, g, N) fp32; `question`: a row for each query. window: the recent tokens that SnapKV looks from."""
-        key = (name, window if name == "snapkv" else None)
-        if key not in self.memo:
-            start, n, c = clock(self.model), self.ctx.tokens.shape[1], self.model.cfg
-            rng = torch.Generator().manual_seed(random.Random(self.seed).getrandbits(62))
-            self.memo[key] = {
-                "random": lambda: torch.rand(1, c.n_layer, c.n_kv_head, n, generator=rng).to(self.model.device),
-                "random:token": lambda: torch.rand(1, 1, 1, n, generator=rng).to(self.model.device),
-                "streaming": lambda: streaming(self.ctx),
-                "knorm": lambda: knorm(self.full),
-                "h2o": lambda: h2o(self.model, self.ctx),
-                "snapkv": lambda: snapkv(self.model, self.ctx, self.full, window),
-                "tova": lambda: tova(self.model, self.ctx, self.full),
-                "kvzip": lambda: kvzip(self.model, self.tok, self.ctx, self.full),
-                "question": lambda: torch.cat([question_scores(self.model, self.full, q.prompt, n)
-                                               for q in self.case.queries])}[name](), 0.0
-            self.memo[key] = self.memo[key][0], clock(self.model) - start
-        else:
+    def scores(self, name: str, k: int):
+        """(1, l, g, N) fp32; `question`: a row for each query. Only SnapKV's depend on k."""
+        key = name, snap_window(k) if name == "snapkv" else None
+        if key in self.memo:
             self.owed += self.memo[key][1]  # made for another cache, but this method needs them as well
-        return self.memo[key][0]
+            return self.memo[key][0]
+        start, model, ctx, full = clock(self.model), self.model, self.ctx, self.full
+        n, heads = ctx.tokens.shape[1], (model.cfg.n_layer, model.cfg.n_kv_head)
+        rng = torch.Generator().manual_seed(random.Random(self.seed).getrandbits(62))
+        scores = {"random": lambda: torch.rand(1, *heads, n, generator=rng).to(model.device),
+                  "random:token": lambda: torch.rand(1, 1, 1, n, generator=rng).to(model.device),
+                  "streaming": lambda: streaming(ctx), "knorm": lambda: knorm(full), "h2o": lambda: h2o(model, ctx),
+                  "snapkv": lambda: snapkv(model, ctx, full, snap_window(k)),
+                  "tova": lambda: snapkv(model, ctx, full, 1, 1).mean(2, keepdim=True),
+                  "kvzip": lambda: kvzip(model, self.tok, ctx, full),
+                  # SnapKV whose window is the question: an upper reference, for the cache fits this one question only
+                  "question": lambda: torch.cat([
+                      watched(model, torch.tensor([x.prompt], device=model.device), full,
+                              lambda q, k: attention_from(q, k, n, KERNEL)) for x in self.case.queries])}[name]()
+        self.memo[key] = scores, clock(model) - start
+        return scores
 
     def choice(self, method: str, k) -> Choice:
         """What a baseline keeps, by its scores and its budget. k: (1,) int64."""
         (name, budget), candidates = BASELINES[method], self.ctx.candidates
-        window = max(1, min(WINDOW, int(k) // 2))
-        scores = self.scores(name, window)
+        scores, window = self.scores(name, int(k)), snap_window(int(k))
         recent = {"h2o": int(k) // 2, "snapkv": window, "tova": 1}.get(name, 0)
-        if budget == "ours":
-            return self.comp.choose(scores, self.ctx, k)
-        if budget == "layer":
-            return choose_in_layer(scores, candidates, k, recent)
-        return choose(scores, candidates, k, scores[0, ..., 0].numel() if budget == "all" else 1, recent)
+        return {"ours": lambda: self.comp.choose(scores, self.ctx, k),
+                "layer": lambda: choose_in_layer(scores, candidates, k, recent),
+                "all": lambda: choose(scores, candidates, k, scores[0, ..., 0].numel(), recent),
+                "head": lambda: choose(scores, candidates, k, 1, recent)}[budget]()
 
     def cache(self, method: str, keep: float) -> Cache:
         """The short cache of one method: one row, or, for `question`, a row per query. keep = 1 is the whole cache."""
@@ -253,14 +231,12 @@ class Document:
         if method == "no-routing":  # the trained choice, from the plain cache
             return drop_from(full, ctx, self.comp.choose(self.comp.scores(ctx), ctx, k))
         if method.startswith("kvdistill:"):  # another choice, under the trained routing and its way to share a budget
-            c = model.cfg
-            scores = self.scores(method.partition(":")[2], max(1, min(WINDOW, int(k) // 2)))
-            scores = scores.expand(1, c.n_layer, c.n_kv_head, -1)
+            heads = model.cfg.n_layer, model.cfg.n_kv_head
+            scores = self.scores(method.partition(":")[2], int(k)).expand(1, *heads, -1)
             scores = scores if self.comp.cfg.choice == "head" else scores.mean((1, 2), keepdim=True)
             return self.comp.compress(model, ctx, tokens=int(k), scores=scores)
         choice = self.choice(method, k)
-        rows = len(choice.kept)
-        return drop_from(full if rows == 1 else full.rows([0] * rows), ctx, choice)
+        return drop_from(full.rows([0] * len(choice.kept)) if len(choice.kept) > 1 else full, ctx, choice)
 
     def timed_cache(self, method: str, keep: float) -> tuple[Cache, dict]:
         """And its seconds: `prefill` is what the method needs of reading the context plainly, `compress` the rest,
@@ -268,9 +244,9 @@ class Document:
         self.owed, start = 0.0, clock(self.model)
         cache = self.cache(method, keep)
         own = 0.0 if cache is self.full else clock(self.model) - start + self.owed
-        read = {"truncate": 0.0, "none": 0.0, "kvdistill": self.seconds["read"], "untrained": self.seconds["read"]}
-        prefill = self.seconds["prefill"] if cache is self.full else read.get(method, self.seconds["prefill"])
-        return cache, {"prefill": prefill, "compress": own}
+        plain, read = self.seconds["prefill"], self.seconds["read"]
+        less = {"truncate": 0.0, "none": 0.0, "kvdistill": read, "untrained": read}
+        return cache, {"prefill": plain if cache is self.full else less.get(method, plain), "compress": own}
 
 
 # ------------------------------------------------------------------------------------------------- judging answers
@@ -349,14 +325,9 @@ class Judge:
     def generated(self, cache):
         queries = self.case.queries
         cache = cache if len(cache.next_position) == len(queries) else cache.rows([0] * len(queries))
-        ids = [[] for _ in queries]
-        prompts, new = [q.prompt for q in queries], MAX_NEW_TOKENS[self.task]
         ends = self.tok.stop_ids | (tokens_with(self.tok, SQUAD_END) if self.task == "squad" else frozenset())
-        for step in generate(self.model, cache, prompts, new, ends):
-            for row, t in zip(ids, step):
-                if t is not None:
-                    row.append(t)
-        texts = [self.tok.decode(row).strip() for row in ids]
+        steps = list(generate(self.model, cache, [q.prompt for q in queries], MAX_NEW_TOKENS[self.task], ends))
+        texts = [self.tok.decode([s[i] for s in steps if s[i] is not None]).strip() for i in range(len(queries))]
         metrics = METRICS[self.task].items()
         return [{"kind": q.kind, "weight": 1, "prediction": text, **{name: f(text, q.gold) for name, f in metrics}}
                 for q, text in zip(queries, texts)]
@@ -414,36 +385,28 @@ def held_out_table(model: Llama, tokenizer, comp: Compressor, sources: str, shar
 
 # ----------------------------------------------------------------------------------------------------- the program
 
-def shown(folder: Path | None) -> str | None:
-    return str(folder.relative_to(ROOT) if folder and folder.is_relative_to(ROOT) else folder)
-
-
 def main() -> None:
     a = parse_args(METHODS, DEFAULT_METHODS)
-    lists, about, start = check(a, METHODS), provenance(a.seed), time.perf_counter()
+    lists, about = check(a, METHODS), provenance(a.seed)
     world = World.start(a.device)
-    if world.world_size > 1:
-        agree(a, lists, world)
-    with ExitStack() as held:
-        if a.out is not None:  # two runs would ask everything twice, and each would overwrite the other's result
-            out = Path(a.out)
-            world.on_rank0(lambda: held.enter_context(alone_in(out.parent, f".{out.name}.lock", f"writing {out.name}")))
-        evaluate(a, lists, about, world, start)
+    agree(a, lists, world)
+    with Results(a.out, world) as results:
+        evaluate(a, lists, about, world, results)
     if world.world_size > 1:
         dist.destroy_process_group()
 
 
-def evaluate(a, lists: dict, about: dict, world: World, start: float) -> None:
-    """What every process does: its share of the documents; the first one writes and shows the result."""
+def evaluate(a, lists: dict, about: dict, world: World, results: Results) -> None:
+    """What every process does: its share of the documents; the first one shows the result."""
     model, tokenizer = open_model(a)
     comp, folder = open_compressor(a.adapter, model, tokenizer, a.seed)
     ours = [m for m in lists["methods"] if m.startswith("kvdistill") or m == "no-routing"]
     if folder is None and ours:
         raise BadInput(f"--methods {','.join(ours)} need a trained adapter and there is none for this model; train one "
                        "(train.py), give --adapter, or leave them out")
-    state = b"".join(v.cpu().numpy().tobytes() for v in comp.state_dict().values())
+    state = hashlib.sha256(b"".join([repr(comp.cfg).encode(), *(v.cpu().numpy() for v in comp.state_dict().values())]))
     settings = {"weights": base_of(model, tokenizer)["weights"][:16], "dtype": str(model.dtype)[6:],
-                "adapter": hashlib.sha256(state).hexdigest()[:16], "seed": a.seed, "tasks": {}}
+                "adapter": state.hexdigest()[:16], "seed": a.seed, "tasks": {}}
     # with --truncate in any case: documents do not depend on the methods
     replay = replay_overhead(tokenizer) if a.truncate or any("kvzip" in m for m in lists["methods"]) else 0
     work = {}
@@ -451,75 +414,36 @@ def evaluate(a, lists: dict, about: dict, world: World, start: float) -> None:
         with world.one_first():  # texts are made tokens of once
             work[task], settings["tasks"][task] = build(task, a, lists, tokenizer, model, replay)
     if world.broadcast(settings) != settings:
-        raise BadInput(f"process {world.rank} has other weights, adapter or documents than process 0; expected the "
-                       "same")
+        raise BadInput(f"process {world.rank} has other weights, adapter or documents than process 0; expected equal")
+    results.begin({"settings": settings, **about, "processes": world.world_size, "against": a.against,
+                   "model": model_name(a.weights), "adapter": folder and os.path.relpath(folder, ROOT),
+                   "device": str(model.device), "cells": [],
+                   "versions": {"python": platform.python_version(), "torch": torch.__version__}})
 
-    out = None if a.out is None else Path(a.out)
-    answers = out and out.with_name(out.name.removesuffix(".json") + ".jsonl.gz")
-    result = {"settings": settings, **about, "processes": world.world_size, "against": a.against,
-              "model": model_name(a.weights), "adapter": shown(folder), "device": str(model.device),
-              "versions": {"python": platform.python_version(), "torch": torch.__version__}, "cells": []}
-    records = world.on_rank0(lambda: continue_from(out, answers, result)) if out else []
-    before, saved = result.get("seconds", 0), start
     torch.manual_seed(a.seed + 1)
     comps = {"kvdistill": comp, "untrained": Compressor(model.cfg, comp.cfg).to(model.device)}
     for task, cases in work.items():
-        done = {(r["case"], r["method"], r["keep"]) for r in records if r["task"] == task}
         wanted = {(i, m, k) for i in range(len(cases)) for m in lists["methods"] for k in keeps_of(m, lists["keep"])}
-        if wanted & done:
-            print(f"{task}: {len(wanted & done)} of {len(wanted)} caches were asked before and are skipped")
-        task_start, fresh = time.perf_counter(), []
+        done = results.done(task, wanted)
         if task == "cost":  # the first passes are slow, whatever they are
             warm = replace(cases[0], context=cases[0].context[:128], unit="warm")
             list(measure(task, model, tokenizer, comps, [(0, warm)], lists["methods"], lists["keep"], a.seed))
         left = world.part(sorted({i for i, _, _ in wanted - done}))
         bar = tqdm([(i, cases[i]) for i in left], desc=task, unit="document", mininterval=1, disable=world.rank > 0)
-        metric = next(iter(METRICS[task]))
-        for part in measure(task, model, tokenizer, comps, bar, lists["methods"], lists["keep"], a.seed, done):
-            fresh += part
-            if answers:
-                append_records(answers, part)
-            if world.rank:
-                continue
-            bar.set_postfix_str(running(records + fresh, task, metric, lists["methods"]))
-            if out and time.perf_counter() - saved > 10:  # how long it took so far; answers are safe
-                saved = time.perf_counter()
-                write_result(out, result | {"seconds": round(before + saved - start, 1)})
-        fresh = sorted(world.gather(fresh), key=lambda r: r["case"])
-        records += fresh
-        result["seconds"] = round(before + time.perf_counter() - start, 1)
-        print(f"{task}: {sum(len(r['answers']) for r in fresh)} answers from {len(fresh)} caches in "
-              f"{time.perf_counter() - task_start:.0f} s")
-        if world.rank:
-            continue
-        contexts = {name: x.get("contexts") for name, x in settings["tasks"].items()}
-        result["cells"] = cells_of(records, result["against"], contexts)
-        if out:
-            write_result(out, result)
+        for records in measure(task, model, tokenizer, comps, bar, lists["methods"], lists["keep"], a.seed, done):
+            results.add(records)
+        results.finish(task)
     if world.rank:
         return
     if a.plot:
         from results.plots import draw
-        for path in draw(result, out):
+        for path in draw(results.result, results.out):
             print(f"figure: {path}")
-    cells = [c for c in result["cells"] if c["task"] in lists["tasks"]]
+    cells = [c for c in results.result["cells"] if c["task"] in lists["tasks"]]
     if a.json:
-        print(json.dumps(cells))
-        return
+        return print(json.dumps(cells))
     print_table(cells)
-    if out:
-        print(f"\nresult: {out}")
-
-
-def running(records: list[dict], task: str, metric: str, methods) -> str:
-    """The score so far of a few methods, at the smallest kept fraction that each was asked at."""
-    text = []
-    for m in [m for m in ("full", "none", "random", "kvzip", "kvdistill") if m in methods]:
-        mine = [r for r in records if r["task"] == task and r["method"] == m]
-        low = min(r["keep"] for r in mine)
-        values = [(x[metric], x["weight"]) for r in mine if r["keep"] == low for x in r["answers"]]
-        text.append(f"{m} {sum(v * w for v, w in values) / sum(w for _, w in values):.2f}")
-    return " ".join(text)
+    print(f"\nresult: {a.out}" if a.out else "")
 
 
 if __name__ == "__main__":

@@ -109,17 +109,20 @@ def check(a: argparse.Namespace, methods) -> dict:
 def agree(a: argparse.Namespace, lists: dict, world: World) -> None:
     """Settle what several processes must have in common, --device and --dtype, before they share the documents out.
     Errors: BadInput for what they cannot share."""
+    if world.world_size == 1:
+        return
     if "cost" in lists["tasks"]:
         raise BadInput("--tasks cost is timed, and other processes would be in its way; run it without torchrun")
     if world.world_size > world.local_world_size:
-        raise BadInput(f"{world.world_size} processes on {world.world_size // world.local_world_size} hosts: expected one host, where "
-                       "they can append to one file of answers")
+        raise BadInput(f"{world.world_size} processes on {world.world_size // world.local_world_size} hosts: expected "
+                       "one host, where they can append to one file of answers")
     if a.weights is None:
         with world.one_first():
             fetch()
     a.device = str(world.device)
     if a.dtype == "auto":
-        a.dtype = world.on_rank0(lambda: {torch.float32: "fp32", torch.bfloat16: "bf16"}[pick_dtype("auto", world.device)])
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+        a.dtype = world.on_rank0(lambda: names[pick_dtype("auto", world.device)])
 
 
 def build(task: str, a: argparse.Namespace, lists: dict, tokenizer, model: Llama, replay: int
