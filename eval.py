@@ -14,7 +14,6 @@ head width. Scores are (1, l, g, N), l and g as in compress.py: TOVA's are (1, L
 """
 import hashlib
 import json
-import math
 import os
 import platform
 import random
@@ -76,37 +75,26 @@ def choose_in_layer(scores, candidates, k, recent: int) -> Choice:
 
 # -------------------------------------------------------------------------------------------------------- the scores
 
-def attention_sum(q, k, own: int, block: int = 64):
-    """The attention that keys k (1, G, S, d) get from all queries q (1, H, T, d) together: (G, H/G, S) fp32.
+def attention_sum(model: Llama, tokens, cache: Cache | None, n: int):
+    """The attention that the first n keys get from all of `tokens` (1, T), read on top of `cache`, together:
+    (L, G, H/G, n) fp32."""
+    total = {}
 
-    own: the index among the keys of query 0's own; what lies before it, every query sees; the rest is causal. In blocks
-    of queries, for all weights at 8k tokens would take 2.4 GB for each layer of nine heads."""
-    (_, H, T, d), (_, G, S, _) = q.shape, k.shape
-    total = torch.zeros(G, H // G, S, device=k.device)
-    for i in range(0, T, block):
-        rows = q[0].view(G, H // G, T, d)[:, :, i:i + block] * d ** -0.5                   # (G, H/G, t, d)
-        t, first = rows.shape[2], own + i
-        logits = (rows.reshape(G, -1, d) @ k[0, :, :first + t].transpose(1, 2)).float().view(G, H // G, t, first + t)
-        logits[..., first:].masked_fill_(torch.ones(t, t, dtype=torch.bool, device=k.device).triu(1), -math.inf)
-        total[..., :first + t] += logits.softmax(-1).sum(2)
-    return total
+    def watch(layer, weights, first):                                                      # (1, G, H/G, t, s)
+        received = F.pad(weights[0, ..., :n].sum(2), (0, max(0, n - weights.shape[-1])))
+        total[layer] = total[layer] + received if layer in total else received
+    model(tokens, cache, watch=watch)
+    return torch.stack(list(total.values()))
 
 
 def snap_window(k: int) -> int:  # at most half of what is kept
     return max(1, min(WINDOW, k // 2))
 
 
-def attention_from(q, k, n: int, kernel: int):
-    """Mean attention of all queries over the first n keys, smoothed: (G, n). Smoothing pads with zeros."""
-    mean = attention_sum(q, k, n)[..., :n] / q.shape[2]                                    # (G, H/G, n)
-    return F.avg_pool1d(mean, kernel, stride=1, padding=kernel // 2).mean(1)
-
-
-def watched(model: Llama, tokens, cache, score) -> torch.Tensor:
-    """score(q, k) -> (G, N) of every layer while the model reads `tokens` on top of `cache`: (1, L, G, N)."""
-    rows = []
-    model(tokens, cache, watch=lambda layer, q, k: rows.append(score(q, k)))
-    return torch.stack(rows)[None]
+def attention_from(model: Llama, tokens, cache: Cache, n: int, kernel: int):
+    """Mean attention of all `tokens` over the n keys of `cache`, smoothed: (1, L, G, n). Smoothing pads with zeros."""
+    mean = attention_sum(model, tokens, cache, n) / tokens.shape[1]
+    return F.avg_pool1d(mean.flatten(0, 1), kernel, stride=1, padding=kernel // 2).view_as(mean).mean(2)[None]
 
 
 def streaming(ctx: Context):
@@ -126,7 +114,7 @@ def h2o(model: Llama, ctx: Context):
     2306.14048). kvpress divides the sum by the number of queries that could see the token, and forces no recent tokens;
     they are half of H2O's budget. For simplicity the document is read a second time here; whoever sums while reading it
     first need not, so the cost table leaves that out."""
-    return watched(model, ctx.tokens, None, lambda q, k: attention_sum(q, k, 0).mean(1))
+    return attention_sum(model, ctx.tokens, None, ctx.tokens.shape[1]).mean(2)[None]
 
 
 def snapkv(model: Llama, ctx: Context, full: Cache, window: int, kernel: int = KERNEL):
@@ -136,7 +124,7 @@ def snapkv(model: Llama, ctx: Context, full: Cache, window: int, kernel: int = K
     n = ctx.tokens.shape[1] - window
     before = Cache([[p.map(lambda x: x[:, :, :n]) for p in parts] for parts in full.layers],
                    full.next_position - window)
-    scores = watched(model, ctx.tokens[:, n:], before, lambda q, k: attention_from(q, k, n, kernel))
+    scores = attention_from(model, ctx.tokens[:, n:], before, n, kernel)
     return F.pad(scores, (0, window), value=1.0)                                           # no mean weight is above
 
 
@@ -201,8 +189,8 @@ class Document:
                   "kvzip": lambda: kvzip(model, self.tok, ctx, full),
                   # SnapKV whose window is the question: an upper reference, for the cache fits this one question only
                   "question": lambda: torch.cat([
-                      watched(model, torch.tensor([x.prompt], device=model.device), full,
-                              lambda q, k: attention_from(q, k, n, KERNEL)) for x in self.case.queries])}[name]()
+                      attention_from(model, torch.tensor([x.prompt], device=model.device), full, n, KERNEL)
+                      for x in self.case.queries])}[name]()
         self.memo[key] = scores, clock(model) - start
         return scores
 
