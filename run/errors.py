@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -50,6 +51,18 @@ def read_json(path) -> dict:
         raise BadInput(f"{path}: {(e.strerror or str(e)).lower().replace(' or directory', '')}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
         raise BadInput(f"{path}: not valid JSON ({e}); write it again") from None
+
+
+@contextmanager
+def reading(path):
+    """Whatever goes wrong while `path` is read and looked at becomes the one line that names it."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as e:
+        what = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise BadInput(f"{path}: cannot be read as expected ({what})") from None
 
 
 def provenance(seed: int) -> dict:
