@@ -75,12 +75,12 @@ def cloze(rng, text: str, tok: Tokenizer) -> Query | None:
         return None
     s, i, j = rng.choice(picks)
     prompt = tok.ask(f"Fill in the blank with words from the text: {s[:i]}{BLANK}{s[j:]}")
-    return Query("cloze", prompt, tok.encode(s[i:j]) + tok.turn[:1])
+    return Query("cloze", prompt, tok.encode(s[i:j]) + tok.end)
 
 
 def about(title: str, description: str, tok: Tokenizer) -> Query:
     prompt = tok.ask(f"What is {title}? Answer in a few words.")
-    return Query("title", prompt, tok.encode(description) + tok.turn[:1])
+    return Query("title", prompt, tok.encode(description) + tok.end)
 
 
 class Samples:
@@ -97,7 +97,7 @@ class Samples:
 
     def window(self, rng) -> tuple[list[int], list[int], list[dict]]:
         """A context of n_context tokens, the tokens that follow it, and the articles that lie in it as a whole."""
-        shard, gap = self.shards[rng.randrange(len(self.shards))], self.tok.encode("\n\n")
+        shard, gap = self.shards[rng.randrange(len(self.shards))], self.tok.encode("\n\n", joined=True)
         need, ids, inside = self.n_context + self.n_answer, [], []
         while len(ids) < need:
             i = rng.randrange(len(shard))

@@ -185,7 +185,7 @@ def text_of(where: str, line: dict, *names: str) -> str:
 
 def squad_query(tok: Tokenizer, question: str, golds: list[str], kind: str = "all") -> Query:
     prompt = tok.ask(SQUAD_PROMPT.format(question)) + tok.encode(SQUAD_ANSWER)
-    return Query(kind, prompt, tok.encode(golds[0] + SQUAD_END[0]), golds)
+    return Query(kind, prompt, tok.encode(golds[0] + SQUAD_END[0], joined=True), golds)
 
 
 def squad(tok: Tokenizer, path, n: int, seed: int, pack: int = 1) -> list[Case]:
@@ -254,7 +254,7 @@ def fidelity(tok: Tokenizer, n: int, seed: int, n_context: int = 512, sources: s
     """n held-out documents per kind, from the sources in turn; only short articles have a title to ask for."""
     rng, queues = random.Random(f"{seed}/fidelity"), []
     for folder in prepare(sources.split(","), tok, shards):
-        found = windows(Shard(folder, "val", tok), tok.encode("\n\n"), rng, n_context, n_answer)
+        found = windows(Shard(folder, "val", tok), tok.encode("\n\n", joined=True), rng, n_context, n_answer)
         queues.append([(f"{Path(folder).name}/{unit}", *rest) for unit, *rest in found])
     order = [q[r] for r in range(max(map(len, queues))) for q in queues if r < len(q)]
     cases, missing = [], dict.fromkeys(("continue", "recite", "cloze", "title"), n)

@@ -1,24 +1,16 @@
 """Training samples: addressable, made of the text alone, and as tensors."""
-import json
-
 import pytest
 import torch
 
 from data.prepare import Shard, write_shards
 from data.samples import BLANK, KINDS, Case, Query, Samples, collate
 from data.tokenizer import Tokenizer
-from test_tokenizer import tiny_tokenizer_json
-
-HEADER = 8  # a stand-in: the tiny tokenizer has no chat format
+from test_tokenizer import write_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tok(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tok")
-    (folder / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json()), encoding="utf-8")
-    tok = Tokenizer(folder)
-    tok.header, tok.turn = [300] * HEADER, [304]
-    return tok
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tok")))
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +29,8 @@ def test_samples_are_addressable_and_made_of_the_text(shard, tok):
     seen = set()
     for i in range(20):
         c = stream(i)
-        assert c.context[:HEADER] == tok.header and c.n == 700 and c.n_protect == HEADER
-        text = tok.decode(c.context[HEADER:])
+        assert c.context[:c.n_protect] == tok.header and c.n == 700 and c.n_protect == len(tok.header) > 1
+        text = tok.decode(c.context[c.n_protect:])
         for q in c.queries:
             seen.add(q.kind)
             prompt, answer = tok.decode(q.prompt), tok.decode(q.answer)

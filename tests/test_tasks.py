@@ -12,14 +12,13 @@ from data.samples import Case, Query
 from data.tasks import (N_KEYS, choice, contains, cost, exact_match, f1, fidelity, niah, normalize, rouge_l, spread,
                         squad, squad_answers, string_match_all, summary, windows)
 from data.tokenizer import Tokenizer
-from test_tokenizer import tiny_tokenizer_json
+from test_tokenizer import write_tokenizer
 
 
 @pytest.fixture
 def tok(tmp_path):
     (tmp_path / "tok").mkdir()
-    (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json()), encoding="utf-8")
-    return Tokenizer(tmp_path / "tok")
+    return Tokenizer(write_tokenizer(tmp_path / "tok"))
 
 
 # metrics ------------------------------------------------------------------------------------------------------------
