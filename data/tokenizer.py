@@ -34,7 +34,7 @@ TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo
 # A run of that many characters with, or without, white space is cut: tiktoken panics at a million blanks. A power of
 # two, for tokens of blanks are that long: cut or whole, their ids are the same.
 RUN = 1 << 14
-LONG = re.compile(rf"\s{{{RUN + 1},}}|\S{{{RUN + 1},}}")
+LONG = re.compile(rf"(?<!\s)\s{{{RUN + 1},}}|(?<!\S)\S{{{RUN + 1},}}")
 SAFE = re.compile(r"(?<=[^\W\d_])(?=[\d,.;:!?()，。；：！？、「」])")  # between these every pattern above cuts as well
 
 # A family by a mark of its chat template: what opens the user's turn, the same with a system prompt, what ends it and
@@ -138,32 +138,30 @@ class ByteLevel:
 
 
 class SentencePiece:
-    """BPE of characters, a blank being ▁; what the vocabulary lacks is spelt in bytes. Merges cross no word."""
+    """BPE of characters, a blank being ▁; what the vocabulary lacks is spelt in bytes. Attributes as ByteLevel's."""
 
     def __init__(self, spec: dict, special: dict[str, int], path):
         model, normalizer, pre = spec["model"], spec.get("normalizer"), spec.get("pre_tokenizer")
         prepend = {"type": "Prepend", "prepend": "▁"}
         blank = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
         steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
-        split = False
+        scheme, meta = None, {"type": "Metaspace", "replacement": "▁", "split": False}
         if pre is None and steps in ([prepend, blank], [blank]):
             scheme = "prepend" if len(steps) == 2 else "never"
-        elif not steps and pre and pre.get("type") == "Metaspace" and pre.get("replacement") == "▁":
-            scheme, split = pre.get("prepend_scheme", "always"), pre.get("split", True)
-        else:
-            raise BadInput(f"{path}: normalizer {[s.get('type') for s in steps]} with pre-tokenizer "
-                           f"{pre and pre.get('type')}; expected Prepend + Replace, or Metaspace, of ▁ (Llama 2)")
+        elif not steps and pre and meta.items() <= pre.items():
+            scheme = pre.get("prepend_scheme", "always")
         if scheme not in ("prepend", "always", "first", "never") or model.get("ignore_merges"):
-            raise BadInput(f"{path}: prepend_scheme {scheme!r}, ignore_merges {model.get('ignore_merges')!r}; "
-                           "expected always, first or never, and false")
+            raise BadInput(f"{path}: normalizer {[s.get('type') for s in steps]}, pre-tokenizer {pre!r:.200}, "
+                           f"ignore_merges {model.get('ignore_merges')!r}; expected Prepend + Replace, or Metaspace "
+                           "that does not split, of ▁ (Llama 2, Mistral), and false")
         vocab = {t: i for t, i in model["vocab"].items() if t not in special}
         self.bytes = [vocab[f"<0x{b:02X}>"] for b in range(256)]
         self.vocab, self.scheme, self.first = vocab, scheme, scheme in ("first", "never")
         pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
         self.ranks = {(a, b): r for r, (a, b) in enumerate(pairs) if a + b in vocab}
-        crossing = not split and any(re.search("[^▁]▁", a + b) for a, b in self.ranks)
-        self.words = re.compile("(?s).+" if crossing else "▁[^▁]*|[^▁]+" if split else "▁+[^▁]*|[^▁]+")
-        self.how, self.vocabulary = [scheme, split, pairs], sorted(vocab.items())
+        crossing = any(re.search("[^▁]▁", a + b) for a, b in self.ranks)  # else a text falls into words
+        self.words = re.compile("(?s).+" if crossing else "▁+[^▁]*|[^▁]+")
+        self.how, self.vocabulary = [scheme, pairs], sorted(vocab.items())
         self.pieces = {i: t.replace("▁", " ").encode() for t, i in vocab.items()}
         self.pieces |= {i: bytes([b]) for b, i in enumerate(self.bytes)}
         self.word = lru_cache(1 << 16)(self.merged)
@@ -195,7 +193,8 @@ class SentencePiece:
         text = text.replace(" ", "▁")
         if text and not joined and (self.scheme == "prepend" or self.scheme != "never" and text[0] != "▁"):
             text = "▁" + text
-        return [i for word in self.words.findall(text) for i in self.word(word)]
+        return [i for word in self.words.findall(text)
+                for i in (self.word if len(word) < 64 else self.merged)(word)]
 
 
 def chat_template(folder: Path, config: dict) -> str:
@@ -219,7 +218,7 @@ class Tokenizer:
     answer), `stop_ids`. A model without a chat template is asked in plain text.
 
     Args: folder: where tokenizer.json lies; system: a system prompt, in place of the one that the template brings
-    along. Errors: BadInput for anything that is not understood.
+    along (Mistral's, with the day's date in it, is left out). Errors: BadInput for anything that is not understood.
     """
 
     def __init__(self, folder, system: str | None = None):
