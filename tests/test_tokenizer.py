@@ -343,12 +343,23 @@ def test_chats_are_the_templates(tmp_path, template, kind, systems):
                                    else "<|im_end|>"]] and {*t.end} <= t.stop_ids
 
 
-@pytest.mark.parametrize("template, kind", [("llama2", "llama2"), ("mistral-v0.3", "mistral")])
-def test_a_system_prompt_before_a_sentencepiece_document(tmp_path, template, kind):
-    t = Tokenizer(folder_of(tmp_path, kind, TEMPLATES[template]), "Be brief.")
-    got = t.decode(t.header + t.encode("The house") + t.ask("Who?")).replace("<s> ", "<s>").replace("[INST] ", "[INST]")
-    assert got == {"llama2": "<s>[INST]<<SYS>>\nBe brief.\n<</SYS>>\n\n The house\n\nWho? [/INST]",
-                   "mistral": "<s>[INST]Be brief.\n\n The house\n\nWho?[/INST]"}[kind]
+@pytest.mark.parametrize("template, kind, legacy", [("llama2", "llama2", False), ("mistral-v0.3", "mistral", False),
+                                                    ("mistral-v0.3", "mistral", True)])
+def test_a_system_prompt_before_a_sentencepiece_document(tmp_path, template, kind, legacy):
+    """The header is the template's; the document behind it begins with the blank that SentencePiece begins texts with.
+    Older files of Mistral put that blank after every special token too."""
+    def change(spec):
+        if legacy:
+            spec.update(normalizer=json.loads(trained("llama2"))["normalizer"], pre_tokenizer=None)
+    folder = folder_of(tmp_path, kind, TEMPLATES[template], change)
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>",
+                                        eos_token="</s>", chat_template=TEMPLATES[template])
+    t = Tokenizer(folder, "Be brief.")
+    want = reference.apply_chat_template([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}],
+                                         add_generation_prompt=True, return_dict=False)
+    assert t.header == want[:len(t.header)] and t.decode(t.header).endswith("\n\n")
+    assert t.decode(t.encode("The house") + t.ask("Who?")) == " The house\n\nWho?" + (
+        " [/INST]" if kind == "llama2" else "[/INST]")
 
 
 def test_a_system_prompt_never_becomes_a_special_token(tmp_path):
