@@ -123,7 +123,7 @@ def trained(kind: str) -> str:
         # in public files the bytes are plain tokens, and Mistral's newer ones have marks
         spec["added_tokens"] = [x for x in spec["added_tokens"] if not x["content"].startswith("<0x")]
         t = Reference.from_str(json.dumps(spec))
-        t.add_special_tokens(["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"] if kind == "mistral" else [])
+        t.add_special_tokens(CHAT_MARKS if kind == "mistral" else [])
     return t.to_str()
 
 
@@ -344,7 +344,8 @@ def test_chats_are_the_templates(tmp_path, template, kind, systems):
 
 
 @pytest.mark.parametrize("template, kind, legacy", [("llama2", "llama2", False), ("mistral-v0.3", "mistral", False),
-                                                    ("mistral-v0.3", "mistral", True)])
+                                                    ("mistral-v0.3", "mistral", True), ("qwen3", "mistral", False),
+                                                    ("qwen3", "mistral", True)])
 def test_a_system_prompt_before_a_sentencepiece_document(tmp_path, template, kind, legacy):
     """The header is the template's; the document behind it begins with the blank that SentencePiece begins texts with.
     Older files of Mistral put that blank after every special token too."""
@@ -357,9 +358,9 @@ def test_a_system_prompt_before_a_sentencepiece_document(tmp_path, template, kin
     t = Tokenizer(folder, "Be brief.")
     want = reference.apply_chat_template([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}],
                                          add_generation_prompt=True, return_dict=False)
-    assert t.header == want[:len(t.header)] and t.decode(t.header).endswith("\n\n")
-    assert t.decode(t.encode("The house") + t.ask("Who?")) == " The house\n\nWho?" + (
-        " [/INST]" if kind == "llama2" else "[/INST]")
+    assert t.header == want[:len(t.header)] and t.decode(t.header)[-1] == "\n"
+    assert t.turn == want[-len(t.turn):] and t.decode(t.encode("The house") + t.ask("Who?")[:-len(t.turn)]) == (
+        " The house\n\nWho?")
 
 
 def test_a_system_prompt_never_becomes_a_special_token(tmp_path):
