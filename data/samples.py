@@ -1,11 +1,12 @@
 """Cases: a context and several queries that a short cache of it must serve; and how training makes them of plain text.
 
-What the student must answer decides what the compressor learns, so there are four kinds, each in the model's chat
-format, each made from the text alone:
+What the student must answer decides what the compressor learns, so there are five kinds, each in the model's chat
+format, each made of the text alone:
   continue   the text goes on
   recite     "Repeat the part of the text that starts with …"
   cloze      a sentence of the text with a word or two blanked out
   title      "What is TITLE?" -> the article's one-line description
+  fact       a sentence of our own making, put between two sentences of the text, is asked for
 A context is one window of a long document, or several short articles one after the other, so that a question about
 one of them has to find it. Sample i of a seed is always the same sample, whoever asks for it.
 """
@@ -18,9 +19,26 @@ import torch
 from data.prepare import Shard
 from data.tokenizer import Tokenizer
 
-KINDS = ("continue", "recite", "cloze", "title")
+KINDS = ("continue", "recite", "cloze", "title", "fact")
 REPEAT = "\n\nRepeat the previous context exactly."
 BLANK = "____"
+
+# sentences that no text holds, and what they answer
+FACTS = (
+    ("The parcel for {name} weighs {number} grams.", "How many grams does the parcel for {name} weigh?", "{number}"),
+    ("{name} grew up in {town} and later kept bees.", "In which town did {name} grow up?", "{town}"),
+    ("On the {day} of May the ferry to {town} is {word}.", "How is the ferry to {town} on the {day} of May?", "{word}"),
+    ("In the drawer of {name} lay a {word} {thing}.", "What lay in the drawer of {name}?", "a {word} {thing}"),
+    ("The {thing} was sold to {name} for {number} crowns.", "Who bought the {thing}?", "{name}"),
+)
+WORDS = {
+    "name": [f"{a} {b}" for a in "Tomas Ines Yusuf Greta Oskar Meera Pavel Lucia Hugo Noor Edith Karim".split()
+             for b in "Brandt Okafor Lindqvist Moreau Castellan Ivarsson Whitlock Sato Dumitru Halloran".split()],
+    "town": "Varnholt Escalona Tarnby Orsova Kilmore Beaugency Hallstrom Pirna Zadorra Mosty Ulverton Calder".split(),
+    "word": "late full crooked green cancelled empty velvet free cracked heavy painted slow copper doubtful".split(),
+    "thing": "lantern compass violin teapot ledger barometer saddle clock whistle atlas mirror sledge".split(),
+    "day": "2nd 5th 9th 11th 14th 17th 20th 23rd 26th 30th".split(),
+}
 
 
 @dataclass
@@ -76,12 +94,29 @@ def cloze(rng, text: str, tok: Tokenizer) -> Query | None:
         return None
     s, i, j = rng.choice(picks)
     prompt = tok.ask(f"Fill in the blank with words from the text: {s[:i]}{BLANK}{s[j:]}")
-    return Query("cloze", prompt, tok.encode(s[i:j]) + tok.turn[:1])
+    return Query("cloze", prompt, tok.encode(s[i:j]) + tok.end)
+
+
+def fact(rng, tok: Tokenizer) -> tuple[str, Query]:
+    """A sentence to put into a text, and the question about it."""
+    words = {k: rng.choice(v) for k, v in WORDS.items()} | {"number": f"{rng.randrange(1000, 100_000):,}"}
+    sentence, question, answer = (x.format(**words) for x in rng.choice(FACTS))
+    return sentence, Query("fact", tok.ask(f"{question} Answer in a few words."), tok.encode(answer) + tok.end)
+
+
+def put_in(rng, ids: list[int], n: int, sentence: str, tok: Tokenizer) -> list[int]:
+    """The ids with the sentence between two sentences that end within the first n; as they were if there is none."""
+    ends, starts = [tok.decode([i]) for i in ids[:n]], [tok.decode([i]) for i in ids[1:n + 1]]
+    places = [j + 1 for j, (a, b) in enumerate(zip(ends, starts)) if a.endswith((".", "!", "?")) and b[:1].isspace()]
+    if not places:
+        return ids
+    at = rng.choice(places)
+    return ids[:at] + tok.encode(" " + sentence, joined=True) + ids[at:]
 
 
 def about(title: str, description: str, tok: Tokenizer) -> Query:
     prompt = tok.ask(f"What is {title}? Answer in a few words.")
-    return Query("title", prompt, tok.encode(description) + tok.turn[:1])
+    return Query("title", prompt, tok.encode(description) + tok.end)
 
 
 class Samples:
@@ -96,33 +131,39 @@ class Samples:
         self.shards, self.tok, self.n_context = shards, tokenizer, n_context
         self.mix, self.n_answer, self.seed = mix, n_answer, seed
 
-    def window(self, rng) -> tuple[list[int], list[int], list[dict]]:
-        """A context of n_context tokens, the tokens that follow it, and the articles that lie in it as a whole."""
-        shard, gap = self.shards[rng.randrange(len(self.shards))], self.tok.encode("\n\n")
+    def window(self, rng, facts: list[str]) -> tuple[list[int], list[int], list[dict]]:
+        """A context of n_context tokens with the facts in it, the tokens that follow it, and the articles that lie in
+        it as a whole."""
+        shard, gap = self.shards[rng.randrange(len(self.shards))], self.tok.encode("\n\n", joined=True)
         need, ids, inside = self.n_context + self.n_answer, [], []
+        room = self.n_context - sum(len(self.tok.encode(" " + s, joined=True)) for s in facts)
         while len(ids) < need:
             i = rng.randrange(len(shard))
             doc = shard.tokens(i)
-            at = rng.randrange(len(doc) - need) if len(doc) > 4 * need else 0
+            at = rng.randrange(max(1, len(doc) - need + 1))  # any part of a document longer than the window
             piece = doc[at:at + need].tolist()
-            if len(ids) + len(piece) <= self.n_context and shard.docs[i]["about"]:
+            ids += gap if ids else []
+            if len(ids) + len(piece) <= room and shard.docs[i]["about"]:
                 inside.append(shard.docs[i])
-            ids += (gap if ids else []) + piece
+            ids += piece
+        for s in facts:
+            ids = put_in(rng, ids, self.n_context, s, self.tok)
         return ids[:self.n_context], ids[self.n_context:need], inside
 
     def __call__(self, i: int) -> Case:
         rng = random.Random(f"{self.seed}/{i}")
-        ids, following, inside = self.window(rng)
+        facts = [fact(rng, self.tok) for _ in range(self.mix.get("fact", 0))]
+        ids, following, inside = self.window(rng, [sentence for sentence, _ in facts])
         text = self.tok.decode(ids)
-        out = []
+        out = [query for sentence, query in facts if sentence in text]  # not those that were cut off
         for kind, count in self.mix.items():
             if kind == "title":
                 out += [about(d["title"], d["about"], self.tok) for d in rng.sample(inside, min(count, len(inside)))]
             elif kind == "replay":  # what the scorer is taught from: the whole context, once more
-                out += [Query(kind, self.tok.encode(REPEAT) + self.tok.turn, ids)] * count
+                out += [Query(kind, self.tok.encode(REPEAT, joined=True) + self.tok.turn, ids)] * count
             elif kind == "continue":
                 out += [Query(kind, following[:1], following[1:])] * count
-            else:
+            elif kind != "fact":
                 made = [recite(rng, text, self.tok, self.n_answer) if kind == "recite" else cloze(rng, text, self.tok)
                         for _ in range(count)]
                 out += [c for c in made if c is not None]

@@ -1,6 +1,6 @@
 """What evaluation asks: documents, questions about them, and the metrics that judge the answers.
 
-A task is a list of `Case`s (data/samples.py). A case is one document, compressed once, and the queries asked of its cache:
+A task is a list of `Case`s: one document, compressed once, and the queries asked of its cache (data/samples.py).
   fidelity   does the short cache predict an answer's tokens as the full one does? Kinds: those of data/samples.py on
              held-out text, and `squad` answers, which training never sees
   squad      SQuAD v1.1 questions; several paragraphs of an article make one document
@@ -10,7 +10,6 @@ A task is a list of `Case`s (data/samples.py). A case is one document, compresse
   cost       seconds and bytes by context length; what is answered does not matter
 A query's `kind` is a path such as "single/1024/0.5": results are given for every prefix of it.
 """
-import json
 import random
 import re
 import string
@@ -19,7 +18,7 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
-from run.errors import BadInput, read_json
+from run.errors import BadInput, expect, parse_json, read_json, reading
 from data.fetch import wheel
 from data.prepare import SHARDS, Shard, prepare
 from data.samples import Case, Query, about, case, cloze, recite
@@ -126,32 +125,29 @@ def clamp(n: int, available: int, what: str) -> int:
 def read_squad(path) -> list[tuple[str, list[dict]]]:
     """SQuAD-layout JSON -> [(title, [{"context", "qas": [(question, [answers])]}])]; what has no question or no
     answer is left out."""
-    articles = []
-    try:
-        for a in read_json(path)["data"]:
+    layout = "expected SQuAD's layout: data → paragraphs → context, qas → question, answers → text"
+    with reading(path, layout):
+        data, articles = expect(read_json(path)["data"], list), []
+    for i, a in enumerate(data, 1):
+        with reading(f"{path}: article {i}", layout):
             paragraphs = []
             for p in a["paragraphs"]:
-                qas = [(q["question"].strip(), dict.fromkeys(x["text"].strip() for x in q["answers"]))
-                       for q in p["qas"]]
                 text = p["context"].strip()
                 if not text:
-                    raise BadInput(f"{path}: article {a['title']!r} has a paragraph without text; expected some")
+                    raise ValueError("a paragraph without text")
+                qas = [(q["question"].strip(), dict.fromkeys(x["text"].strip() for x in expect(q["answers"], list)))
+                       for q in expect(p["qas"], list)]
                 paragraphs.append({"context": text, "qas": [(q, [g for g in golds if g]) for q, golds in qas
                                                             if q and any(golds)]})
-            articles.append((str(a["title"]), paragraphs))
-    except (KeyError, TypeError, AttributeError) as e:
-        raise BadInput(f"{path}: not in SQuAD's layout (article {len(articles) + 1}: {e!r}); expected data → "
-                       "paragraphs → context, qas → question, answers → text") from None
+            articles.append((expect(a["title"], str), paragraphs))
     if not any(p["qas"] for _, ps in articles for p in ps):
         raise BadInput(f"{path}: no question with an answer in it")
     return articles
 
 
 def plain_text(path) -> str:
-    try:
+    with reading(path, "expected UTF-8 text"):
         return Path(path).read_text(encoding="utf-8-sig")  # editors on Windows begin files with a mark
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"{path}: cannot be read as UTF-8 text ({e})") from None
 
 
 def read_lines(path) -> list[tuple[str, dict]]:
@@ -159,15 +155,8 @@ def read_lines(path) -> list[tuple[str, dict]]:
     out = []
     for i, line in enumerate(plain_text(path).split("\n"), 1):  # not splitlines: JSON may hold U+2028
         if line.strip():
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise BadInput(f"{path}:{i}: not valid JSON ({e.msg} at column {e.colno})") from None
-            except RecursionError:
-                raise BadInput(f"{path}:{i}: brackets in brackets, too deep to read; expected an object") from None
-            if not isinstance(value, dict):
-                raise BadInput(f"{path}:{i}: a JSON {type(value).__name__}, expected an object")
-            out.append((f"{path}:{i}", value))
+            with reading(f"{path}:{i}", "expected a JSON object a line"):
+                out.append((f"{path}:{i}", parse_json(line)))
     if not out:
         raise BadInput(f"{path}: no line with an object in it")
     return out
@@ -178,14 +167,14 @@ def text_of(where: str, line: dict, *names: str) -> str:
     for name in names:
         if isinstance(line.get(name), str) and line[name].strip():
             return line[name].strip()
-    raise BadInput(f"{where}: no text under {' or '.join(map(repr, names))}; it has {', '.join(line) or 'nothing'}")
+    raise BadInput(f"{where}: no text under {' or '.join(map(repr, names))}; it has {[*line]!r:.200}")
 
 
 # ----------------------------------------------------------------------------------------------------------- tasks
 
 def squad_query(tok: Tokenizer, question: str, golds: list[str], kind: str = "all") -> Query:
     prompt = tok.ask(SQUAD_PROMPT.format(question)) + tok.encode(SQUAD_ANSWER)
-    return Query(kind, prompt, tok.encode(golds[0] + SQUAD_END[0]), golds)
+    return Query(kind, prompt, tok.encode(golds[0] + SQUAD_END[0], joined=True), golds)
 
 
 def squad(tok: Tokenizer, path, n: int, seed: int, pack: int = 1) -> list[Case]:
@@ -254,7 +243,7 @@ def fidelity(tok: Tokenizer, n: int, seed: int, n_context: int = 512, sources: s
     """n held-out documents per kind, from the sources in turn; only short articles have a title to ask for."""
     rng, queues = random.Random(f"{seed}/fidelity"), []
     for folder in prepare(sources.split(","), tok, shards):
-        found = windows(Shard(folder, "val", tok), tok.encode("\n\n"), rng, n_context, n_answer)
+        found = windows(Shard(folder, "val", tok), tok.encode("\n\n", joined=True), rng, n_context, n_answer)
         queues.append([(f"{Path(folder).name}/{unit}", *rest) for unit, *rest in found])
     order = [q[r] for r in range(max(map(len, queues))) for q in queues if r < len(q)]
     cases, missing = [], dict.fromkeys(("continue", "recite", "cloze", "title"), n)
@@ -351,18 +340,18 @@ def choice(tok: Tokenizer, path, n: int, seed: int) -> list[Case]:
     for where, x in read_lines(path):
         questions = x.get("questions", [x])
         if not (isinstance(questions, list) and all(isinstance(q, dict) for q in questions)):
-            raise BadInput(f"{where}: questions is {questions!r}, expected a list of objects")
+            raise BadInput(f"{where}: questions is {questions!r:.200}, expected a list of objects")
         for q in questions:
             options = q.get("options")
             if not (isinstance(options, list) and all(isinstance(o, str) and o.strip() for o in options)
                     and len(set(options)) == len(options) > 1):
-                raise BadInput(f"{where}: options is {options!r}, expected a list of two or more different texts")
+                raise BadInput(f"{where}: options is {options!r:.200}, expected a list of two or more different texts")
             right = q.get("answer")
             if right is None and type(q.get("gold_label")) is int:
                 right = q["gold_label"] - 1
             right = options[right] if type(right) is int and 0 <= right < len(options) else right
             if right not in options:
-                raise BadInput(f"{where}: answer is {right!r}, expected one of the options, or its index from 0")
+                raise BadInput(f"{where}: answer is {right!r:.200}, expected one of the options, or its index from 0")
             listed = "\n".join(f"- {o.strip()}" for o in options)
             prompt = tok.ask(CHOICE_PROMPT.format(text_of(where, q, "question"), listed))
             documents.setdefault(text_of(where, x, "document", "article"), []).append(

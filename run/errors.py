@@ -1,8 +1,10 @@
 """What every program here shares: the error a user sees, files written whole or not at all, and how a program ends."""
 import json
+import math
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,16 +42,45 @@ def write_json(path, value, indent: int | None = 2) -> None:
     write_atomic(path, lambda tmp: tmp.write_text(text + "\n", encoding="utf-8"))
 
 
-def read_json(path) -> dict:
+@contextmanager
+def reading(path, advice: str = "write, train or download it again"):
+    """Whatever goes wrong in the block, which reads a file that the user named, becomes the one line that names file
+    and cause: no list of what can be wrong in a stranger's file is complete. Sizes are checked in the block before
+    memory is taken; what follows a clean exit may trust what was read. Links are followed: they are the user's."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        if not isinstance(value, dict):
-            raise BadInput(f"{path}: a JSON {type(value).__name__}, expected an object; write it again")
-        return value
-    except OSError as e:
-        raise BadInput(f"{path}: {(e.strerror or str(e)).lower().replace(' or directory', '')}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise BadInput(f"{path}: not valid JSON ({e}); write it again") from None
+        yield
+    except (BadInput, torch.OutOfMemoryError):  # it has its sentence; it is no fault of the file
+        raise
+    except Exception as e:
+        cause = (e.strerror or str(e)).lower().replace(" or directory", "") if isinstance(e, OSError) else str(e)
+        kind = "" if isinstance(e, (OSError, ValueError, SafetensorError)) else f"{type(e).__name__}: "
+        raise BadInput(f"{path}: cannot be read ({kind}{cause}); {advice}") from e
+
+
+def expect(value, *kinds):
+    """The value, if its type is one of `kinds` (a bool is no int here); for what is read from files, in `reading`."""
+    if type(value) not in kinds:
+        raise ValueError(f"{value!r:.50} where {' or '.join(k.__name__ for k in kinds)} was expected")
+    return value
+
+
+def finite(digits: str) -> float:
+    if not math.isfinite(x := float(digits)):
+        raise ValueError(f"{digits:.20} is not a finite number")
+    return x
+
+
+def parse_json(text: str) -> dict:
+    """A JSON object with finite numbers and whole characters; for use in `reading`."""
+    value = expect(json.loads(text, parse_float=finite, parse_constant=finite), dict)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # raises for half of a surrogate pair
+    return value
+
+
+def read_json(path) -> dict:
+    with reading(path):
+        return parse_json(Path(path).read_text(encoding="utf-8-sig"))
 
 
 def provenance(seed: int) -> dict:

@@ -12,14 +12,13 @@ from data.samples import Case, Query
 from data.tasks import (N_KEYS, choice, contains, cost, exact_match, f1, fidelity, niah, normalize, rouge_l, spread,
                         squad, squad_answers, string_match_all, summary, windows)
 from data.tokenizer import Tokenizer
-from test_tokenizer import tiny_tokenizer_json
+from test_tokenizer import write_tokenizer
 
 
 @pytest.fixture
 def tok(tmp_path):
     (tmp_path / "tok").mkdir()
-    (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json()), encoding="utf-8")
-    return Tokenizer(tmp_path / "tok")
+    return Tokenizer(write_tokenizer(tmp_path / "tok"))
 
 
 # metrics ------------------------------------------------------------------------------------------------------------
@@ -166,21 +165,37 @@ def test_summary_and_choice_read_their_layouts(tok, tmp_path):
 
 
 @pytest.mark.parametrize("build, text, message", [
-    (squad, "{", "not valid JSON"), (squad, "{}", "not in SQuAD's layout"),
+    (squad, "{", "cannot be read"), (squad, "{}", "'data'); expected SQuAD's layout"),
     (squad, '{"data": [{"title": "a", "paragraphs": [{"qas": []}]}]}', "article 1"),
     (squad, '{"data": []}', "no question with an answer"),
     (squad, '{"data": [{"title": "a", "paragraphs": [{"context": null, "qas": []}]}]}', "article 1"),
-    (squad, '{"data": [{"title": "A", "paragraphs": [{"context": " ", "qas": []}]}]}', "'A' has a paragraph without"),
+    (squad, '{"data": [{"title": "A", "paragraphs": [{"context": " ", "qas": []}]}]}',
+     "article 1: cannot be read (a paragraph without text)"),
     (choice, '{"document": "x", "questions": null}', "questions is None"),
-    (summary, "", "no line with an object"), (summary, '{"document": "x", "summary": "y"}\n{', ":2: not valid JSON"),
-    (summary, '{"text": "x", "summary": "y"}', ":1: no text under 'document' or 'report'; it has text, summary"),
-    (summary, "[1]", ":1: a JSON list"),
+    (summary, "", "no line with an object"), (summary, '{"document": "x", "summary": "y"}\n{', ":2: cannot be read"),
+    (summary, '{"text": "x", "summary": "y"}', ":1: no text under 'document' or 'report'; it has ['text', 'summary']"),
+    (summary, "[1]", ":1: cannot be read ([1] where dict"),
     (choice, '{"document": "x", "question": "q", "options": ["y"]}', "two or more"),
     (choice, '{"document": "x", "question": "q", "options": ["y", "y"]}', "two or more different"),
     (choice, '{"document": "x", "question": "q", "options": ["y", " "]}', "two or more different"),
     (choice, '{"document": "x", "question": "q", "options": ["y", "z"], "gold_label": true}', ":1: answer is None"),
     (choice, '{"document": "x", "questions": []}', "no question in it"),
-    (choice, "[" * 10 ** 5, "too deep to read"), (squad, "[" * 10 ** 5, "not valid JSON"),
+    (choice, "[" * 10 ** 5, ":1: cannot be read (RecursionError"),
+    (squad, "[" * 10 ** 5, "cannot be read (RecursionError"),
+    # of the wrong type, wherever
+    *[(squad, json.dumps({"data": x}), "expected SQuAD's layout") for x in (
+        None, 5, {}, "x", [5], ["x"], [{"title": "a"}], [{"title": "a", "paragraphs": 5}],
+        [{"title": 5, "paragraphs": []}], [{"title": "a", "paragraphs": [{"context": "x", "qas": {"a": 1}}]}],
+        [{"title": "a", "paragraphs": [{"context": "x", "qas": [{"question": 5, "answers": []}]}]}],
+        [{"title": "a", "paragraphs": [{"context": "x", "qas": [{"question": "q", "answers": {"text": "y"}}]}]}],
+        [{"title": "a", "paragraphs": [{"context": "x", "qas": [{"question": "q", "answers": [{"text": ["y"]}]}]}]}])],
+    *[(squad, x, "cannot be read") for x in ('{"data": 1e999}', '{"data": "\\ud800"}', "[]", "null", '{"a": NaN}')],
+    *[(summary, x, ":1: cannot be read") for x in ("5", "null", '{"x": NaN}', '{"x": ' + "9" * 5000 + "}",
+                                                   '{"document": "\\ud800", "summary": "y"}')],
+    (summary, '{"document": 5, "summary": "y"}', "no text under"), (summary, '{"document": "x"}', "no text under"),
+    (choice, json.dumps({"document": "x", "question": "q", "options": ["y" * 5000, 3]}), "two or more different"),
+    (choice, json.dumps({"document": "x", "question": "q", "options": ["y", "z"], "answer": ["y"]}), "answer is ['y']"),
+
     (squad, '{"data": [{"title": "a", "paragraphs": [{"context": "x", "qas": [{"question": "q", "answers": '
             '[{"text": " "}]}, {"question": "", "answers": [{"text": "y"}]}]}]}]}', "no question with an answer"),
     (choice, '{"document": "x", "question": "q", "options": ["y", "z"], "answer": 2}', ":1: answer is 2"),
@@ -190,7 +205,14 @@ def test_broken_data_is_refused_with_its_place(tok, tmp_path, build, text, messa
     path.write_text(text)
     with pytest.raises(BadInput, match="broken") as e:
         build(tok, path, 5, 0)
-    assert message in str(e.value) and "\n" not in str(e.value)
+    assert message in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 1000
+
+
+def test_what_is_no_text_is_refused(tok, tmp_path):
+    (tmp_path / "x").write_bytes(b"\xff\x00")
+    for path in (tmp_path / "x", tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(BadInput, match="cannot be read .* expected UTF-8 text"):
+            niah(tok, path, 1, 0, [200], [0.5])
 
 
 def test_fidelity_has_enough_documents_of_every_kind(tok, tmp_path, capsys):
