@@ -348,7 +348,7 @@ def measure(task: str, model: Llama, tokenizer, comps: dict[str, Compressor], ca
             answers = judge(cache)
             seconds["decode"] = clock(model) - start
             records.append({"task": task, "case": i, "unit": case.unit, "method": method, "keep": keep, "N": case.n,
-                            "K": round(float(cache.entries().double().mean()) - case.n_protect, 2),
+                            "K": round(float(cache.entries().cpu().double().mean()) - case.n_protect, 2),
                             "bytes": cache.nbytes() // len(cache.next_position), "seconds": seconds,
                             "answers": answers})
         yield sorted(records, key=lambda r: todo.index((r["method"], r["keep"])))

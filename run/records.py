@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tasks import METRICS, SHARES
 from run.errors import BadInput, read_json, write_atomic
+from data.tasks import METRICS, SHARES
 from run.folders import alone_in
 
 

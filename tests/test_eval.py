@@ -225,8 +225,9 @@ def test_every_method_keeps_its_budget_and_the_header_and_leaves_the_full_cache_
     heads = BUDGETS[BASELINES[method][1]] if method in BASELINES else 1 if method == "truncate" else 12
     for row in range(len(cache.next_position)):
         assert (cache.entries()[row].view(-1, heads).sum(1) == heads * (3 + 12)).all()
-        recent = {"random": 2, "no-routing": 2, "untrained": 2, "h2o": 6, "snapkv": 6, "adasnapkv": 6, "tova": 1}
-        forced = recent.get(method, 2 if method.startswith("kvdistill") else 0)
+        forced = {"h2o": 6, "snapkv": 6, "adasnapkv": 6, "tova": 1}.get(method, 0)
+        if method in ("random", "no-routing", "untrained") or method.startswith("kvdistill"):
+            forced = document.comp.cfg.recent
         for kept in sum(held(cache, row), []):
             assert kept[:3] == [0, 1, 2] and kept == sorted(set(kept)) and kept[-1] < 63
             assert set(range(63 - forced, 63)) <= set(kept)

@@ -8,8 +8,10 @@ import time
 
 import pytest
 
+from compress import load_adapter
 from conftest import ROOT, tiny_compressor
 from data.tokenizer import Tokenizer
+from eval import QUICK_METHODS, held_out_table
 from model import load_llama
 from run.files import save_adapter
 from run.folders import alone_in
@@ -166,6 +168,37 @@ def test_fidelity_on_texts_and_squad_answers(files):
     assert {kind for kind, _ in kl} == {"all", "continue", "recite", "cloze", "squad"}
     assert kl["all", "full"] < 1e-6 < kl["all", "kvdistill"]
     assert "kB of the caches" not in stdout, "the line instead of the table"
+
+
+def test_the_table_that_ends_a_training_run(files, capsys):
+    """The kind squad is there when its file is; the numbers are those of the program's own cells."""
+    weights, sources = files / "tiny", str(files / "texts")
+    model, tok = load_llama(weights), Tokenizer(weights)
+    comp = load_adapter(files / "adapter", model, tok)
+    what = model, tok, comp, sources, files / "shards", 300, 2, 0, (0.5, 0.2)
+    cells = held_out_table(*what, squad_path=files / "squad.json")
+    assert {c["method"] for c in cells} == set(QUICK_METHODS)
+    assert {c["kind"] for c in cells} == {"all", "continue", "recite", "cloze", "squad"}
+    assert "fidelity · squad: kl (95 %)" in capsys.readouterr().out
+    assert {c["kind"] for c in held_out_table(*what)} == {"all", "continue", "recite", "cloze"}
+    stdout, _ = run("eval.py", *flags(files, "--tasks", "fidelity", "--n", "2", "--context", "300", "--keep", "0.5,0.2",
+                                      "--methods", ",".join(QUICK_METHODS), "--json"))
+    theirs = {(c["kind"], c["method"], c["keep"]): c["mean"] for c in json.loads(stdout.strip().splitlines()[-1])}
+    for c in cells:
+        assert theirs[c["kind"], c["method"], c["keep"]]["kl"] == pytest.approx(c["mean"]["kl"], abs=1e-3)
+
+
+def test_a_run_that_is_ended_says_so(files, tmp_path):
+    out = tmp_path / "r.json"
+    what = flags(files, "--tasks", "niah", "--n", "40", "--keep", "0.5", "--lengths", "700", "--depths", "0,1",
+                 "--methods", "random,kvdistill", "--out", out)
+    p = subprocess.Popen([sys.executable, ROOT / "eval.py", *map(str, what)], cwd=ROOT, stdout=subprocess.DEVNULL,
+                         stderr=subprocess.PIPE, text=True)
+    while not out.with_suffix(".jsonl.gz").exists():
+        assert p.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.02)
+    p.send_signal(signal.SIGTERM)
+    assert p.communicate()[1].endswith("\neval.py: stopped by SIGTERM\n") and p.returncode == 143
 
 
 def test_keep_1_is_the_full_cache(files):
