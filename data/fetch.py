@@ -12,12 +12,16 @@ import argparse
 import hashlib
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
 
 import numpy as np
 from safetensors.numpy import save_file
