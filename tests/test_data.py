@@ -1,4 +1,5 @@
 """Weights, tokenizer, shards and samples: the formats we read and write, and what happens when they are broken."""
+import hashlib
 import io
 import json
 import random
@@ -15,7 +16,8 @@ import torch
 from conftest import ROOT
 from run.errors import BadInput, write_atomic, write_json
 from data.fetch import GGUF, WHEELS, fetch, scratch, unpermute, wheel
-from data.prepare import Shard, is_held_out, prepare, wiki_documents, write_shards
+from data import prepare as prepare_module
+from data.prepare import EXCLUDED, Shard, fingerprint, is_held_out, prepare, wiki_documents, write_shards
 from data.samples import BLANK, KINDS, Samples, collate
 from data.tokenizer import SMOLLM, Tokenizer, pattern_of
 
@@ -292,11 +294,11 @@ def test_a_damaged_shard_is_refused(shards, tokenizer, tmp_path):
     write_shards(documents, tokenizer, tmp_path)
     with open(tmp_path / "val.bin", "r+b") as f:
         f.truncate(100)
-    with pytest.raises(BadInput, match="its index says"):
+    with pytest.raises(BadInput, match="holds other tokens"):
         Shard(tmp_path, "val", tokenizer)
     for damage in (b"", b"{}", b"[1]"):
         (tmp_path / "val.json").write_bytes(damage)
-        with pytest.raises(BadInput, match="damaged|not valid JSON|expected an object"):
+        with pytest.raises(BadInput, match="val.json: cannot be read"):
             Shard(tmp_path, "val", tokenizer)
     with pytest.raises(BadInput, match="run `python data/prepare.py` first"):
         Shard(tmp_path / "nowhere", "val", tokenizer)
@@ -348,9 +350,11 @@ def test_collate_supervises_the_answers_and_nothing_else(shards, tokenizer):
 
 @pytest.mark.weights
 def test_evaluation_articles_are_left_out():
-    excluded = (ROOT / "data" / "excluded_titles.txt").read_text(encoding="utf-8").splitlines()
+    """The 48 of SQuAD's development set, one under another name, and one that has eight words of them: 31 are there."""
+    excluded = EXCLUDED.read_text(encoding="utf-8").splitlines()
     titles = {d["title"] for d in wiki_documents()}
-    assert len(excluded) == 19 and "Oxygen" in excluded and not titles & set(excluded) and len(titles) == 10_033 - 19
+    assert len(set(excluded)) == 48 + 2 and {"Oxygen", "Rhine", "Force", "Kenya"} <= set(excluded)
+    assert not titles & set(excluded) and len(titles) == 10_033 - 31
 
 
 @pytest.mark.weights
@@ -368,11 +372,74 @@ def test_prepare_takes_files_and_refuses_bad_ones(tmp_path, tokenizer):
     same, other = prepare([str(texts), str(texts / "..")], tokenizer, tmp_path / "out")
     assert same == again != other
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
-    with pytest.raises(BadInput, match="not UTF-8"):
+    with pytest.raises(BadInput, match="expected UTF-8 text; convert it first"):
         prepare([str(tmp_path / "bad.txt")], tokenizer, tmp_path / "out")
     (tmp_path / "one.txt").write_text("one document")
-    with pytest.raises(BadInput, match="both splits need at least one"):
+    with pytest.raises(BadInput, match="^one: . documents to train on and . held out; at least one of each is needed"):
         prepare([str(tmp_path / "one.txt")], tokenizer, tmp_path / "out")
+
+
+@pytest.fixture
+def tiny_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json()), encoding="utf-8")
+    return Tokenizer(tmp_path)
+
+
+def documents(text="It stood."):
+    return [{"title": f"T{i}", "about": "", "text": f"Mill {i}. {text}"} for i in range(60)]
+
+
+def test_another_list_of_excluded_titles_is_prepared_anew(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare_module, "EXCLUDED", tmp_path / "titles.txt")
+    monkeypatch.setattr(prepare_module, "wiki_documents", documents)
+    folders = []
+    for text in ("A\n", "B\n", "A\n"):
+        (tmp_path / "titles.txt").write_text(text)
+        folders += prepare(["wiki"], tiny_tokenizer, tmp_path / "shards")
+    assert folders[0] == folders[2] != folders[1]
+
+
+def test_other_texts_of_the_same_titles_and_lengths_are_other_texts(tmp_path, tiny_tokenizer):
+    for name, text in (("a", "It stood."), ("b", "It burnt."), ("c", "It stood.")):
+        write_shards(documents(text), tiny_tokenizer, tmp_path / name)
+    a, b, c = (fingerprint([tmp_path / name]) for name in "abc")
+    assert a == c != b and fingerprint([tmp_path / "a", tmp_path / "b"]) not in (a, b)
+
+
+def test_damaged_shards_are_refused(tmp_path, tiny_tokenizer):
+    """A changed token, even one that the vocabulary has; and an index whose values are of other types."""
+    write_shards(documents(), tiny_tokenizer, tmp_path)
+    index, raw = json.loads((tmp_path / "train.json").read_text()), (tmp_path / "train.bin").read_bytes()
+
+    def refused(message="holds other tokens", raw=raw, **changes):
+        (tmp_path / "train.bin").write_bytes(raw)
+        write_json(tmp_path / "train.json", index | changes)
+        with pytest.raises(BadInput, match=f"train.json: cannot be read .*{message}.* and prepare it again"):
+            Shard(tmp_path, "train", tiny_tokenizer)
+
+    refused(raw=raw[:-2] + b"\1\0")
+    refused(raw=raw[:-2])
+    refused(raw=b"\xff" * len(raw), sha256=hashlib.sha256(b"\xff" * len(raw)).hexdigest())  # ids beyond the vocabulary
+    for dtype in ("int16", "float16", "O", 5, "x"):
+        refused(".", dtype=dtype)
+    docs = index["docs"]
+    for bad in ([], 5, [5, *docs[1:]], [docs[0] | {"n": -1}, *docs[1:]], [docs[0] | {"title": None}, *docs[1:]],
+                [docs[0] | {"n": 10 ** 30}, *docs[1:]], [docs[0] | {"n": True}, *docs[1:]]):
+        refused(".", docs=bad)
+    write_json(tmp_path / "train.json", index)
+    (tmp_path / "train.bin").write_bytes(raw)
+    assert len(Shard(tmp_path, "train", tiny_tokenizer)) == len(docs)
+
+
+def test_what_is_no_text_file_is_no_document(tmp_path, tiny_tokenizer):
+    """A folder and a dead link that end in .txt; and a file's name may be no Unicode."""
+    for d in documents():
+        write_atomic(tmp_path / "texts" / f"{d['title']}.txt", lambda t, d=d: Path(t).write_text(d["text"]))
+    (tmp_path / "texts" / "folder.txt").mkdir()
+    (tmp_path / "texts" / "link.txt").symlink_to("nowhere")
+    (tmp_path / "texts" / "\udcff.txt").write_text("text")
+    folder, = prepare([str(tmp_path / "texts")], tiny_tokenizer, tmp_path / "shards")
+    assert sum(len(Shard(folder, split, tiny_tokenizer)) for split in ("train", "val")) == 61
 
 
 def test_collate_pads_with_segments_of_minus_one():
