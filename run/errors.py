@@ -36,8 +36,9 @@ def reading(path, advice: str = "write, train or download it again"):
         raise
     except Exception as e:
         cause = (e.strerror or str(e)).lower().replace(" or directory", "") if isinstance(e, OSError) else str(e)
-        kind = "" if isinstance(e, (OSError, ValueError, SafetensorError)) else f"{type(e).__name__}: "
-        raise BadInput(f"{path}: cannot be read ({kind}{cause}); {advice}") from e
+        if not isinstance(e, (OSError, ValueError, SafetensorError)):
+            cause = f"not as expected ({type(e).__name__}: {e})"
+        raise BadInput(f"{path}: {cause}; {advice}") from e
 
 
 def expect(value, *kinds):
@@ -78,7 +79,10 @@ def finite(digits: str) -> float:
 
 def parse_json(text: str) -> dict:
     """A JSON object with finite numbers and whole characters; for use in `reading`."""
-    value = expect(json.loads(text, parse_float=finite, parse_constant=finite), dict)
+    try:
+        value = expect(json.loads(text, parse_float=finite, parse_constant=finite), dict)
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise ValueError(f"not valid JSON ({e})") from None
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()  # raises for half of a surrogate pair
     return value

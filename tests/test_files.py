@@ -31,7 +31,7 @@ def test_json_that_is_refused(tmp_path, text, why):
     path = tmp_path / "a.json"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(BadInput, match=f"a.json: cannot be read .*{why}.*; write, train") as e:
+    with pytest.raises(BadInput, match=f"a.json: .*{why}.*; write, train") as e:
         read_json(path)
     assert str(e.value).isprintable() and len(str(e.value)) < 400
 
@@ -44,7 +44,7 @@ def test_json_that_is_read(tmp_path):
 
 def test_whatever_goes_wrong_while_reading_is_one_line():
     for wrong in (lambda: {}["x"], lambda: 1 / 0, lambda: expect(True, int, float), lambda: open("/nowhere/x")):
-        with pytest.raises(BadInput, match=r"^f\\n\\x1b\[31m: cannot be read \(.+\); advice$"), reading("f\n\x1b[31m", "advice"):
+        with pytest.raises(BadInput, match=r"^f\\n\\x1b\[31m: .+; advice$"), reading("f\n\x1b[31m", "advice"):
             wrong()
     with pytest.raises(BadInput, match="^has its own sentence$"), reading("f"):
         raise BadInput("has its own sentence")
@@ -116,7 +116,7 @@ def test_the_newest_adapter_is_the_last_one_made_for_this_model(tmp_path, monkey
     (tmp_path / "out" / "odd" / "adapter" / "adapter.json").write_text("{")
     assert newest_adapter(model, Tok) == tmp_path / "out/run/adapter"
     err = capsys.readouterr().err.splitlines()
-    assert len(err) == 2 and all("adapter.json: cannot be read" in line and "passed over" in line for line in err)
+    assert len(err) == 2 and all("adapter.json: " in line and "passed over" in line for line in err)
 
 
 def test_adapters_of_other_types_are_refused(tmp_path):
@@ -127,7 +127,7 @@ def test_adapters_of_other_types_are_refused(tmp_path):
     for change in ({"b_q": good["b_q"].to(torch.float8_e4m3fn)}, {"b_q": good["b_q"].to(torch.complex64)},
                    {"gamma": torch.tensor(float("inf"))}):
         save_file(good | change, tmp_path / "adapter.safetensors")
-        with pytest.raises(BadInput, match="adapter.safetensors: cannot be read .*expected finite fp32"):
+        with pytest.raises(BadInput, match="adapter.safetensors: .*expected finite fp32"):
             read_adapter(tmp_path, model, Tok)
     save_file(good, tmp_path / "adapter.safetensors")
     for change in ({"config": 5}, {"base": [1]}, {"train": "x"}, {"created": 1.5}, {"base": {"architecture": 5}}):
@@ -164,4 +164,4 @@ def test_a_state_of_another_compressor_is_passed_over(tmp_path, capsys):
     other = tiny_compressor(model, rank=2)
     save_state(tmp_path, 8, other, torch.optim.AdamW(other.parameters()), {})
     assert load_state(tmp_path, comp, optimizer)["step"] == 4
-    assert "00000008.safetensors: cannot be read" in capsys.readouterr().err
+    assert "00000008.safetensors: not as expected" in capsys.readouterr().err

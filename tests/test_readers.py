@@ -1,0 +1,90 @@
+"""Weights that strangers made: what does not fit is refused by name, before memory is taken for it."""
+import json
+import resource
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import save_llama, tiny_llama
+from model import load_llama
+from run.errors import BadInput
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save_llama(tiny_llama(), tmp_path / "llama")
+
+
+def change(saved, **values):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize("key, value, why", [
+    ("tie_word_embeddings", "false", "tie_word_embeddings is 'false'"), ("num_hidden_layers", 10 ** 9, "1 to 1000"),
+    ("num_hidden_layers", True, "True, expected a whole"), ("hidden_size", -5, "-5, expected"),
+    ("vocab_size", 10 ** 12, "1000000000000, expected"), ("vocab_size", 97.0, "97.0, expected a whole"),
+    ("vocab_size", 1 << 24, "embed_tokens.weight is .97, 48., config.json says .16777216, 48."),
+    ("num_attention_heads", 1 << 22, "48, 50331648"), ("num_key_value_heads", 3, "expected a multiple"),
+    ("head_dim", 13, "even width"), ("rms_norm_eps", -1e-5, "expected a number above 0"), ("rope_theta", "x", "'x'"),
+    ("rope_theta", 10 ** 400, "too large"), ("rope_scaling", "x", "where dict"), ("rope_scaling", [1], "where dict"),
+    ("rope_scaling", dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor",
+                                    "original_max_position_embeddings"), 1) | {"type": "llama3"}, "not below"),
+    ("model_type", ["llama"], r"model_type is \['llama'\]"),
+])
+def test_a_configuration_that_cannot_be_is_refused(saved, key, value, why):
+    change(saved, **{key: value})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BadInput, match=why) as e:
+        load_llama(saved)
+    assert str(saved) in str(e.value) and len(str(e.value)) < 400
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10, "no memory was taken for it"
+
+
+def test_surplus_tensors_are_refused_but_for_harmless_ones(saved):
+    """A model of six layers is not one of five; old files hold rotary tables, and a tied head a second time."""
+    file = saved / "model.safetensors"
+    tensors, want = load_file(file), load_llama(saved).state_dict()
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6),
+                         "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
+    got = load_llama(saved).state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+    save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.ones(48)}, file)
+    with pytest.raises(BadInput, match="q_proj.bias is none of the tensors"):
+        load_llama(saved)
+    save_file(tensors, file)
+    change(saved, num_hidden_layers=5)
+    with pytest.raises(BadInput, match="layers.5.* is none of the tensors"):
+        load_llama(saved)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf, torch.long])
+def test_weights_that_are_no_finite_numbers_are_refused(saved, bad):
+    tensors = load_file(saved / "model.safetensors")
+    w = tensors["model.layers.3.mlp.up_proj.weight"]
+    if isinstance(bad, float):
+        w[5, 7] = bad
+    save_file(tensors | {"model.layers.3.mlp.up_proj.weight": w if isinstance(bad, float) else w.to(bad)},
+              saved / "model.safetensors")
+    with pytest.raises(BadInput, match="model.safetensors: .*layers.3.mlp.up_proj.weight holds numbers that are not"):
+        load_llama(saved)
+
+
+def test_an_index_names_files_of_its_folder(saved):
+    """Not of another one, though it be there; a link in the folder may lead elsewhere: whoever made it wanted that."""
+    tensors = load_file(saved / "model.safetensors")
+    elsewhere = saved.parent / "elsewhere.safetensors"
+    (saved / "model.safetensors").rename(elsewhere)
+    for name in ("../elsewhere.safetensors", str(elsewhere), "", "..", ".", "a/../b", 5, None, ["x"], "\0"):
+        (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, name)}))
+        with pytest.raises(BadInput, match="^[^\n\0]+; download it again$"):
+            load_llama(saved)
+    for index in ({}, {"weight_map": True}, {"weight_map": ["x"]}):
+        (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(BadInput, match="index.json: .*; download it again"):
+            load_llama(saved)
+    (saved / "link.safetensors").symlink_to(elsewhere)
+    (saved / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(tensors, "link.safetensors")}))
+    assert torch.equal(load_llama(saved).embed.weight, tensors["model.embed_tokens.weight"])
