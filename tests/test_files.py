@@ -44,8 +44,9 @@ def test_json_that_is_read(tmp_path):
 
 def test_whatever_goes_wrong_while_reading_is_one_line():
     for wrong in (lambda: {}["x"], lambda: 1 / 0, lambda: expect(True, int, float), lambda: open("/nowhere/x")):
-        with pytest.raises(BadInput, match=r"^f\\n\\x1b\[31m: .+; advice$"), reading("f\n\x1b[31m", "advice"):
-            wrong()
+        with pytest.raises(BadInput, match=r"^f\\n\\x1b\[31m: .+; advice$"):
+            with reading("f\n\x1b[31m", "advice"):
+                wrong()
     with pytest.raises(BadInput, match="^has its own sentence$"), reading("f"):
         raise BadInput("has its own sentence")
     with pytest.raises(KeyboardInterrupt), reading("f"):

@@ -1,4 +1,5 @@
-"""Weights that strangers made: what does not fit is refused by name, before memory is taken for it."""
+"""Weights, answers and results that strangers made: what does not fit is refused by name, and no memory taken for it."""
+import gzip
 import json
 import resource
 
@@ -8,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import save_llama, tiny_llama
 from model import load_llama
-from run.errors import BadInput
+from run.errors import BadInput, write_json
+from run.records import append_records, continue_from, load_records
 
 
 @pytest.fixture
@@ -88,3 +90,59 @@ def test_an_index_names_files_of_its_folder(saved):
     (saved / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": dict.fromkeys(tensors, "link.safetensors")}))
     assert torch.equal(load_llama(saved).embed.weight, tensors["model.embed_tokens.weight"])
+
+
+def changed(tree: dict, path: tuple, value):
+    """A copy with the value at path; without it, for ..."""
+    tree = json.loads(json.dumps(tree))
+    at = tree
+    for key in path[:-1]:
+        at = at[key]
+    if value is ...:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = value
+    return tree
+
+
+RECORD = {"task": "squad", "case": 0, "unit": "a", "method": "full", "keep": 1.0, "N": 5, "K": 5, "bytes": 9,
+          "seconds": {"prefill": 1.0, "compress": 0.0, "decode": 1.0},
+          "answers": [{"kind": "squad", "weight": 1, "f1": 1.0, "em": 1.0, "contains": 1.0}]}
+
+
+@pytest.mark.parametrize("path, value", [
+    (("task",), "x"), (("task",), []), (("case",), [1]), (("case",), ...), (("unit",), {}), (("method",), None),
+    (("keep",), "1"), (("N",), ...), (("K",), True), (("seconds",), 5), (("seconds", "decode"), None),
+    (("answers",), {}), (("answers", 0), 5), (("answers", 0, "kind"), 7), (("answers", 0, "f1"), ...),
+    (("answers", 0, "weight"), "1")], ids=str)
+def test_records_of_another_form_are_refused(tmp_path, path, value):
+    file = tmp_path / "r.jsonl.gz"
+    append_records(file, [RECORD])
+    assert load_records(file) == [RECORD]
+    file.unlink()
+    append_records(file, [RECORD, changed(RECORD, path, value)])
+    with pytest.raises(BadInput, match="r.jsonl.gz: .*; no answers of this program: move it away"):
+        load_records(file)
+
+
+@pytest.mark.parametrize("raw", [b"5\n", b"[" * 10 ** 5 + b"\n", b'{"task": "\xff"}\n', b"9" * 5000 + b"\n", b"\n"])
+def test_lines_that_are_no_records_are_refused(tmp_path, raw):
+    (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(raw))
+    with pytest.raises(BadInput, match="r.jsonl.gz: .*; no answers of this program"):
+        load_records(tmp_path / "r.jsonl.gz")
+
+
+@pytest.mark.parametrize("path, value", [
+    (("settings",), 5), (("settings", "tasks"), []), (("settings", "tasks", "niah"), 5), (("command",), 5),
+    (("settings", "tasks", "niah", "contexts"), "9"), (("commit",), None), (("seconds",), "1"), (("against",), [1]),
+    (("threads",), 1.5)], ids=str)
+def test_results_of_another_form_are_refused(tmp_path, path, value):
+    out, answers = tmp_path / "r.json", tmp_path / "r.jsonl.gz"
+    mine = {"settings": {"tasks": {"squad": {"n": 5}}}, "commit": "b", "command": "python eval.py"}
+    before = {"settings": {"tasks": {"squad": {"n": 5}, "niah": {"contexts": 3}}}, "commit": "a", "command": "c",
+              "seconds": 2, "against": None, "threads": "1, 2", "cells": []}
+    write_json(out, before)
+    assert continue_from(out, answers, json.loads(json.dumps(mine))) == []
+    write_json(out, changed(before, path, value))
+    with pytest.raises(BadInput, match="r.json: .*; it is not a result of this program: give another --out"):
+        continue_from(out, answers, mine)
