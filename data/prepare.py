@@ -12,10 +12,14 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
 
 import numpy as np
 

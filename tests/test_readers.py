@@ -2,15 +2,21 @@
 import gzip
 import json
 import resource
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import save_llama, tiny_llama
+from conftest import ROOT, save_llama, tiny_llama
 from model import load_llama
 from run.errors import BadInput, write_json
 from run.records import append_records, continue_from, load_records
+
+
+sys.path.insert(0, str(ROOT / "results"))
+import plots  # noqa: E402
+import tables  # noqa: E402
 
 
 @pytest.fixture
@@ -146,3 +152,18 @@ def test_results_of_another_form_are_refused(tmp_path, path, value):
     write_json(out, changed(before, path, value))
     with pytest.raises(BadInput, match="r.json: .*; it is not a result of this program: give another --out"):
         continue_from(out, answers, mine)
+
+
+@pytest.mark.parametrize("path, value", [
+    (("cells",), 5), (("cells", 0), None), (("cells", 0, "mean"), ...), (("settings",), []), (("threads",), ...),
+    (("seconds",), "1"), (("cells", 0, "keep"), "x")], ids=str)
+def test_tables_and_figures_of_a_broken_result_are_one_line(tmp_path, monkeypatch, path, value):
+    for module in (tables, plots):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    write_json(tmp_path / "results" / "fidelity.json",
+               changed(json.loads((ROOT / "results" / "fidelity.json").read_text()), path, value))
+    with pytest.raises(BadInput, match="fidelity.json: .*; make it again with eval.py"):
+        tables.made("fidelity")
+    if value in (5, None):  # what the figures show, too
+        with pytest.raises(BadInput, match="fidelity.json: .*; make it again with eval.py"):
+            plots.main()
