@@ -182,7 +182,7 @@ class GGUF:
         return struct.unpack(SCALARS[kind], self.bytes(struct.calcsize(SCALARS[kind])))[0]
 
     def string(self) -> str:
-        return self.bytes(self.scalar(10)).decode("utf-8", errors="surrogateescape")
+        return self.bytes(self.scalar(10)).decode("utf-8")
 
     def value(self, kind: int):
         if kind == STRING:

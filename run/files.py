@@ -217,6 +217,8 @@ def restore(tensors: dict[str, torch.Tensor], module, optimizer) -> None:
         p.copy_(tensors[f"trained.{name}"].view(p.shape))
         moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
                    if f"{key}.{name}" in tensors}
-        if moments:  # AdamW counts steps on the CPU
-            optimizer.state[p] = {key: x.clone() if key == "step" else x.view(p.shape).to(p.device, copy=True)
+        if len(moments) == 3:  # AdamW counts steps on the CPU
+            optimizer.state[p] = {key: x.view(()).clone() if key == "step" else x.view(p.shape).to(p.device, copy=True)
                                   for key, x in moments.items()}
+        elif moments:
+            raise ValueError(f"of the moments of {name}, it has {', '.join(moments)} alone")

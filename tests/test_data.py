@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from run.errors import BadInput, write_atomic, write_json
+from run.errors import BadInput, reading, write_atomic, write_json
 from data.fetch import GGUF, WHEELS, fetch, scratch, unpermute, wheel
 from data import prepare as prepare_module
 from data.prepare import EXCLUDED, Shard, fingerprint, is_held_out, prepare, wiki_documents, write_shards
@@ -71,6 +71,8 @@ def test_broken_ggufs_are_refused_before_anything_is_allocated(tmp_path):
     broken(good[:8] + struct.pack("<Q", 1 << 60) + good[16:], "claims 1152921504606846976 tensors")
     broken(good[:16] + struct.pack("<Q", 1 << 50) + good[24:], "metadata entries")
     broken(good[:-64], "truncated: tensor w")
+    with pytest.raises(BadInput, match="can't decode"), reading(path):  # as fetch does
+        broken(good.replace("grüße".encode(), b"\xff" * 7), "")
     for cut in range(24, len(good) - 512, 7):  # wherever it ends, a sentence and no crash
         broken(good[:cut], "truncated|claims|not a GGUF")
 

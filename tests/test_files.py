@@ -166,3 +166,13 @@ def test_a_state_of_another_compressor_is_passed_over(tmp_path, capsys):
     save_state(tmp_path, 8, other, torch.optim.AdamW(other.parameters()), {})
     assert load_state(tmp_path, comp, optimizer)["step"] == 4
     assert "00000008.safetensors: not as expected" in capsys.readouterr().err
+
+
+def test_a_state_without_some_of_the_moments_is_passed_over(tmp_path, capsys):
+    comp, optimizer = trained()
+    save_state(tmp_path, 4, comp, optimizer, {})
+    del optimizer.state[comp.b_q]["exp_avg_sq"]
+    save_state(tmp_path, 8, comp, optimizer, {})
+    assert load_state(tmp_path, comp, optimizer)["step"] == 4
+    assert "00000008.safetensors: of the moments of b_q, it has step, exp_avg alone" in capsys.readouterr().err
+    assert set(optimizer.state[comp.b_q]) == {"step", "exp_avg", "exp_avg_sq"}
