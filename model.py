@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from run.errors import BadInput, read_json
+from run.errors import BadInput, expect, read_json, reading
 
 NEG = -1e9  # an attention logit that means "not there"; finite, so that a row without any neighbour stays a number
 
@@ -51,27 +51,43 @@ class Config:
         """Read a Hugging Face config.json; BadInput for a model that is not this architecture."""
         j = read_json(path)
         for key, want in {"model_type": ("llama",), "hidden_act": ("silu", None), "attention_bias": (False, None),
-                          "mlp_bias": (False, None), "quantization_config": (None,)}.items():
+                          "mlp_bias": (False, None), "quantization_config": (None,),
+                          "tie_word_embeddings": (False, True, None)}.items():
             if j.get(key) not in want:
                 raise BadInput(f"{path}: {key} is {j.get(key)!r}, expected {want[0]!r} (a plain Llama)")
-        # transformers 5 moved both rope settings into rope_parameters
-        rope = j.get("rope_scaling") or j.get("rope_parameters") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            raise BadInput(f"{path}: rope_scaling of type {kind!r} is not supported, expected 'llama3' or none")
-        try:
-            n_head, scaling = int(j["num_attention_heads"]), None
-            if kind == "llama3":
-                scaling = {key: float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor",
-                                                             "original_max_position_embeddings")}
-            return cls(vocab_size=int(j["vocab_size"]), n_layer=int(j["num_hidden_layers"]), n_head=n_head,
-                       n_kv_head=int(j.get("num_key_value_heads", n_head)), n_embd=int(j["hidden_size"]),
-                       head_dim=int(j.get("head_dim") or j["hidden_size"] // n_head), n_ffn=int(j["intermediate_size"]),
-                       max_positions=int(j["max_position_embeddings"]), norm_eps=float(j["rms_norm_eps"]),
-                       rope_theta=float(j.get("rope_theta") or rope.get("rope_theta", 10000.0)),
-                       rope_scaling=scaling, tied=bool(j.get("tie_word_embeddings", False)))
-        except (KeyError, TypeError, ValueError) as e:
-            raise BadInput(f"{path}: a setting is missing or no number ({e!r}); is this a Llama?") from None
+
+        def size(key, default=None, most=1 << 24):
+            n = default if j.get(key) is None else j[key]
+            if type(n) is not int or not 0 < n <= most:
+                raise ValueError(f"{key} is {n!r:.50}, expected a whole number from 1 to {most}")
+            return n
+
+        def number(key, box, default=None):
+            x = box.get(key, default)
+            if type(x) not in (int, float) or not 0 < x < math.inf:
+                raise ValueError(f"{key} is {x!r:.50}, expected a number above 0")
+            return float(x)
+
+        with reading(path, "expected the config.json of a Llama"):
+            # transformers 5 moved both rope settings into rope_parameters
+            rope = expect(j.get("rope_scaling") or j.get("rope_parameters") or {}, dict)
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if kind not in ("default", "llama3"):
+                raise BadInput(f"{path}: rope_scaling of type {kind!r} is not supported, expected 'llama3' or none")
+            scaling = None if kind == "default" else {key: number(key, rope) for key in (
+                "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+            if scaling and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+                raise ValueError("rope_scaling has a low_freq_factor that is not below its high_freq_factor")
+            n_head, n_embd = size("num_attention_heads"), size("hidden_size")
+            c = cls(vocab_size=size("vocab_size"), n_layer=size("num_hidden_layers", most=1000), n_head=n_head,
+                    n_kv_head=size("num_key_value_heads", n_head), n_embd=n_embd, n_ffn=size("intermediate_size"),
+                    head_dim=size("head_dim", n_embd // n_head), max_positions=size("max_position_embeddings"),
+                    norm_eps=number("rms_norm_eps", j), rope_scaling=scaling, tied=bool(j.get("tie_word_embeddings")),
+                    rope_theta=number("rope_theta", j if j.get("rope_theta") else rope, 10000.0))
+            if c.n_head % c.n_kv_head or c.head_dim % 2:
+                raise ValueError(f"{c.n_head} heads, {c.n_kv_head} key-value heads of width {c.head_dim}: expected a "
+                                 "multiple, and an even width")
+            return c
 
 
 # ------------------------------------------------------------------------------------------------------ the cache
@@ -493,44 +509,57 @@ def own_rows(tensor) -> tuple[torch.Tensor, int]:
 def load_llama(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama:
     """A frozen Llama from a folder with config.json and model.safetensors, or shards with an index.
 
-    The model is made without memory ("meta"), gets memory that is not filled, and each tensor is copied into place as
-    it is read, so the peak is one model and one tensor. shard: called with the model while it has no memory; it may
-    spread parameters over processes by rows (FSDP2), and then each process reads its own rows of the files and no
-    others. Errors: BadInput for a missing, truncated or foreign file, a missing tensor, a wrong shape.
+    The model is made without memory ("meta") and compared with what the files say they hold. Only then it gets memory,
+    and each tensor is copied into place as it is read, so the peak is one model and one tensor. shard: called with the
+    model while it has no memory; it may spread parameters over processes by rows (FSDP2), and then each process reads
+    its own rows of the files and no others. Errors: BadInput for a missing, truncated or foreign file, a missing or
+    surplus tensor, a wrong shape, a number that is not finite. Links in the folder are followed, wherever they lead.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, expected one with config.json and model.safetensors")
-    cfg = Config.from_json(folder / "config.json")
+    cfg, index = Config.from_json(folder / "config.json"), folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():
         files = ["model.safetensors"]
-    elif (folder / "model.safetensors.index.json").exists():
-        files = sorted(set(read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values()))
+    elif index.exists():
+        with reading(index, "download it again"):
+            files = list(dict.fromkeys(expect(x, str) for x in expect(read_json(index)["weight_map"], dict).values()))
+            if odd := [x for x in files if x != Path(x).name or x in ("", "..")]:
+                raise ValueError(f"weight_map names {odd[0]!r:.50}, expected files of this folder")
     else:
         raise BadInput(f"{folder}: neither model.safetensors nor its index .json; download the weights again")
-    with torch.device("meta"):
+    with reading(folder / "config.json"), torch.device("meta"):
         model = Llama(cfg).to(dtype).requires_grad_(False).eval()
+    wanted, found = dict(model.named_parameters()), {}
+    for name in files:
+        with reading(folder / name, "download it again"), safe_open(folder / name, "pt") as f:
+            for key in f.keys():
+                ours, shape = our_name(key), tuple(f.get_slice(key).get_shape())
+                if key.endswith("rotary_emb.inv_freq") or cfg.tied and ours == "head.weight":
+                    continue  # old files' rotary tables, a tied head stored twice
+                if ours not in wanted or ours in found:
+                    raise BadInput(f"{folder / name}: {key} is none of the tensors of the model that config.json "
+                                   "describes, or there twice; do they belong together?")
+                if shape != tuple(wanted[ours].shape):
+                    raise BadInput(f"{folder / name}: {key} is {list(shape)}, config.json says "
+                                   f"{list(wanted[ours].shape)}")
+                found[ours] = name, key
+    if missing := [x for x in wanted if x not in found]:
+        raise BadInput(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+
     if shard is not None:
         shard(model)
     model.to_empty(device=device)
-    wanted = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     for name in files:
-        try:
-            with safe_open(folder / name, "pt") as f:
-                for key in f.keys():
-                    ours = our_name(key)
-                    if ours not in wanted:
-                        continue  # a tied head stored twice, or old files' rotary tables
-                    found = f.get_slice(key)
-                    if tuple(found.get_shape()) != tuple(wanted[ours].shape):
-                        raise BadInput(f"{folder / name}: {key} is {found.get_shape()}, config.json says "
-                                       f"{list(wanted[ours].shape)}")
-                    own, first = own_rows(wanted.pop(ours))
-                    own.copy_(found[first:first + len(own)])
-        except (SafetensorError, OSError) as e:
-            raise BadInput(f"{folder / name}: cannot be read as safetensors ({e}); download it again") from None
-    if wanted:
-        raise BadInput(f"{folder}: {len(wanted)} tensors are missing, the first is {next(iter(wanted))!r}")
+        with reading(folder / name, "download it again"), safe_open(folder / name, "pt") as f:
+            for ours in (x for x in found if found[x][0] == name):
+                own, first = own_rows(parameters[ours])
+                rows = f.get_slice(found[ours][1])[first:first + len(own)]
+                finite = not rows.numel() or torch.stack(rows.aminmax()).isfinite().all()  # either is NaN if one is
+                if not finite or not rows.is_floating_point():
+                    raise ValueError(f"{found[ours][1]} holds numbers that are not finite, or not floating-point")
+                own.copy_(rows)
     return model
 
 

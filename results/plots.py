@@ -4,8 +4,12 @@
 
 `eval.py --plot --out FILE.json` draws the same for one result.
 """
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
 
 try:
     import matplotlib
@@ -19,7 +23,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from run.errors import BadInput, read_json, run_program  # noqa: E402
+from run.errors import BadInput, read_json, reading, run_program  # noqa: E402
 from data.tasks import METRICS  # noqa: E402
 
 NAMES = {"kl": "KL to the full cache, nats per token", "f1": "SQuAD F1", "match": "values found", "rougeL": "ROUGE-L F",
@@ -198,8 +202,9 @@ def draw(result: dict, out: Path) -> list[Path]:
 def main() -> None:
     for name in ("fidelity", "squad", "niah", "cost"):
         path = ROOT / "results" / f"{name}.json"
-        for made in draw(read_json(path), path):
-            print(made)
+        with reading(path, "make it again with eval.py"):
+            for made in draw(read_json(path), path):
+                print(made)
 
 
 if __name__ == "__main__":

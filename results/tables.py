@@ -1,12 +1,16 @@
 """Rewrite README's tables from results/*.json:  python results/tables.py"""
 import math
 import re
+import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from run.errors import read_json, run_program  # noqa: E402
+from run.errors import read_json, reading, run_program  # noqa: E402
 
 KINDS = ("recite", "cloze", "title", "squad", "continue")
 SEES = {"question": "question (sees the question)"}
@@ -149,13 +153,17 @@ TABLES = {"fidelity": fidelity_table, "squad": squad_table, "squad-all": squad_t
           "cost": cost_table}
 
 
+def made(name: str) -> str:
+    with reading(ROOT / "results" / f"{name}.json", "make it again with eval.py"):
+        return TABLES[name](load(name), name)
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, table in TABLES.items():
-        made = table(load(name), name)
-        block = rf"(<!-- table: {name} -->\n).*?\n?(<!-- end -->)"
-        text, n = re.subn(block, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
+    for name in TABLES:
+        table, block = made(name), rf"(<!-- table: {name} -->\n).*?\n?(<!-- end -->)"
+        text, n = re.subn(block, lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
         assert n == 1, f"README.md needs one '<!-- table: {name} -->' … '<!-- end -->'"
     readme.write_text(text, encoding="utf-8")
 

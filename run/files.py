@@ -12,30 +12,41 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from model import Cache, Llama
-from run.errors import BadInput, read_json, write_atomic, write_json
+from run.errors import BadInput, expect, parse_json, read_json, reading, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+ROWS = 4  # of each weight, in its fingerprint
+
+
 def base_of(model: Llama, tokenizer) -> dict:
-    """What an adapter or a saved cache is bound to: architecture, tokenizer and (a warning only) weights."""
-    if model.fingerprint is None:  # once: where weights are sharded, all processes have to take part
-        down = model.layers[-1].mlp.down.weight
-        down = down.full_tensor() if isinstance(down, DTensor) else down
-        some = (model.norm.weight, model.embed.weight[:64], down[:8])  # as bf16: equal in fp32
-        raw = b"".join(w.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes() for w in some)
-        model.fingerprint = hashlib.sha256(raw).hexdigest()
+    """What an adapter or a saved cache is bound to: architecture, tokenizer and (a warning only) weights, of which the
+    first few rows of every tensor count. Where these are spread over processes, all have to take part the first time:
+    the first rows lie in the first process."""
+    if model.fingerprint is None:
+        h, spread = hashlib.sha256(), False
+        for name, w in sorted(model.named_parameters()):
+            spread |= isinstance(w, DTensor)
+            rows = (w.to_local() if isinstance(w, DTensor) else w)[:ROWS].to("cpu", torch.bfloat16)  # equal in fp32
+            h.update(name.encode() + rows.contiguous().view(torch.uint8).numpy().tobytes())
+        found = [h.hexdigest()]
+        if spread:
+            dist.broadcast_object_list(found)
+        model.fingerprint, = found
     return {"architecture": asdict(model.cfg), "tokenizer": tokenizer.fingerprint, "weights": model.fingerprint}
 
 
 def check_base(path, found: dict, model: Llama, tokenizer) -> None:
     want = base_of(model, tokenizer)
-    have, need = found.get("architecture", {}), want["architecture"]
+    have, need = found.get("architecture"), want["architecture"]
+    have = have if isinstance(have, dict) else {}
     for key in need:
         if have.get(key) != need[key]:
             raise BadInput(f"{path}: made for a model with {key} = {have.get(key)}, this one has {need[key]}; "
@@ -54,19 +65,27 @@ def save_adapter(folder, comp, model: Llama, tokenizer, about: dict) -> None:
                                                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **about})
 
 
+def read_about(path) -> dict:
+    """adapter.json: configuration, base model, how it was made."""
+    meta = read_json(path)
+    with reading(path):
+        for key, kind in (("config", dict), ("base", dict), ("train", dict), ("created", str)):
+            expect(meta.get(key, kind()), kind)
+    return meta
+
+
 def read_adapter(folder, model: Llama, tokenizer) -> tuple[dict, dict[str, torch.Tensor]]:
     """adapter.json and the tensors of an adapter made for this model. Errors: BadInput for a missing, damaged or
     foreign one, or one with a number that is not finite."""
     folder = Path(folder)
-    meta = read_json(folder / "adapter.json")
-    check_base(folder, meta.get("base", {}), model, tokenizer)
-    try:
+    meta = read_about(folder / "adapter.json")
+    check_base(folder / "adapter.json", meta.get("base", {}), model, tokenizer)
+    with reading(folder / "adapter.safetensors"):
         with safe_open(folder / "adapter.safetensors", "pt") as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError) as e:
-        raise BadInput(f"{folder / 'adapter.safetensors'}: cannot be read ({e}); train or copy it again") from None
-    if not all(v.isfinite().all() for v in tensors.values()):
-        raise BadInput(f"{folder}: the adapter holds numbers that are not finite; train or copy it again")
+        for name, x in tensors.items():
+            if x.dtype != torch.float32 or not x.isfinite().all():
+                raise ValueError(f"{name} is {x.dtype}, or not finite; expected finite fp32 numbers")
     return meta, tensors
 
 
@@ -74,7 +93,11 @@ def newest_adapter(model: Llama, tokenizer) -> Path | None:
     """The adapter for this architecture and tokenizer trained last, among adapters/* (shipped) and out/*/adapter."""
     want, found = base_of(model, tokenizer), []
     for path in (*ROOT.glob("adapters/*/adapter.json"), *ROOT.glob("out/*/adapter/adapter.json")):
-        meta = read_json(path)
+        try:
+            meta = read_about(path)
+        except BadInput as e:
+            print(f"warning: {e}; it is passed over", file=sys.stderr)
+            continue
         if all(meta.get("base", {}).get(key) == want[key] for key in ("architecture", "tokenizer")):
             found.append((meta.get("created", ""), path.parent))
     return max(found)[1] if found else None
@@ -145,21 +168,24 @@ def save_state(out, step: int, module, optimizer, about: dict) -> Path:
     path = Path(out) / "state" / f"{step:08}.safetensors"
     write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata=header))
     read_state(path)
-    for old in sorted(path.parent.glob("*.safetensors"))[:-KEPT]:
+    for old in state_files(out)[KEPT:]:
         old.unlink(missing_ok=True)
     return path
 
 
+def state_files(out) -> list[Path]:
+    """The states of a run, the newest first; a copy that somebody made by hand is none."""
+    return sorted((Path(out) / "state").glob("[0-9]" * 8 + ".safetensors"), reverse=True)
+
+
 def read_state(path) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and header of one state file. Errors: BadInput for a file that is not what was written."""
-    try:
+    with reading(path, "is the disk sound?"):
         with safe_open(path, "pt") as f:
-            header = json.loads((f.metadata() or {})[HEADER])
+            header = parse_json((f.metadata() or {})[HEADER])
             tensors, sha256 = {name: f.get_tensor(name) for name in f.keys()}, header.pop("sha256")
-    except (SafetensorError, OSError, KeyError, AttributeError, json.JSONDecodeError) as e:
-        raise BadInput(f"{path}: cannot be read as the state of a run ({e!r})") from None
-    if digest(tensors, header) != sha256 or Path(path).stem != f"{header['step']:08}":
-        raise BadInput(f"{path}: its bytes are not those that were written; is the disk sound?")
+        if digest(tensors, header) != sha256 or Path(path).stem != f"{expect(header['step'], int):08}":
+            raise ValueError("its bytes are not those that were written")
     return tensors, header
 
 
@@ -169,22 +195,30 @@ def load_state(out, module, optimizer) -> dict | None:
     A damaged file is named on stderr and passed over; it is not touched here: see `set_aside`. Errors: BadInput when
     there are states and none can be read.
     """
-    paths = sorted((Path(out) / "state").glob("*.safetensors"), reverse=True)
+    paths = state_files(out)
     for path in paths:
         try:
             tensors, header = read_state(path)
+            with reading(path, "is it of another run?"):
+                restore(tensors, module, optimizer)
         except BadInput as e:
             print(f"warning: {e}; going back to the one before it", file=sys.stderr)
             continue
-        with torch.no_grad():
-            for name, p in module.named_parameters():
-                p.copy_(tensors[f"trained.{name}"])
-                moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                           if f"{key}.{name}" in tensors}
-                if moments:  # AdamW counts steps on the CPU
-                    optimizer.state[p] = {key: x.clone() if key == "step" else x.to(p.device, copy=True)
-                                          for key, x in moments.items()}
         return header
     if paths:
         raise BadInput(f"{paths[0].parent}: none of {len(paths)} states can be read; delete {out} to start again")
     return None
+
+
+@torch.no_grad()
+def restore(tensors: dict[str, torch.Tensor], module, optimizer) -> None:
+    optimizer.state.clear()
+    for name, p in module.named_parameters():
+        p.copy_(tensors[f"trained.{name}"].view(p.shape))
+        moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                   if f"{key}.{name}" in tensors}
+        if len(moments) == 3:  # AdamW counts steps on the CPU
+            optimizer.state[p] = {key: x.view(()).clone() if key == "step" else x.view(p.shape).to(p.device, copy=True)
+                                  for key, x in moments.items()}
+        elif moments:
+            raise ValueError(f"of the moments of {name}, it has {', '.join(moments)} alone")

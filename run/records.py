@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from run.errors import BadInput, read_json, write_atomic
+from run.errors import BadInput, expect, parse_json, read_json, reading, write_atomic
 from data.tasks import METRICS, SHARES
 from run.folders import alone_in
 
@@ -39,24 +39,30 @@ def members(raw: bytes) -> Iterator[bytes | None]:
         at = len(raw) - len(d.unused_data) if d.eof else raw.find(b"\x1f\x8b\x08", at + 1)
 
 
+def checked(r: dict) -> dict:
+    """A record as eval.measure made it; ValueError or KeyError for anything else. For use in `reading`."""
+    expect(r["case"], int), expect(r["unit"], str, int), expect(r["method"], str)
+    numbers = [r["keep"], r["N"], r["K"], r["bytes"], *(r["seconds"][x] for x in ("prefill", "compress", "decode"))]
+    for answer in expect(r["answers"], list):
+        expect(answer["kind"], str)
+        numbers += [answer["weight"], *(answer[metric] for metric in METRICS[r["task"]])]
+    for x in numbers:
+        expect(x, int, float)
+    return r
+
+
 def load_records(path) -> list[dict]:
     """The records in a .jsonl.gz. What a killed run left half written is cut out of it."""
     path = Path(path)
     if not path.exists():
         return []
-    try:
+    with reading(path, "no answers of this program: move it away, or give another --out"):
         raw = path.read_bytes()
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read ({e}); move it away, or give another --out") from None
-    parts = list(members(raw))
-    lines = [line for part in parts if part is not None for line in part.splitlines()]
-    try:
-        records = [json.loads(line) for line in lines]
-    except json.JSONDecodeError as e:
-        raise BadInput(f"{path}: not JSON lines ({e}); move it away, or give another --out") from None
-    gzipped = raw[:2] in (b"\x1f\x8b", b"\x1f", b"")
-    if not gzipped or not all({"task", "case", "method", "keep"} <= set(r) for r in records):
-        raise BadInput(f"{path}: no answers of this program in it; move it away, or give another --out")
+        parts = list(members(raw))
+        lines = [line for part in parts if part is not None for line in part.splitlines()]
+        if raw[:2] not in (b"\x1f\x8b", b"\x1f", b""):
+            raise ValueError("not gzip")
+        records = [checked(parse_json(line.decode())) for line in lines]
     if None in parts:
         print(f"{path}: a part was cut off while it was written; the {len(records)} records in the rest are used")
         write_atomic(path, lambda tmp: tmp.write_bytes(gzip.compress(b"".join(x + b"\n" for x in lines))))
@@ -91,10 +97,14 @@ def continue_from(out: Path, answers: Path, result: dict) -> list[dict]:
             raise BadInput(f"{answers}: answers without their result {out}; move them away, or give another --out")
         write_result(out, result | {"cells": []})
         return []
-    before = read_json(out)
-    old, new = before.get("settings"), result["settings"]
-    if not isinstance(old, dict) or not isinstance(old.get("tasks"), dict):
-        raise BadInput(f"{out}: not a result of this program; give another --out")
+    before, new = read_json(out), result["settings"]
+    with reading(out, "it is not a result of this program: give another --out"):
+        old = expect(before["settings"], dict)
+        for x in expect(old["tasks"], dict).values():
+            expect(expect(x, dict).get("contexts", 0), int)
+        for key, kinds in {"commit": (str,), "command": (str,), "seconds": (int, float), "against": (str, type(None)),
+                           "threads": (int, str), "processes": (int, str)}.items():
+            expect(before.setdefault(key, {"seconds": 0, "against": None}.get(key, 1 if int in kinds else "")), *kinds)
     flat = lambda s: {**{k: v for k, v in s.items() if k != "tasks"},  # noqa: E731
                       **{f"{t} {k}": v for t, x in s["tasks"].items() if t in new["tasks"] for k, v in x.items()}}
     for key, value in flat(old).items():
@@ -102,14 +112,14 @@ def continue_from(out: Path, answers: Path, result: dict) -> list[dict]:
             raise BadInput(f"{out}: made with {key} = {value}, this run has {flat(new).get(key)}; use the same "
                            "settings, or give another --out")
     new["tasks"] = {**old["tasks"], **new["tasks"]}
-    result["seconds"] = before.get("seconds", 0)
+    result["seconds"] = before["seconds"]
     for key, joint in (("commit", ", "), ("command", "; ")):
-        parts = before.get(key, "").split(joint)
+        parts = before[key].split(joint)
         result[key] = joint.join(parts + [result[key]] * (result[key] not in parts))
     for key in ("threads", "processes"):  # of several runs that differ, all that there were
-        found = list(dict.fromkeys([*str(before.get(key, 1)).split(", "), str(result.get(key, 1))]))
-        result[key] = ", ".join(found) if len(found) > 1 else int(found[0])
-    result["against"] = result.get("against") or before.get("against")
+        found = list(dict.fromkeys([*str(before[key]).split(", "), str(result.get(key, 1))]))
+        result[key] = ", ".join(found) if len(found) > 1 else result.get(key, 1)
+    result["against"] = result.get("against") or before["against"]
     result["cells"] = before.get("cells", [])
     return load_records(answers)
 

@@ -27,7 +27,7 @@ from run.files import base_of
 from run.world import World, share
 from eval import held_out_table
 from model import load_llama, own_rows
-from test_data import tiny_tokenizer_json
+from test_tokenizer import tiny_tokenizer_json
 from test_train import distiller, sample
 from train import Work, add_gradients
 

@@ -421,9 +421,15 @@ def test_what_is_done_is_left_out(model, comps):
     assert [(r["case"], r["method"], r["keep"]) for r in left][:2] == [(0, "kvdistill", 0.2), (1, "full", 1.0)]
 
 
+def record(case: int) -> dict:
+    answer = {"kind": "squad", "weight": 1, "f1": 1.0, "em": 1.0, "contains": 1.0}
+    return {"task": "squad", "case": case, "unit": "a", "method": "full", "keep": 1.0, "N": 5, "K": 5, "bytes": 9,
+            "seconds": {"prefill": 1.0, "compress": 0.0, "decode": 1.0}, "answers": [answer]}
+
+
 def test_half_a_line_of_a_killed_run_is_cut_off(tmp_path):
     path = tmp_path / "a.jsonl.gz"
-    a, b, c, d = ({"task": "squad", "case": i, "method": "full", "keep": 1.0, "x": "ü" * 99} for i in range(4))
+    a, b, c, d = (record(i) | {"x": "ü" * 99} for i in range(4))
     append_records(path, [a, b])
     append_records(path, [c])
     whole = path.read_bytes()
@@ -442,7 +448,7 @@ def test_half_a_line_of_a_killed_run_is_cut_off(tmp_path):
     assert load_records(path) == [a, c] and load_records(path) == [a, c], "torn in the middle: the rest is found"
     with pytest.raises(BadInput, match="cannot be written"):
         append_records("/dev/full", [a])
-    for foreign, message in ((gzip.compress(b"no json\n"), "not JSON lines"), (b"plain text\n", "no answers"),
+    for foreign, message in ((gzip.compress(b"no json\n"), "not valid JSON"), (b"plain text\n", "no answers"),
                              (gzip.compress(b'{"a": 1}\n'), "no answers of this program")):
         path.write_bytes(foreign)
         with pytest.raises(BadInput, match=message):
@@ -456,7 +462,7 @@ def test_other_settings_for_the_same_file_are_refused(tmp_path):
         return {"settings": {"seed": seed, "tasks": {"squad": {"n": 5, "pack": 1} | task}}, "commit": "abc",
                 "command": "go"}
     assert continue_from(out, answers, result()) == []
-    append_records(answers, [{"task": "squad", "case": 0, "method": "full", "keep": 1.0}])
+    append_records(answers, [record(0)])
     again = result()
     assert len(continue_from(out, answers, again)) == 1 and again["commit"] == "abc" and again["command"] == "go"
     for other, message in ((result(seed=1), "seed = 0, this run has 1"), (result(pack=2), "squad pack = 1")):

@@ -261,8 +261,8 @@ def test_loading_gives_the_same_model_frozen(saved, model):
 @pytest.mark.parametrize("key, value, message", [
     ("model_type", "qwen2", "model_type is 'qwen2'"), ("attention_bias", True, "attention_bias"),
     ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling of type 'yarn'"), ("hidden_size", 64, "config.json says"),
-    ("num_hidden_layers", 7, "9 tensors are missing"), ("vocab_size", None, "missing or no number .*'vocab_size'"),
-    ("vocab_size", "many", "missing or no number"), ("rope_scaling", {"rope_type": "llama3"}, "'factor'")])
+    ("num_hidden_layers", 7, "9 tensors are missing"), ("vocab_size", None, "vocab_size is None, expected a whole"),
+    ("vocab_size", "many", "vocab_size is 'many'"), ("rope_scaling", {"rope_type": "llama3"}, "factor is None")])
 def test_a_foreign_config_is_refused_by_name(saved, key, value, message):
     config = json.loads((saved / "config.json").read_text())
     config.pop(key, None)
@@ -276,7 +276,7 @@ def test_a_foreign_config_is_refused_by_name(saved, key, value, message):
 def test_damaged_weights_are_refused(saved, tmp_path):
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(BadInput, match="cannot be read as safetensors"):
+    with pytest.raises(BadInput, match="model.safetensors: .*; download it again"):
         load_llama(saved)
     file.unlink()
     with pytest.raises(BadInput, match="neither model.safetensors nor"):

@@ -19,7 +19,7 @@ from run.errors import BadInput, run_program
 from run.files import load_cache, newest_adapter, save_adapter, save_cache
 from data.tokenizer import Tokenizer
 from model import load_llama
-from test_data import tiny_tokenizer_json
+from test_tokenizer import tiny_tokenizer_json
 
 def write_model(folder, **changes):
     """A tiny random Llama with a byte-level tokenizer, in the Hugging Face layout."""
