@@ -275,13 +275,3 @@ def test_what_is_no_text_file_is_no_document(tmp_path, tiny_tokenizer):
     (tmp_path / "texts" / "\udcff.txt").write_text("text")
     folder, = prepare([str(tmp_path / "texts")], tiny_tokenizer, tmp_path / "shards")
     assert sum(len(Shard(folder, split, tiny_tokenizer)) for split in ("train", "val")) == 61
-
-
-def test_collate_pads_with_segments_of_minus_one():
-    from data.samples import Continuation, Sample
-    a = Sample([1, 2, 3], 1, [Continuation("recite", [4, 5, 6], 2)])
-    b = Sample([1, 2], 1, [Continuation("cloze", [7, 8], 1), Continuation("title", [9, 10, 11], 1)])
-    batch = collate([a, b])
-    assert batch.segments.tolist() == [[0, 0, 0, -1, -1], [0, 0, 1, 1, 1]]
-    assert batch.supervised.tolist() == [[False, True, False, False, False], [True, False, True, True, False]]
-    assert batch.lengths.tolist() == [3, 2] and torch.equal(batch.kinds[1], torch.tensor([2, 2, 3, 3, 3]))
