@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from conftest import ROOT
 from run.errors import BadInput, reading, write_atomic, write_json
