@@ -50,14 +50,13 @@ def save_llama(model, folder):
 
 
 def tiny_compressor(model, seed=1, trained=True, **changes) -> Compressor:
-    """A compressor for a tiny model; `trained` gives it adapters that do something (B ≠ 0) and γ ≠ 0."""
+    """A compressor for a tiny model; `trained` gives it adapters that do something (B ≠ 0) and scores that differ."""
     torch.manual_seed(seed)
-    comp = Compressor(model.cfg, CompressorConfig(**({"eta": 2, "rank": 4} | changes)))
+    comp = Compressor(model.cfg, CompressorConfig(**({"eta": 2, "rank": 4, "hidden": 48} | changes)))
     if trained:
         with torch.no_grad():
             for p in (comp.b_q, comp.b_o):
                 p.normal_(std=0.2)
-            comp.gamma.fill_(0.3)
             comp.scorer.w2.weight.mul_(5)
     return comp.to(model.dtype)
 
