@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from compress import Compressor, CompressorConfig
 from run.errors import BadInput
+from run.models import no_memory
 from data.fetch import fetch
 from model import Config, Llama
 
@@ -244,7 +245,7 @@ def advice(parts: dict[str, float], c, size: int, parallel: str) -> str:
 
 def out_of_memory(error: RuntimeError, c, size: int) -> BadInput | None:
     """What to do about an allocation that failed, in one of `size` processes; None for any other error."""
-    if not any(words in str(error) for words in ("out of memory", "t allocate memory")):
+    if not no_memory(error):
         return None
     help_ = [f"--micro {c.micro // 2} (now {c.micro})"] * (c.micro > 1) + ["--recompute"] * (not c.recompute)
     help_ += ["--parallel fsdp"] * (size > 1 and c.parallel == "ddp")
