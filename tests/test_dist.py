@@ -120,7 +120,8 @@ def test_two_processes_compute_what_one_does(tiny, two_processes, how):
 def test_every_sample_is_seen_once_whatever_the_number_of_processes():
     want = list(range(5 * 24))
     for size in (1, 2, 3, 4, 8):
-        seen = [share(24 * step, 24, 2, World(torch.device("cpu"), rank, size)) for step in range(5) for rank in range(size)]
+        worlds = [World(torch.device("cpu"), rank, size) for rank in range(size)]
+        seen = [share(24 * step, 24, 2, world) for step in range(5) for world in worlds]
         assert [i for parts in seen for part in parts for i in part] == want
         assert len({len(parts) for parts in seen}) == 1  # fsdp needs everybody in every forward pass
 
@@ -162,7 +163,8 @@ def outcome(out):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     times = {"seconds", "tokens_per_s", "gflop_per_s"}
     assert [line["step"] for line in log] == list(range(STEPS_OF_RUN))
-    return load_file(out / "adapter" / "adapter.safetensors"), [{k: line[k] for k in line.keys() - times} for line in log]
+    tensors = load_file(out / "adapter" / "adapter.safetensors")
+    return tensors, [{k: line[k] for k in line.keys() - times} for line in log]
 
 
 def assert_same(a, b):
