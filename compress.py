@@ -328,7 +328,8 @@ class Compressor(nn.Module):
 def drop_from(full: Cache, ctx: Context, choice: Choice) -> Cache:
     """The chosen entries of an uncompressed cache and the protected ones: what training-free methods do."""
     stay = (choice.kept | ctx.protected[:, None, None]).expand(-1, len(full.layers), -1, -1)
-    return Cache([gather(part.k, part.v, stay[:, layer]) for layer, (part,) in enumerate(full.layers)], ctx.lengths)
+    return Cache([gather(part.k, part.v, stay[:, layer]) for layer, (part,) in enumerate(full.layers)],
+                 full.next_position)
 
 
 def open_text(comp: Compressor, model: Llama, tokenizer, text: str) -> Context:

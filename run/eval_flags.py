@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
-from run.errors import BadInput
 from data import tasks as T
 from data.fetch import fetch
 from data.prepare import SHARDS
-from data.tasks import MAX_NEW_TOKENS, METRICS, Case
+from data.samples import Case
+from data.tasks import MAX_NEW_TOKENS, METRICS
+from model import Llama
+from run.errors import BadInput
 from run.models import add_model_flags, pick_dtype, seed_flag
 from run.world import World
-from model import Llama
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)
 
@@ -25,7 +26,8 @@ def parse_args(methods, default: str) -> argparse.Namespace:
     p.add_argument("--tasks", default="fidelity", help=f"comma-separated, of {', '.join(METRICS)}; default fidelity")
     p.add_argument("--methods", default=default, help=f"comma-separated, of {', '.join(methods)}; default "
                    f"{default}")
-    p.add_argument("--keep", default=",".join(map(str, KEEPS)), help="kept fractions; default 0.5,0.25,0.1,0.05")
+    p.add_argument("--keep", default=",".join(map(str, KEEPS)), help="kept fractions, 1 the whole cache; default "
+                   "0.5,0.25,0.1,0.05")
     p.add_argument("--n", type=int, default=20, help="fidelity: documents per kind; squad, choice: questions; "
                    "summary: documents; niah: documents, rounded up to fill the grid evenly; cost: repeats; default 20")
     p.add_argument("--data", action="append", default=[], metavar="TASK=PATH", help="repeatable: squad=FILE, "
@@ -43,6 +45,7 @@ def parse_args(methods, default: str) -> argparse.Namespace:
     p.add_argument("--seed", type=seed_flag, default=0, help="of the documents and of random choices; default 0")
     p.add_argument("--out", metavar="FILE", help="results as JSON, answers beside it as .jsonl.gz; a run goes on "
                    "where it stopped")
+    p.add_argument("--json", action="store_true", help="print the cells as one JSON line instead of the table")
     p.add_argument("--plot", action="store_true", help="draw the figures of --out beside it (needs matplotlib)")
     add_model_flags(p)
     return p.parse_args()
@@ -72,7 +75,7 @@ def check(a: argparse.Namespace, methods) -> dict:
                 raise BadInput(f"--{flag}: {name!r} is unknown, expected some of {', '.join(known)}")
     if a.against is not None and a.against not in lists["methods"]:
         raise BadInput(f"--against is {a.against!r}: expected one of --methods ({a.methods})")
-    lists["keep"] = numbers(a, "keep", float, 1e-6, 0.999)  # 1 is the method `full`
+    lists["keep"] = numbers(a, "keep", float, 1e-6, 1)
     lists["lengths"] = numbers(a, "lengths", int, 64, 1 << 20)
     lists["depths"] = numbers(a, "depths", float, 0, 1)
     if a.n < 1 or a.pack < 1 or a.context < 16:
@@ -106,17 +109,20 @@ def check(a: argparse.Namespace, methods) -> dict:
 def agree(a: argparse.Namespace, lists: dict, world: World) -> None:
     """Settle what several processes must have in common, --device and --dtype, before they share the documents out.
     Errors: BadInput for what they cannot share."""
+    if world.world_size == 1:
+        return
     if "cost" in lists["tasks"]:
         raise BadInput("--tasks cost is timed, and other processes would be in its way; run it without torchrun")
     if world.world_size > world.local_world_size:
-        raise BadInput(f"{world.world_size} processes on {world.world_size // world.local_world_size} hosts: expected one host, where "
-                       "they can append to one file of answers")
+        raise BadInput(f"{world.world_size} processes on {world.world_size // world.local_world_size} hosts: expected "
+                       "one host, where they can append to one file of answers")
     if a.weights is None:
         with world.one_first():
             fetch()
     a.device = str(world.device)
     if a.dtype == "auto":
-        a.dtype = world.on_rank0(lambda: {torch.float32: "fp32", torch.bfloat16: "bf16"}[pick_dtype("auto", world.device)])
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+        a.dtype = world.on_rank0(lambda: names[pick_dtype("auto", world.device)])
 
 
 def build(task: str, a: argparse.Namespace, lists: dict, tokenizer, model: Llama, replay: int

@@ -101,11 +101,12 @@ def dtype_of(wanted: dict, out: str, default: str, defaults: dict) -> str | None
 
 
 @contextmanager
-def alone_in(out: Path):
-    """One run at a time in a folder. Errors: BadInput where another process is training in it, or nobody can write."""
+def alone_in(out: Path, name: str = ".lock", doing: str = "training"):
+    """One run at a time that holds this lock in a folder. Errors: BadInput where another process is at it, or nobody can
+    write."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
+        lock = open(out / name, "w")
     except OSError as e:
         raise BadInput(f"--out {out}: cannot be written to ({e.strerror}); give another folder") from None
     with lock:
@@ -113,7 +114,7 @@ def alone_in(out: Path):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise BadInput(f"{out}: another process is training in it; wait for it, or give a new --out") from None
+                raise BadInput(f"{out}: another process is {doing} in it; wait for it, or give a new --out") from None
             except OSError as e:  # some network file systems have no locks
                 print(f"warning: {out}: cannot be locked ({e}); make sure that no other run uses it", file=sys.stderr)
         yield

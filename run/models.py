@@ -99,8 +99,8 @@ def open_model(a: argparse.Namespace, shard=None):
     except RuntimeError as e:
         if not no_memory(e):
             raise
-        raise BadInput(f"{folder}: the model does not fit into {device} ({str(e).splitlines()[0]}); try --dtype bf16 "
-                       "or another --device. train.py alone spreads a model over GPUs (torchrun, --parallel fsdp)") from None
+        raise BadInput(f"{folder}: the model does not fit into {device} ({str(e).splitlines()[0]}); try --dtype bf16, "
+                       "or another --device. Only train.py spreads a model over GPUs (--parallel fsdp)") from None
     if tokenizer.n_vocab > model.cfg.vocab_size:
         raise BadInput(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {model.cfg.vocab_size}; they "
                        "do not belong together")

@@ -7,14 +7,17 @@ import gzip
 import json
 import math
 import os
+import time
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 from run.errors import BadInput, read_json, write_atomic
 from data.tasks import METRICS, SHARES
+from run.folders import alone_in
 
 
 def keeps_of(method: str, keeps) -> list[float]:
@@ -111,6 +114,65 @@ def continue_from(out: Path, answers: Path, result: dict) -> list[dict]:
     return load_records(answers)
 
 
+class Results:
+    """What a run has found: in memory, and, with --out, in two files, where an earlier run may have left a part of it.
+    All processes add what they find; the first one writes the result. As a context it holds a lock on --out, for two
+    runs would ask everything twice, and each would overwrite the other's result."""
+
+    def __init__(self, out: str | None, world):
+        self.world, self.start, self.records, self.fresh = world, time.perf_counter(), [], []
+        self.out = None if out is None else Path(out)
+        self.answers = self.out and self.out.with_name(self.out.name.removesuffix(".json") + ".jsonl.gz")
+        self.held = ExitStack()
+
+    def __enter__(self) -> "Results":
+        if self.out:
+            self.world.on_rank0(lambda: self.held.enter_context(
+                alone_in(self.out.parent, f".{self.out.name}.lock", f"writing {self.out.name}")))
+        return self
+
+    def __exit__(self, *_):
+        self.held.close()
+
+    def begin(self, result: dict) -> None:
+        """result: all that is known before the first answer. Errors: BadInput if --out holds one of other settings."""
+        self.result = result
+        if self.out:
+            self.records = self.world.on_rank0(lambda: continue_from(self.out, self.answers, result))
+        self.before, self.saved = result.get("seconds", 0), self.start
+
+    def seconds(self) -> float:
+        return round(self.before + time.perf_counter() - self.start, 1)
+
+    def done(self, task: str, wanted: set) -> set:
+        """Of the wanted (case, method, keep), those that an earlier run has asked. Begins a task."""
+        done = wanted & {(r["case"], r["method"], r["keep"]) for r in self.records if r["task"] == task}
+        if done:
+            print(f"{task}: {len(done)} of {len(wanted)} caches were asked before and are skipped")
+        self.fresh, self.task_start = [], time.perf_counter()
+        return done
+
+    def add(self, records: list[dict]) -> None:
+        self.fresh += records
+        if self.answers:
+            append_records(self.answers, records)
+        if self.out and not self.world.rank and time.perf_counter() - self.saved > 10:
+            self.saved = time.perf_counter()  # how long it took so far; answers are safe
+            write_result(self.out, self.result | {"seconds": self.seconds()})
+
+    def finish(self, task: str) -> None:
+        fresh = sorted(self.world.gather(self.fresh), key=lambda r: r["case"])
+        self.records, self.result["seconds"] = self.records + fresh, self.seconds()
+        print(f"{task}: {sum(len(r['answers']) for r in fresh)} answers from {len(fresh)} caches in "
+              f"{time.perf_counter() - self.task_start:.0f} s")
+        if self.world.rank:
+            return
+        contexts = {name: x.get("contexts") for name, x in self.result["settings"]["tasks"].items()}
+        self.result["cells"] = cells_of(self.records, self.result["against"], contexts)
+        if self.out:
+            write_result(self.out, self.result)
+
+
 def mean_and_interval(units, values, weights=None, share: bool = False, resamples: int = 1000
                       ) -> tuple[float, list[float]]:
     """Weighted mean of `values` and its 95 % bootstrap interval, with whole units (documents) drawn with replacement:
@@ -186,13 +248,15 @@ def cells_of(records: list[dict], against: str | None = None, contexts: dict[str
     return cells
 
 
-def with_interval(cell: dict, metric: str) -> str:
-    low_high = cell["ci95"][metric]
-    return f"{cell['mean'][metric]:.3f}" + (f" ({low_high[0]:.3f}–{low_high[1]:.3f})" if low_high else "")
+def with_interval(cell: dict, metric: str, form: str = ".3f") -> str:
+    """Of a cell, or of its difference: the mean and its 95 % interval."""
+    low_high, to = cell["ci95"][metric], ", " if "+" in form else "–"
+    return f"{cell['mean'][metric]:{form}}" + (f" ({low_high[0]:{form}}{to}{low_high[1]:{form}})" if low_high else "")
 
 
 def print_table(cells: list[dict]) -> None:
-    """For each task and kind the headline metric: a row per method, a column per kept fraction, with intervals."""
+    """For each task and kind the headline metric with its interval: a row per method, a column per kept fraction, and
+    the caches' bytes as stored; with --against, under each method's row its paired difference to that method."""
     for task in dict.fromkeys(c["task"] for c in cells):
         mine = [c for c in cells if c["task"] == task]
         metric = next(iter(METRICS[task]))
@@ -200,14 +264,19 @@ def print_table(cells: list[dict]) -> None:
             at = {(c["method"], c["keep"]): c for c in mine if c["kind"] == kind}
             if "/" in kind or (kind != "all" and len({c["kind"] for c in mine}) == 2):
                 continue
-            keeps = sorted({keep for _, keep in at if 0 < keep < 1}, reverse=True)
+            keeps = sorted({keep for m, keep in at if m not in ("full", "none")}, reverse=True)
             some = next(iter(at.values()))
             print(f"\n{task} · {kind}: {metric} (95 %)    n = {some['n']} in {some['contexts']} documents of "
                   f"{some['N']:.0f} tokens")
             size = {keep: next(c["K"] for (_, k), c in at.items() if k == keep) for keep in keeps}
-            print(f"{'':22}" + "".join(f"{f'keep {k}, K {size[k]:.0f}':>22}" for k in keeps))
+            print(f"{'':22}" + "".join(f"{f'keep {k}, K {size[k]:.0f}':>24}" for k in keeps) + "   kB of the caches")
             if "chance" in METRICS[task]:
-                print(f"{'(chance)':22}" + f"{some['mean']['chance']:>22.3f}" * len(keeps))
+                print(f"{'(chance)':22}" + f"{some['mean']['chance']:>24.3f}" * len(keeps))
             for m in dict.fromkeys(m for m, _ in at):
                 row = [at.get((m, keep)) for keep in keeps_of(m, keeps)]
-                print(f"{m:22}" + "".join(f"{with_interval(c, metric) if c else '':>22}" for c in row))
+                print(f"{m:22}" + "".join(f"{with_interval(c, metric) if c else '':>24}" for c in row)
+                      + "   " + " ".join(f"{c['cache_bytes'] / 1e3:.0f}" for c in row if c))
+                gaps = [c.get("difference") if c else None for c in row]
+                if any(d and d["against"] != m for d in gaps):
+                    print(f"{'  less ' + next(d for d in gaps if d)['against']:22}"
+                          + "".join(f"{with_interval(d, metric, '+.3f') if d else '':>24}" for d in gaps))

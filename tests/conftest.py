@@ -50,9 +50,9 @@ def save_llama(model, folder):
 
 
 def tiny_compressor(model, seed=1, trained=True, **changes) -> Compressor:
-    """A compressor for a tiny model; `trained` gives it adapters that do something (B ≠ 0) and scores that differ."""
+    """A compressor for a tiny model; `trained` gives it adapters that do something (B ≠ 0)."""
     torch.manual_seed(seed)
-    comp = Compressor(model.cfg, CompressorConfig(**({"eta": 2, "rank": 4, "hidden": 48} | changes)))
+    comp = Compressor(model.cfg, CompressorConfig(**({"eta": 2, "rank": 4, "hidden": 32, "recent": 2} | changes)))
     if trained:
         with torch.no_grad():
             for p in (comp.b_q, comp.b_o):

@@ -9,10 +9,11 @@ import time
 import pytest
 
 from conftest import ROOT, tiny_compressor
-from run.files import save_adapter
-from run.records import load_records
 from data.tokenizer import Tokenizer
 from model import load_llama
+from run.files import save_adapter
+from run.folders import alone_in
+from run.records import load_records
 from test_programs import one_line_error, run, write_model
 from test_tasks import squad_file
 
@@ -65,8 +66,7 @@ def test_all_tasks_in_one_run_then_continued_with_another_method(files, tmp_path
     assert cells["choice", "all", "full", 1.0]["mean"]["chance"] == 0.33333
     assert ("niah", "single/700/1.0", "kvzip", 0.5) in cells and ("cost", "700", "full", 1.0) in cells
     assert {"command", "commit", "seed", "threads", "device", "versions", "settings", "seconds"} <= set(result)
-    means = json.loads(stdout.strip().splitlines()[-1])
-    assert means["squad"]["all"]["kvzip"]["0.2"] == cells["squad", "all", "kvzip", 0.2]["mean"]
+    assert stdout.splitlines()[-1] == f"result: {out}" and "kB of the caches" in stdout
     before = load_records(out.with_suffix(".jsonl.gz"))
     assert all("prediction" in a for r in before if r["task"] in ("squad", "niah", "summary") for a in r["answers"])
 
@@ -76,6 +76,7 @@ def test_all_tasks_in_one_run_then_continued_with_another_method(files, tmp_path
     assert after[:len(before)] == before and {r["method"] for r in after[len(before):]} == {"streaming"}
     again = {(c["task"], c["kind"], c["method"], c["keep"]): c for c in json.loads(out.read_text())["cells"]}
     assert all(again[k]["mean"] == c["mean"] for k, c in cells.items())
+    assert "  less streaming" in more
     difference = again["squad", "all", "kvdistill", 0.2]["difference"]
     assert difference["against"] == "streaming"
     assert difference["mean"]["f1"] == pytest.approx(again["squad", "all", "kvdistill", 0.2]["mean"]["f1"]
@@ -159,17 +160,40 @@ def test_two_processes_share_the_documents_out(files, tmp_path):
 
 def test_fidelity_on_texts_and_squad_answers(files):
     stdout, _ = run("eval.py", *flags(files, "--tasks", "fidelity", "--n", "2", "--context", "300", "--keep", "0.2",
-                                      "--methods", "full,none,kvdistill"))
+                                      "--methods", "full,none,kvdistill", "--json"))
     assert not list((ROOT / "data" / "shards").glob("texts-*")), "nothing is written into the repository"
-    means = json.loads(stdout.strip().splitlines()[-1])["fidelity"]
-    assert set(means) == {"all", "continue", "recite", "cloze", "squad"}
-    assert means["all"]["full"]["1.0"]["kl"] < 1e-6 < means["all"]["kvdistill"]["0.2"]["kl"]
+    kl = {(c["kind"], c["method"]): c["mean"]["kl"] for c in json.loads(stdout.strip().splitlines()[-1])}
+    assert {kind for kind, _ in kl} == {"all", "continue", "recite", "cloze", "squad"}
+    assert kl["all", "full"] < 1e-6 < kl["all", "kvdistill"]
+    assert "kB of the caches" not in stdout, "the line instead of the table"
+
+
+def test_keep_1_is_the_full_cache(files):
+    stdout, _ = run("eval.py", *flags(files, "--tasks", "fidelity", "--n", "2", "--context", "300", "--keep", "1",
+                                      "--methods", "full,kvdistill,random", "--json"))
+    cells = [c for c in json.loads(stdout.strip().splitlines()[-1]) if c["kind"] == "all"]
+    assert [c["method"] for c in cells] == ["full", "kvdistill", "random"]
+    assert all(c["mean"]["kl"] < 1e-6 and c["K"] == c["N"] and c["cache_bytes"] == cells[0]["cache_bytes"]
+               for c in cells)
+
+
+def test_two_runs_on_one_result_file(files, tmp_path):
+    """The second is refused while the first one holds the lock, and writes nothing; other files are not concerned."""
+    what = flags(files, "--tasks", "fidelity", "--n", "1", "--context", "300", "--keep", "0.5", "--methods", "full")
+    with alone_in(tmp_path, ".r.json.lock"):
+        said = one_line_error("eval.py", *what, "--out", tmp_path / "r.json")
+        assert "another process is writing r.json in it; wait for it, or give a new --out" in said
+        assert not (tmp_path / "r.json").exists()
+        run("eval.py", *what, "--out", tmp_path / "other.json")
+    assert (tmp_path / "other.json").exists()
+    run("eval.py", *what, "--out", tmp_path / "r.json")
 
 
 def test_bad_input_is_one_line_that_says_what_to_do(files, tmp_path):
     for args, message in ((("--tasks", "squod"), "'squod' is unknown, expected some of fidelity, squad"),
                           (("--methods", "magic"), "'magic' is unknown, expected some of full, none, random"),
-                          (("--keep", "2"), "--keep is '2'"), (("--keep", "half"), "--keep is 'half'"),
+                          (("--keep", "2"), "--keep is '2'"), (("--keep", "0"), "--keep is '0'"),
+                          (("--keep", "half"), "--keep is 'half'"),
                           (("--lengths", "1"), "--lengths is '1'"), (("--depths", "5"), "--depths is '5'"),
                           (("--n", "0"), "at least 1"), (("--against", "tova"), "expected one of --methods"),
                           (("--out", str(tmp_path)), "expected the name of a file"),

@@ -78,7 +78,7 @@ def test_compress_save_load_ask(tiny, tmp_path):
     doc, adapter, cache = tmp_path / "doc.txt", tmp_path / "run" / "adapter", tmp_path / "cache.safetensors"
     doc.write_text("The quick brown fox jumps over the lazy dog, again and again. " * 5)
     model, tok = load_llama(tiny), Tokenizer(tiny)
-    save_adapter(adapter, tiny_compressor(model), model, tok, {})
+    save_adapter(adapter, tiny_compressor(model, recent=4), model, tok, {})
     out, _ = run("compress.py", "--weights", tiny, "--context", doc, "--adapter", adapter.parent, "--keep", "0.1",
                  "--question", "Why?", "--question", "And then?", "--save", cache, *SMALL)
     assert f"adapter: {adapter} " in out  # the folder of a run is as good as that of its adapter
@@ -139,7 +139,7 @@ def test_8_save_and_load_change_no_bit(tiny, tmp_path, changes):
 def saved(tiny, tmp_path):
     """Model, tokenizer, and a saved adapter and cache of theirs."""
     model, tok = load_llama(tiny), Tokenizer(tiny)
-    comp = tiny_compressor(model)
+    comp = tiny_compressor(model, recent=4)
     save_adapter(tmp_path / "a", comp, model, tok, {})
     ctx = comp.read(model, torch.arange(40)[None])
     save_cache(tmp_path / "c.safetensors", comp.compress(model, ctx, keep=0.5), model, tok)
@@ -330,7 +330,8 @@ def test_train_learns_on_a_tiny_model(tiny, tiny_run, tmp_path):
 
 def test_train_refuses_bad_input(tiny):
     for args, message in ((("--steps", "-1"), "--steps is -1"), (("--stpes", "5"), "unrecognized arguments"),
-                          (("--batch", "3", "--micro", "2"), "must divide --batch"), (("--chunk", "-1"), "--chunk is -1"),
+                          (("--batch", "3", "--micro", "2"), "must divide --batch"),
+                          (("--chunk", "-1"), "--chunk is -1"),
                           (("--steps", "0", "--reconstruct", "0"), "--reconstruct is 0, too"),
                           (("--keep-high", "1.0"), "keep-low"), (("--mix", "sing=1"), "expected KIND=COUNT"),
                           (("--decay", "linear"), "expected threshold or sigmoid"),

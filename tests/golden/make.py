@@ -1,4 +1,5 @@
-"""Golden scores: what NVIDIA's kvpress 0.5.5 says each token is worth, to test the baselines in eval.py against.
+"""Golden scores: what NVIDIA's kvpress 0.5.5 says each token is worth, to test the baselines in eval.py against; and
+what it keeps where heads share a budget.
 
     python -m venv .venv-golden && .venv-golden/bin/pip install -r tests/golden/requirements.txt
     .venv-golden/bin/python tests/golden/make.py       # under a minute; writes tests/golden/kvpress.safetensors
@@ -13,6 +14,8 @@ What the file holds (L = 5 layers, listed in the metadata; G = 3 key-value heads
     kvzip                      (L, G, N) fp32, scores with the context replayed in one pass (kvpress's default)
     kvzip.replay.0             (R,) int32, what was run on top of the cache: instruction, model's turn, context
     kvzip_chunked[.replay.i]   the same with chunks of 128 tokens, one replay for each
+    kvzip.kept                 (30, G, N) bool, what all layers keep at a quarter: one budget for all heads
+    adasnapkv.kept             (30, G, N) bool, the same of AdaKV on SnapKV's scores, from a window of 8 tokens
 """
 import json
 import sys
@@ -20,7 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from kvpress import KnormPress, KVzipPress, ObservedAttentionPress, SnapKVPress, StreamingLLMPress, TOVAPress
+from kvpress import (AdaKVPress, KnormPress, KVzipPress, ObservedAttentionPress, SnapKVPress, StreamingLLMPress,
+                     TOVAPress)
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -35,6 +39,8 @@ LAYERS = [0, 8, 16, 24, 29]
 N = 300         # tokens
 CHUNK = 128     # tokens; the context after the header makes three chunks
 RATIO = 0.5     # removed; kvpress computes no scores at 0. It decides what StreamingLLM keeps, and no other score
+SHARED = 0.75   # removed, for the kept sets
+WINDOW = 8      # SnapKV's there: AdaKV's safeguard, a fifth of 75 tokens, reaches beyond it
 
 # window and kernel of SnapKV and the sinks are kvpress's defaults, written out
 PRESSES = {"knorm": KnormPress(RATIO), "h2o": ObservedAttentionPress(RATIO), "tova": TOVAPress(RATIO),
@@ -71,6 +77,18 @@ def scores_of(model, press, ids):
     return torch.stack([seen[layer][0] for layer in LAYERS])
 
 
+def kept_by(model, press, ids):
+    """What all layers keep, by head: (n_layer, G, N) bool. kvpress drops nothing from the cache, it masks."""
+    for layer in model.model.layers:
+        layer.self_attn.masked_key_indices = None
+    prefill(model, press, ids)
+    kept = torch.ones(model.config.num_hidden_layers, model.config.num_key_value_heads, len(ids), dtype=torch.bool)
+    for i, layer in enumerate(model.model.layers):
+        rows, heads, tokens = layer.self_attn.masked_key_indices
+        kept[i, heads, tokens] = False
+    return kept
+
+
 def main():
     folder = fetch()
     tokenizer = Tokenizer(folder)
@@ -86,11 +104,15 @@ def main():
         assert press.prefix == len(tokenizer.header), "kvpress's chat header differs from ours"
         tensors[name] = press.scores[LAYERS]
         tensors |= {f"{name}.replay.{i}": replay for i, replay in enumerate(press.replays)}
+    for name, shared in {"kvzip": KVzipPress(SHARED, n_sink=4),
+                         "adasnapkv": AdaKVPress(SnapKVPress(SHARED, window_size=WINDOW, kernel_size=5))}.items():
+        tensors[f"{name}.kept"] = kept_by(model, shared, ids)
     packages = {name: version(name) for name in ("kvpress", "transformers", "torch", "tokenizers")}
     metadata = packages | {"layers": json.dumps(LAYERS), "prefix_length": str(press.prefix), "window_size": "64",
                            "kernel_size": "5", "n_sink": "4", "chunk_size": str(CHUNK), "compression_ratio": str(RATIO),
+                           "shared_ratio": str(SHARED), "shared_window": str(WINDOW),
                            "model": "SmolLM2-135M-Instruct, Q4_1 dequantised to fp32"}
-    tensors = {k: v.contiguous() if v.is_floating_point() else v.to(torch.int32) for k, v in tensors.items()}
+    tensors = {k: v.to(torch.int32) if v.dtype == torch.int64 else v.contiguous() for k, v in tensors.items()}
     write_atomic(OUT, lambda path: save_file(tensors, path, metadata=metadata))
     print(f"{OUT}: {OUT.stat().st_size / 1e3:.0f} kB")
     for name, tensor in tensors.items():
