@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import NEG, Cache, Llama, Part, Route, answer, own_mask, whole_cache
-from run.compress_flags import find_adapter, parse_args, read_text
+from run.compress_flags import find_adapter, highlight, parse_args, read_text
 from run.errors import BadInput, read_json, run_program
 from run.files import ROOT, cache_header, load_cache, newest_adapter, read_adapter, save_cache
 from run.models import open_model
@@ -384,22 +384,6 @@ def kept_shares(cache: Cache, n: int) -> list[float]:
     parts = [p for layer in cache.layers for p in layer]
     at = torch.cat([p.positions[0].expand(p.k.shape[1], -1).flatten() for p in parts]).cpu().long()
     return (torch.bincount(at[at >= 0], minlength=n) / sum(p.k.shape[1] for p in parts)).tolist()
-
-
-def highlight(tokenizer, ids: list[int], shares: list[float], colour: bool) -> str:
-    """The text of ids, brighter where more heads keep it: dim, plain, bold, reverse; without a terminal, [ and ] stand
-    around what more heads keep than on average."""
-    mean = sum(shares) / len(shares)
-    steps = (mean / 2, mean, min(2 * mean, (mean + 1) / 2))
-    marks = [("\033[2m", "\033[0m"), ("", ""), ("\033[1m", "\033[0m"), ("\033[7m", "\033[0m")] if colour else [
-        ("", ""), ("", ""), ("[", "]"), ("[", "]")]
-    out, i, mark = "", 0, [marks[sum(share > step for step in steps)] for share in shares]
-    while i < len(ids):
-        j = i
-        while j < len(ids) and mark[j] == mark[i]:
-            j += 1
-        out, i = out + mark[i][0] + tokenizer.decode(ids[i:j]) + mark[i][1], j
-    return out
 
 
 def show_answers(model: Llama, tokenizer, caches: dict[str, Cache], questions: list[str], *how) -> None:

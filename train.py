@@ -40,7 +40,7 @@ from run.errors import BadInput, provenance, run_program, write_json
 from run.files import ROOT, base_of, save_adapter, save_state
 from run.folders import Signals, alone_in, append_line, dtype_of, find_run_folder, resume, show, write_config
 from run.models import open_model, pick_dtype
-from run.plan import choose_parallel, out_of_memory, print_plan, profile, rates, step_flops
+from run.plan import choose_parallel, out_of_memory, print_plan, profile, speed
 from run.train_flags import check, parse_args
 from run.world import World
 
@@ -312,16 +312,12 @@ class Draw:
 
 
 def train(c: TrainConfig, draw: Draw, comp: Compressor, model: Llama, out: Path, world: World) -> None:
-    """Train `comp` to the end, from where the run in `out` stopped.
-
-    Errors: BadInput for settings that diverge, or need more memory than there is; SystemExit after a signal, when the
-    state is saved.
-    """
+    """Train `comp` to the end, from where the run in `out` stopped. Errors: BadInput for settings that diverge;
+    SystemExit after a signal, when the state is saved."""
     distil = Distiller(model, comp, c.lam, c.chunk, c.scorer_lr > 0)
     scorer, total = list(comp.scorer.parameters()), c.reconstruct + c.steps
-    print(f"training {sum(p.numel() for p in comp.parameters()):,} parameters: {sum(p.numel() for p in scorer):,} in "
-          f"the scorer, the rest in adapters of rank {c.rank} in layers {c.eta + 1}…{model.cfg.n_layer - 1}; "
-          f"{sum(p.numel() for p in model.parameters()):,} are frozen")
+    count = [sum(p.numel() for p in x) for x in (comp.parameters(), scorer, model.parameters())]
+    print("training {:,} parameters, {:,} of them the scorer's; {:,} are frozen".format(*count))
     optimizer = torch.optim.AdamW([{"params": comp.adapters()}, {"params": scorer}], lr=0.0, betas=(0.9, 0.98),
                                   weight_decay=c.weight_decay)
     begin, stop, recent = resume(out, comp, optimizer, draw.texts, total, world), 0, {}
@@ -346,21 +342,16 @@ def train(c: TrainConfig, draw: Draw, comp: Compressor, model: Llama, out: Path,
             numbers = torch.stack([x.to(world.device) for x in got.values()]).tolist()  # here we wait for the device
             got = dict(zip(got, numbers))
             if not all(map(math.isfinite, (got["loss"], got["grad_adapters"], got["grad_scorer"]))):
-                raise BadInput(f"step {step}: the loss is {got['loss']}, its gradient {got['grad_adapters']} and "
-                               f"{got['grad_scorer']}; lower --lr ({c.lr}), --teach-lr ({c.teach_lr}) or --scorer-lr "
-                               f"({c.scorer_lr})")
+                raise BadInput(f"step {step}: the loss is {got['loss']}, gradients {got['grad_adapters']} and "
+                               f"{got['grad_scorer']}; lower --{'teach-lr' if teaching else 'lr or --scorer-lr'}")
             optimizer.step()
             optimizer.zero_grad()
-
-            stop = 128 + signal.SIGTERM if got["term"] else 128 + signal.SIGINT if got["interrupt"] else 0
+            term, interrupt = got.pop("term"), got.pop("interrupt")
+            stop = 128 + signal.SIGTERM if term else 128 + signal.SIGINT if interrupt else 0
             save = stop or (step + 1) % c.save_every == 0 or step + 1 == total
-            seconds, tokens = time.perf_counter() - start, got["context"] + got["continuation"]
-            flops = step_flops(model.cfg, comp.cfg, got["context"], got["continuation"], got["supervised"], c.batch,
-                               phase, distil.learn_scores)
-            line = {"step": step, "phase": phase, "keep": round(keep, 4),
-                    **{name: got[name] for name in ("loss", "kl", "agree", "grad_adapters", "grad_scorer")
-                       if name in got}, "lr": optimizer.param_groups[teaching]["lr"],
-                    "seconds": round(seconds, 3), **rates(tokens, flops, seconds)}
+            line = {"step": step, "phase": phase, "keep": round(keep, 4), **got,
+                    "lr": optimizer.param_groups[teaching]["lr"],
+                    **speed(model.cfg, comp.cfg, got, c.batch, phase, distil.learn_scores, time.perf_counter() - start)}
             if not world.rank:
                 append_line(log, line, sync=save)  # first the lines, then the state that says they are there
                 if save:
@@ -379,9 +370,9 @@ def demonstrate(comp: Compressor, model: Llama, tokenizer) -> None:
     """Three questions about a text of our own, answered from the whole cache and from shorter ones."""
     with torch.no_grad():
         ctx = open_text(comp, model, tokenizer, DEMO.read_text(encoding="utf-8"))
-        caches = [("whole", comp.full(model, ctx)), ("4 x smaller", comp.compress(model, ctx, 0.25)),
-                  ("10 x smaller", comp.compress(model, ctx, 0.1))]
-    show_answers(model, tokenizer, {f"{name}, {x.nbytes():,} bytes": x for name, x in caches}, DEMO_QUESTIONS, 40)
+        caches = [comp.compress(model, ctx, keep) for keep in (1, 0.25, 0.1)]
+    names = [f"{name}, {x.nbytes():,} bytes" for name, x in zip(("whole", "4 x smaller", "10 x smaller"), caches)]
+    show_answers(model, tokenizer, dict(zip(names, caches)), DEMO_QUESTIONS, 40)
 
 
 def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
@@ -396,9 +387,8 @@ def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
     c.parallel = world.broadcast(choose_parallel(c.parallel, a.weights, a.dtype, world.world_size, world.device))
     model, tokenizer = open_model(a, world.shard if c.parallel == "fsdp" else None)
     model.recompute = c.recompute
-    if c.compile:
-        for block in model.layers:
-            block.mlp.compile()
+    for block in model.layers if c.compile else ():
+        block.mlp.compile()
     # base_of brings sharded weights together, so all processes call it; later calls remember
     wanted = {"train": asdict(c), "dtype": str(model.dtype)[6:], "base": base_of(model, tokenizer)}
     if a.profile:  # so many steps of each phase that there is, and one before them
@@ -406,8 +396,7 @@ def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
     else:
         out, finished = world.on_rank0(lambda: find_run_folder(wanted, c.out, default, defaults))
         if finished:
-            return print(f"{out}: this run is finished, its adapter is in {out / 'adapter'}; for another, give a new "
-                         "--out")
+            return print(f"{out}: this run is finished, see {out / 'adapter'}; for another, give a new --out")
     # whatever can be wrong with the flags is found before a file is written
     torch.manual_seed(c.seed)
     comp = Compressor(model.cfg, c.compressor()).to(model.device)
@@ -424,15 +413,15 @@ def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
         if not world.rank:
             save_adapter(out / "adapter", comp, model, tokenizer, {"train": asdict(c), **about})
         print(f"adapter saved in {out / 'adapter'} after {time.perf_counter() - start:.0f} s")
-        result = {"cells": []}
+        cells = []
         if c.eval_contexts:
             # Under ddp the processes share the documents out. Under fsdp each goes through all of them: a forward pass
             # needs everybody, and documents differ in how many they take.
             alone = world.world_size == 1 or c.parallel == "fsdp"
-            result["cells"] = held_out_table(model, tokenizer, comp, c.sources, c.shards or SHARDS, c.context,
-                                             c.eval_contexts, c.seed, world=None if alone else world)
-        result |= {"dtype": str(model.dtype)[6:], "context": c.context,
-                   "seconds": round(time.perf_counter() - start, 1), **about}
+            cells = held_out_table(model, tokenizer, comp, c.sources, c.shards or SHARDS, c.context, c.eval_contexts,
+                                   c.seed, world=None if alone else world)
+        result = {"cells": cells, "dtype": str(model.dtype)[6:], "context": c.context,
+                  "seconds": round(time.perf_counter() - start, 1), **about}
         if not world.rank:
             write_json(out / "result.json", result)
             if c.eval_contexts and c.parallel != "fsdp":  # one process alone cannot run a sharded model

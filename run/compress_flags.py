@@ -1,4 +1,4 @@
-"""What compress.py can be told, and what it refuses before any weights are loaded."""
+"""The edges of compress.py: what it can be told, what it refuses before weights are loaded, how a text is shown."""
 import argparse
 import os
 import sys
@@ -63,3 +63,19 @@ def read_text(path) -> str:
     if not text.strip():
         raise BadInput(f"{path}: the context is empty; there is nothing to compress")
     return text.strip()
+
+
+def highlight(tokenizer, ids: list[int], shares: list[float], colour: bool) -> str:
+    """The text of ids, brighter where more heads keep it: dim, plain, bold, reverse; without a terminal, [ and ] stand
+    around what more heads keep than on average."""
+    mean = sum(shares) / len(shares)
+    steps = (mean / 2, mean, min(2 * mean, (mean + 1) / 2))
+    marks = [("\033[2m", "\033[0m"), ("", ""), ("\033[1m", "\033[0m"), ("\033[7m", "\033[0m")] if colour else [
+        ("", ""), ("", ""), ("[", "]"), ("[", "]")]
+    out, i, mark = "", 0, [marks[sum(share > step for step in steps)] for share in shares]
+    while i < len(ids):
+        j = i
+        while j < len(ids) and mark[j] == mark[i]:
+            j += 1
+        out, i = out + mark[i][0] + tokenizer.decode(ids[i:j]) + mark[i][1], j
+    return out

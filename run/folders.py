@@ -102,8 +102,8 @@ def dtype_of(wanted: dict, out: str, default: str, defaults: dict) -> str | None
 
 @contextmanager
 def alone_in(out: Path, name: str = ".lock", doing: str = "training"):
-    """One run at a time that holds this lock in a folder. Errors: BadInput where another process is at it, or nobody can
-    write."""
+    """One run at a time that holds this lock in a folder. Errors: BadInput where another process is at it, or where
+    nobody can write."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / name, "w")

@@ -62,8 +62,12 @@ def bias_columns(head_dim: int) -> int:
     return 8 - head_dim % 8
 
 
-def rates(tokens: float, flops: float, seconds: float) -> dict:
-    return {"tokens_per_s": round(tokens / seconds), "gflop_per_s": round(flops / seconds / 1e9, 1)}
+def speed(cfg: Config, comp: CompressorConfig, got: dict, contexts: int, phase: str, learn_scores: bool,
+          seconds: float) -> dict:
+    """For the log: how fast a step was. got: its numbers, by name (train.Totals)."""
+    flops = step_flops(cfg, comp, got["context"], got["continuation"], got["supervised"], contexts, phase, learn_scores)
+    return {"seconds": round(seconds, 3), "tokens_per_s": round((got["context"] + got["continuation"]) / seconds),
+            "gflop_per_s": round(flops / seconds / 1e9, 1)}
 
 
 def gemm_rate(model: Llama, tokens: int, seconds: float = 2.0) -> float:
