@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 
+import model as model_file
 from conftest import save_llama, tiny_compressor, tiny_llama
 from data.prepare import Shard
 from data.samples import Case, Query, Samples, collate
@@ -81,18 +82,19 @@ def test_5_the_frozen_model_gets_no_gradient_and_keeps_every_bit(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("choice", ["head", "token"])
-def test_the_error_is_that_of_the_logarithm_of_the_most_attention(model, choice):
+def test_the_error_is_that_of_the_logarithm_of_the_most_attention(model, monkeypatch, choice):
     """Against a softmax written out, layer by layer; two continuations, which do not see each other."""
     comp, s = tiny_compressor(model, choice=choice), sample(0)
     b, ids = collate([s]), torch.tensor([s.context])
     m = MicroBatch.of(b, 0.3)
     got = distiller(model, comp)(m, Totals.of([m], ALONE), "reconstruct")["loss"]
-    received = torch.zeros(6, 2, 40)
+    received, rotated, rotate = torch.zeros(6, 2, 40), [], model_file.rotate
+    monkeypatch.setattr(model_file, "rotate", lambda x, rope: rotated.append(rotate(x, rope)) or rotated[-1])
     for q in s.queries:
-        seen = {}
-        both = torch.cat([ids, torch.tensor([q.prompt + q.answer])], 1)
-        model(both, watch=lambda layer, q, k: seen.update({layer: (q[0], k[0])}))
-        for layer, (queries, keys) in seen.items():
+        rotated.clear()
+        model(torch.cat([ids, torch.tensor([q.prompt + q.answer])], 1))
+        for layer, (keys, queries) in enumerate(zip(rotated[::2], rotated[1::2])):  # in every layer first the keys
+            queries, keys = queries[0], keys[0]
             for h in range(4):
                 logits = queries[h] @ keys[h // 2].T / math.sqrt(12)
                 weights = logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -math.inf).softmax(-1)[40:, :40]
