@@ -14,7 +14,6 @@ Shapes: B batch, N context tokens, K kept of them per head on average, L layers,
 width. Scores, choices and β are (B, l, g, N): l = L and g = G where each head chooses (`head`), l = g = 1 where a token
 stays in all heads or in none (`token`, the paper's way). Layers count from 1 in text: index i is layer i + 1.
 """
-import argparse
 import math
 import os
 import sys
@@ -27,9 +26,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import NEG, Cache, Llama, Part, Route, answer, whole_cache
+from run.compress_flags import find_adapter, highlight, parse_args, read_text
 from run.errors import BadInput, read_json, run_program
-from run.files import ROOT, load_cache, newest_adapter, read_adapter, save_cache
-from run.models import add_model_flags, open_model, seed_flag
+from run.files import ROOT, cache_header, load_cache, newest_adapter, read_adapter, save_cache
+from run.models import open_model
 
 
 @dataclass
@@ -334,110 +334,84 @@ def open_text(comp: Compressor, model: Llama, tokenizer, text: str) -> Context:
 def load_adapter(folder, model: Llama, tokenizer) -> Compressor:
     """The compressor in `folder`, on the model's device. Errors: BadInput for a missing, damaged or foreign adapter."""
     meta, tensors = read_adapter(folder, model, tokenizer)
+    found, known = set(meta.get("config") or ()), set(CompressorConfig.__dataclass_fields__)
+    if found != known:
+        raise BadInput(f"{folder}: an adapter of another version of this program ({', '.join(sorted(found ^ known))} "
+                       "are settings of one and not of the other); train it again")
     try:
-        comp = Compressor(model.cfg, CompressorConfig(**meta["config"]))
-    except (KeyError, TypeError) as e:
-        raise BadInput(f"{Path(folder) / 'adapter.json'}: no usable configuration ({e}); train or copy it again"
-                       ) from None
-    if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in comp.state_dict().items()}:
-        raise BadInput(f"{folder}: the tensors are not those that adapter.json describes; train or copy it again")
-    comp.load_state_dict(tensors)
+        with torch.device("meta"):  # so that no size is believed before it is compared
+            comp = Compressor(model.cfg, CompressorConfig(**meta["config"]))
+        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in comp.state_dict().items()}:
+            raise BadInput("its tensors are not those that adapter.json describes")
+    except (BadInput, TypeError, RuntimeError, OverflowError) as e:
+        raise BadInput(f"{folder}: no usable adapter ({e}); train or copy it again") from None
+    comp.load_state_dict(tensors, assign=True)
     return comp.to(model.device).requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------- the program
-
-def highlight(tokenizer, ids: list[int], kept: list[bool], colour: bool) -> str:
-    """The text of ids with runs of kept tokens marked: in reverse video, or between [ and ] without a terminal."""
-    on, off = ("\033[7m", "\033[0m") if colour else ("[", "]")
-    out, i = "", 0
-    while i < len(ids):
-        j = i
-        while j < len(ids) and kept[j] == kept[i]:
-            j += 1
-        text = tokenizer.decode(ids[i:j])
-        out += on + text + off if kept[i] else text
-        i = j
-    return out
-
-
-def read_text(path: str) -> str:
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except (UnicodeDecodeError, OSError) as e:
-        raise BadInput(f"{path}: cannot be read as UTF-8 text ({e})") from None
-    if not text.strip():
-        raise BadInput(f"{path}: the context is empty; there is nothing to compress")
-    return text.strip()
-
 
 DEMO = ROOT / "data" / "lighthouse.txt"
 DEMO_QUESTIONS = ["Who built the lighthouse?", "What did Ruth Abernathy do after she left the lighthouse?",
                   'Repeat the part of the text that starts with "The first keeper was".']
 
 
-def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Compress the cache of a text and answer questions from it.")
-    p.add_argument("--context", metavar="FILE", help="text to compress, - for standard input; default: one in data/")
-    size = p.add_mutually_exclusive_group()
-    size.add_argument("--keep", type=float, help="kept fraction of the compressible tokens; default 0.1")
-    size.add_argument("--tokens", type=int, help="kept tokens, as an absolute number")
-    p.add_argument("--question", action="append", metavar="TEXT", help="asked of both caches; repeatable")
-    p.add_argument("--adapter", metavar="DIR", help="trained compressor; default: the newest in adapters/ and out/")
-    p.add_argument("--save", metavar="FILE", help="write the short cache to this safetensors file")
-    p.add_argument("--load", metavar="FILE", help="ask a saved cache: no document, no prefill")
-    p.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens; default 64")
-    p.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy decoding")
-    p.add_argument("--seed", type=seed_flag, default=0, help="of the sampling, and of an untrained compressor")
-    add_model_flags(p)
-    a = p.parse_args()
-    if a.load is not None and any(x is not None for x in (a.context, a.keep, a.tokens, a.adapter, a.save)):
-        p.error("--load asks a cache as it is: no --context, --keep, --tokens, --adapter or --save goes with it")
-    if a.load is not None and not a.question:
-        p.error("--load needs at least one --question")
-    if a.max_new_tokens < 1:
-        p.error(f"--max-new-tokens is {a.max_new_tokens}: at least 1 is needed")
-    if a.save is not None and (not a.save or Path(a.save).is_dir()):
-        p.error(f"--save {a.save!r}: expected the name of a file")
-    return a
-
-
 def open_compressor(path, model: Llama, tokenizer, seed: int = 0) -> tuple[Compressor, Path | None]:
     """The adapter in `path`, or the newest that fits, and its folder; or an untrained one, and None. Says which."""
-    folder = Path(path) if path else newest_adapter(model, tokenizer)
+    folder = find_adapter(path) if path is not None else newest_adapter(model, tokenizer)
     if folder is None:
         print("adapter: none found for this model, so an untrained one; train.py makes one")
         torch.manual_seed(seed)
         return Compressor(model.cfg, CompressorConfig(eta=min(6, model.cfg.n_layer - 2))).to(model.device), None
     comp, meta = load_adapter(folder, model, tokenizer), read_json(folder / "adapter.json")
-    print(f"adapter: {folder} ({meta.get('train', {}).get('steps', '?')} steps, {meta.get('created', '')})")
+    steps = [str(meta.get("train", {}).get(name, "?")) for name in ("reconstruct", "steps")]
+    print(f"adapter: {folder} ({' + '.join(steps)} steps, {meta.get('created', '')})")
     return comp, folder
+
+
+def kept_shares(cache: Cache, n: int) -> list[float]:
+    """Of all heads, the share that keeps each of a context's n tokens (of a cache of one row)."""
+    parts = [p for layer in cache.layers for p in layer]
+    at = torch.cat([p.positions[0].expand(p.k.shape[1], -1).flatten() for p in parts]).cpu().long()
+    return (torch.bincount(at[at >= 0], minlength=n) / sum(p.k.shape[1] for p in parts)).tolist()
+
+
+def show_answers(model: Llama, tokenizer, caches: dict[str, Cache], questions: list[str], *how) -> None:
+    """Every question, and below it a line with each cache's answer. how: as in model.answer."""
+    replies, seconds = {}, []
+    for name, cache in caches.items():
+        start = time.perf_counter()
+        replies[name] = answer(model, tokenizer, cache, questions, *how)
+        seconds.append(f"{time.perf_counter() - start:.1f}")
+    for i, question in enumerate(questions):
+        print(f"\n? {question}")
+        for name, reply in replies.items():
+            print(f"  {name:{max(map(len, replies))}}  {reply[i]}")
+    print(f"\nanswers took {', '.join(seconds)} s")
 
 
 @torch.no_grad()
 def main() -> None:
     a = parse_args()
-    if a.keep is None and a.tokens is None:
-        a.keep = 0.1
-    kept_count(torch.tensor([1]), a.keep, a.tokens)  # complain before the weights are loaded
-    text = None if a.load is not None else read_text(DEMO if a.context is None else a.context)
+    kept_count(torch.tensor([1]), a.keep, a.tokens)  # what can be wrong is looked at before the weights are loaded
+    if a.load is not None:
+        cache_header(a.load)
+    else:
+        text = read_text(DEMO if a.context is None else a.context)
+        if a.adapter is not None:
+            read_json(find_adapter(a.adapter) / "adapter.json")
     model, tokenizer = open_model(a)
 
-    def ask(cache, questions):
-        start = time.perf_counter()
-        out = answer(model, tokenizer, cache, questions, a.max_new_tokens, a.temperature, a.seed)
-        return out, time.perf_counter() - start
-
+    how = a.max_new_tokens, a.temperature, a.seed
     if a.load is not None:
         cache = load_cache(a.load, model, tokenizer)
-        print(f"{a.load}: {cache.n_slots} of {int(cache.next_position[0])} tokens, {cache.nbytes():,} bytes")
-        for question, reply in zip(a.question, ask(cache, a.question)[0]):
-            print(f"\n? {question}\n  {reply}")
-        return
+        print(f"{a.load}: {cache.entries().float().mean():.0f} of {int(cache.next_position[0])} tokens per head, "
+              f"{cache.nbytes():,} bytes")
+        return show_answers(model, tokenizer, {"saved": cache}, a.question, *how)
 
     comp, _ = open_compressor(a.adapter, model, tokenizer, a.seed)
+    if comp.cfg.choice == "head" and a.tokens is not None and a.tokens < comp.cfg.recent:
+        raise BadInput(f"--tokens {a.tokens}: every head keeps the last {comp.cfg.recent} tokens; give at least that")
     t0 = time.perf_counter()
     ctx = open_text(comp, model, tokenizer, text)
     full = comp.full(model, ctx)
@@ -445,21 +419,18 @@ def main() -> None:
     cache = comp.compress(model, ctx, a.keep, a.tokens)
     t2 = time.perf_counter()
 
-    body = ctx.candidates[0]
-    here = torch.zeros_like(body).index_fill(0, cache.positions[0], True)[body].tolist()
-    print("\n" + highlight(tokenizer, ctx.tokens[0, body].tolist(), here, sys.stdout.isatty()) + "\n")
-    n, k = len(here), sum(here)
-    print(f"tokens   {n} compressible -> {k} kept, {n / max(k, 1):.1f} x fewer; {int(ctx.protected.sum())} protected")
+    n, protected = int(ctx.candidates.sum()), int(ctx.protected.sum())
+    shares, kept = kept_shares(cache, n + protected)[protected:], cache.entries().float() - protected  # (1, L, G)
+    print("\n" + highlight(tokenizer, ctx.tokens[0, protected:].tolist(), shares, sys.stdout.isatty()) + "\n")
+    print(f"tokens   {n} compressible -> {kept.mean():.0f} kept per head on average ({kept.min():.0f} to "
+          f"{kept.max():.0f}), {n / max(float(kept.mean()), 1):.1f} x fewer; {protected} protected in all heads")
     print(f"bytes    {full.nbytes():,} -> {cache.nbytes():,} as stored, the header included")
     print(f"seconds  {t1 - t0:.2f} to read the text, {t2 - t1:.2f} to compress it")
     if a.save is not None:
         save_cache(a.save, cache, model, tokenizer)
         print(f"saved    {a.save} ({os.path.getsize(a.save):,} bytes)")
     questions = a.question or (["What is this text about?"] if a.context else DEMO_QUESTIONS)
-    (long, long_s), (short, short_s) = ask(full, questions), ask(cache, questions)
-    for q, x, y in zip(questions, long, short):
-        print(f"\n? {q}\n  full   {x}\n  short  {y}")
-    print(f"\nanswers took {long_s:.1f} s from the full cache, {short_s:.1f} s from the short one")
+    show_answers(model, tokenizer, {"full": full, "short": cache}, questions, *how)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import math
 import os
 import random
 import signal
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -31,17 +30,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from compress import (DEMO, DEMO_QUESTIONS, Compressor, CompressorConfig, attention_received, decay, kept_count,
-                      open_text)
+                      open_text, show_answers)
 from data.fetch import fetch
 from data.prepare import SHARDS, Shard, prepare
 from data.samples import Batch, Samples, collate
 from eval import held_out_table
-from model import Llama, answer
+from model import Llama
 from run.errors import BadInput, provenance, run_program, write_json
-from run.files import ROOT, base_of, load_state, save_adapter, save_state
-from run.folders import Signals, alone_in, append_line, claim, dtype_of, set_aside, sign, trim_log
+from run.files import ROOT, base_of, save_adapter, save_state
+from run.folders import Signals, alone_in, append_line, dtype_of, find_run_folder, resume, show, write_config
 from run.models import open_model, pick_dtype
-from run.plan import choose_parallel, gemm_rate, out_of_memory, print_plan, rates, step_flops
+from run.plan import choose_parallel, out_of_memory, print_plan, profile, speed
 from run.train_flags import check, parse_args
 from run.world import World
 
@@ -294,9 +293,13 @@ def rate(step: int, steps: int, warmup: int) -> float:
 class Draw:
     """What steps are made of; none depends on the ones before it, so a resumed run draws what it would have drawn."""
 
-    def __init__(self, c: TrainConfig, mix: dict, shards, tokenizer, world: World):
+    def __init__(self, c: TrainConfig, mix: dict, tokenizer, world: World):
+        with world.one_first():
+            folders = prepare(c.sources.split(","), tokenizer, c.shards or SHARDS)
+        shards = [Shard(folder, "train", tokenizer) for folder in folders]
         make = lambda m: Samples(shards, tokenizer, c.context, m, c.answer, c.seed)  # noqa: E731
         self.c, self.world, self.replays, self.samples = c, world, make({"replay": 1, "continue": 1}), make(mix)
+        self.texts = hashlib.sha256(b"".join((f / "train.json").read_bytes() for f in folders)).hexdigest()[:16]
 
     def __call__(self, step: int) -> tuple[str, float, list[MicroBatch]]:
         """Phase, kept fraction, and this process's forward passes."""
@@ -308,46 +311,19 @@ class Draw:
         return phase, keep, [MicroBatch.of(collate([source(i) for i in part], c.prompts), keep) for part in parts]
 
 
-def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: dict, world: World) -> Compressor:
-    """Train a compressor, from where the run in `out` stopped, and leave it in out/adapter, described by `about`.
-
-    Errors: BadInput for settings that diverge, or need more memory than there is.
-    """
-    torch.manual_seed(c.seed)
-    comp = Compressor(model.cfg, c.compressor()).to(model.device)
+def train(c: TrainConfig, draw: Draw, comp: Compressor, model: Llama, out: Path, world: World) -> None:
+    """Train `comp` to the end, from where the run in `out` stopped. Errors: BadInput for settings that diverge;
+    SystemExit after a signal, when the state is saved."""
     distil = Distiller(model, comp, c.lam, c.chunk, c.scorer_lr > 0)
-    with world.one_first():
-        folders = prepare(c.sources.split(","), tokenizer, c.shards or SHARDS)
-    draw = Draw(c, mix, [Shard(f, "train", tokenizer) for f in folders], tokenizer, world)
-
     scorer, total = list(comp.scorer.parameters()), c.reconstruct + c.steps
-    print(f"training {sum(p.numel() for p in comp.parameters()):,} parameters: {sum(p.numel() for p in scorer):,} in "
-          f"the scorer, the rest in adapters of rank {c.rank} in layers {c.eta + 1}…{model.cfg.n_layer - 1}; "
-          f"{sum(p.numel() for p in model.parameters()):,} are frozen")
+    count = [sum(p.numel() for p in x) for x in (comp.parameters(), scorer, model.parameters())]
+    print("training {:,} parameters, {:,} of them the scorer's; {:,} are frozen".format(*count))
     optimizer = torch.optim.AdamW([{"params": comp.adapters()}, {"params": scorer}], lr=0.0, betas=(0.9, 0.98),
                                   weight_decay=c.weight_decay)
-
-    texts = hashlib.sha256(b"".join((f / "train.json").read_bytes() for f in folders)).hexdigest()[:16]
-    state = load_state(out, comp, optimizer) or {"step": 0, "processes": world.world_size, "texts": texts}
-    begin = state["step"]
-    if state["texts"] != texts:
-        raise BadInput(f"{out}: the texts of --sources are not those that this run began with; give a new --out")
-    if world.broadcast(begin) != begin:
-        raise BadInput(f"{out}: process {world.rank} sees the state of another step than process 0; give an --out on a "
-                       "disk that all hosts share")
-    if begin:
-        print(f"resuming {out} after {begin} of {total} steps")
-    if state["processes"] != world.world_size:
-        print(f"processes: {world.world_size}, and {state['processes']} before: the same contexts in the same order, but "
-              "sums are rounded differently from here on")
-    if not world.rank:
-        set_aside(out, begin)
-        trim_log(out / "log.jsonl", begin)
-
-    recent, stop = {}, 0  # running means for the progress bar
+    begin, stop, recent = resume(out, comp, optimizer, draw.texts, total, world), 0, {}
     bar = tqdm(range(begin, total), initial=begin, total=total, unit="step", mininterval=1, disable=world.rank > 0)
     path = os.devnull if world.rank else out / "log.jsonl"
-    with open(path, "ab", buffering=0) as log, ThreadPoolExecutor(1) as reader, Signals() as signals:
+    with open(path, "ab", 0) as log, ThreadPoolExecutor(1) as reader, Signals(begin, not world.rank) as signals:
         ahead = reader.submit(draw, begin)
         for step in bar:
             start = time.perf_counter()
@@ -363,117 +339,94 @@ def train(c: TrainConfig, mix: dict, model: Llama, tokenizer, out: Path, about: 
                                      (c.lr, c.teach_lr if teaching else c.scorer_lr)):
                 g["lr"] = peak * now
                 got[name] = nn.utils.clip_grad_norm_(g["params"], c.clip)
-            got = dict(zip(got, torch.stack([x.to(world.device) for x in got.values()]).tolist()))  # waits for the device
+            numbers = torch.stack([x.to(world.device) for x in got.values()]).tolist()  # here we wait for the device
+            got = dict(zip(got, numbers))
             if not all(map(math.isfinite, (got["loss"], got["grad_adapters"], got["grad_scorer"]))):
-                raise BadInput(f"step {step}: the loss is {got['loss']}, its gradient {got['grad_adapters']} and "
-                               f"{got['grad_scorer']}; lower --lr ({c.lr}), --teach-lr ({c.teach_lr}) or --scorer-lr "
-                               f"({c.scorer_lr})")
+                raise BadInput(f"step {step}: the loss is {got['loss']}, gradients {got['grad_adapters']} and "
+                               f"{got['grad_scorer']}; lower --{'teach-lr' if teaching else 'lr or --scorer-lr'}")
             optimizer.step()
             optimizer.zero_grad()
-
-            seconds, tokens = time.perf_counter() - start, got["context"] + got["continuation"]
-            flops = step_flops(model.cfg, comp.cfg, got["context"], got["continuation"], got["supervised"], c.batch, phase)
-            line = {"step": step, "phase": phase, "keep": round(keep, 4),
-                    **{name: got[name] for name in ("loss", "kl", "agree", "grad_adapters", "grad_scorer") if name in got},
-                    "lr": optimizer.param_groups[teaching]["lr"], "seconds": round(seconds, 3),
-                    **rates(tokens, flops, seconds)}
-            stop = 128 + signal.SIGTERM if got["term"] else 128 + signal.SIGINT if got["interrupt"] else 0
+            term, interrupt = got.pop("term"), got.pop("interrupt")
+            stop = 128 + signal.SIGTERM if term else 128 + signal.SIGINT if interrupt else 0
+            save = stop or (step + 1) % c.save_every == 0 or step + 1 == total
+            line = {"step": step, "phase": phase, "keep": round(keep, 4), **got,
+                    "lr": optimizer.param_groups[teaching]["lr"],
+                    **speed(model.cfg, comp.cfg, got, c.batch, phase, distil.learn_scores, time.perf_counter() - start)}
             if not world.rank:
-                save = stop or (step + 1) % c.save_every == 0 or step + 1 == total
                 append_line(log, line, sync=save)  # first the lines, then the state that says they are there
                 if save:
-                    save_state(out, step + 1, comp, optimizer, {"processes": world.world_size, "texts": texts})
+                    save_state(out, step + 1, comp, optimizer, {"processes": world.world_size, "texts": draw.texts})
+            signals.saved = step + 1 if save else signals.saved
+            show(bar, recent, line)
             if stop:
                 break
-            name = "error" if teaching else f"kl<={next(b for b in (0.1, 0.25, 1.0) if keep <= b)}"
-            value = got["loss"] if teaching else got["kl"]
-            recent[name] = 0.9 * recent.get(name, value) + 0.1 * value
-            bar.set_description(phase)
-            bar.set_postfix_str(" ".join(f"{b}: {recent[b]:.2f}" for b in sorted(recent) if ("kl" in b) != teaching)
-                                + f" {line['tokens_per_s']} tok/s {line['gflop_per_s']:.0f} GFLOP/s")
     if stop:
         world.broadcast(None)  # nobody ends before the state is written: torchrun would stop the writer
         print(f"stopped after {step + 1} of {total} steps; the same command goes on from there")
         raise SystemExit(stop)
-    if not world.rank:
-        save_adapter(out / "adapter", comp, model, tokenizer, {"train": asdict(c), **about})
-    return comp.requires_grad_(False)
 
 
-def show_answers(comp: Compressor, model: Llama, tokenizer) -> None:
+def demonstrate(comp: Compressor, model: Llama, tokenizer) -> None:
     """Three questions about a text of our own, answered from the whole cache and from shorter ones."""
     with torch.no_grad():
         ctx = open_text(comp, model, tokenizer, DEMO.read_text(encoding="utf-8"))
-        caches = {"whole": comp.full(model, ctx), "4 x smaller": comp.compress(model, ctx, 0.25),
-                  "10 x smaller": comp.compress(model, ctx, 0.1)}
-    replies = {name: answer(model, tokenizer, cache, DEMO_QUESTIONS, 40) for name, cache in caches.items()}
-    for i, question in enumerate(DEMO_QUESTIONS):
-        print(f"\n? {question}")
-        for name, cache in caches.items():
-            print(f"  {name:12} ({cache.nbytes():,} bytes)  {replies[name][i]}")
-
-
-def profile(c: TrainConfig, mix: dict, model: Llama, tokenizer, about: dict, world: World, steps: int) -> None:
-    """A few steps, the first of them not counted, against the speed of bare matrix products in the same minute."""
-    tokens = c.micro * (c.context + len(tokenizer.header))
-    before = gemm_rate(model, tokens)
-    with tempfile.TemporaryDirectory() as tmp:
-        tmp = world.broadcast(Path(tmp))
-        train(replace(c, steps=steps + 1), mix, model, tokenizer, tmp, about, world)
-        lines = [] if world.rank else list(map(json.loads, (tmp / "log.jsonl").read_text().splitlines()[1:]))
-    rate = (before + gemm_rate(model, tokens)) / 2 * world.world_size
-    if lines:
-        reached = sum(x["gflop_per_s"] * x["seconds"] for x in lines) / sum(x["seconds"] for x in lines) * 1e9
-        print(json.dumps({"steps": steps, "seconds_per_step": round(sum(x["seconds"] for x in lines) / steps, 3),
-                          "gflop_per_s": round(reached / 1e9, 1), "gemm_gflop_per_s": round(rate / 1e9, 1),
-                          "utilisation": round(reached / rate, 3), "micro": c.micro, "context": c.context,
-                          "dtype": str(model.dtype)[6:], "processes": world.world_size, **about}))
+        caches = [comp.compress(model, ctx, keep) for keep in (1, 0.25, 0.1)]
+    names = [f"{name}, {x.nbytes():,} bytes" for name, x in zip(("whole", "4 x smaller", "10 x smaller"), caches)]
+    show_answers(model, tokenizer, dict(zip(names, caches)), DEMO_QUESTIONS, 40)
 
 
 def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
     """What every process does once all know each other: the model, the training, the table."""
-    start = time.perf_counter()
+    start, defaults = time.perf_counter(), asdict(TrainConfig())
     with world.one_first():
         a.weights = a.weights or fetch()
     a.device, default = str(world.device), f"out/{a.preset}"
     if a.dtype == "auto":  # all processes must come to the same, and a run that goes on to what it was
-        a.dtype = world.broadcast(None if world.rank else dtype_of(c.out, default) or
-                              {torch.float32: "fp32", torch.bfloat16: "bf16"}[pick_dtype("auto", world.device)])
+        a.dtype = world.on_rank0(lambda: dtype_of({"train": asdict(c)}, c.out, default, defaults) or
+                                 {torch.float32: "fp32", torch.bfloat16: "bf16"}[pick_dtype("auto", world.device)])
     c.parallel = world.broadcast(choose_parallel(c.parallel, a.weights, a.dtype, world.world_size, world.device))
     model, tokenizer = open_model(a, world.shard if c.parallel == "fsdp" else None)
     model.recompute = c.recompute
-    if c.compile:
-        for block in model.layers:
-            block.mlp.compile()
+    for block in model.layers if c.compile else ():
+        block.mlp.compile()
     # base_of brings sharded weights together, so all processes call it; later calls remember
     wanted = {"train": asdict(c), "dtype": str(model.dtype)[6:], "base": base_of(model, tokenizer)}
+    if a.profile:  # so many steps of each phase that there is, and one before them
+        c = replace(c, reconstruct=min(c.reconstruct, a.profile + 1), steps=min(c.steps, a.profile + 1))
+    else:
+        out, finished = world.on_rank0(lambda: find_run_folder(wanted, c.out, default, defaults))
+        if finished:
+            return print(f"{out}: this run is finished, see {out / 'adapter'}; for another, give a new --out")
+    # whatever can be wrong with the flags is found before a file is written
+    torch.manual_seed(c.seed)
+    comp = Compressor(model.cfg, c.compressor()).to(model.device)
+    draw = Draw(c, mix, tokenizer, world)
     if a.profile:
-        return profile(c, mix, model, tokenizer, about, world, a.profile)
+        return profile(c, model, about, world, lambda folder: train(c, draw, comp, model, folder, world))
 
-    out, finished = world.on_rank0(lambda: claim(wanted, c.out, default))
-    if finished:
-        return print(f"{out}: this run is finished, its adapter is in {out / 'adapter'}; for another, give a new --out")
     print(" ".join(f"{k}={v}" for k, v in asdict(c).items()) + f"\nwriting to {out}")
     with nullcontext() if world.rank else alone_in(out):
         if not world.rank:
-            trained = parameters(model.cfg, CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_positions))[0]
-            sign(out, wanted | {"trained_parameters": trained} | about)
-        comp = train(c, mix, model, tokenizer, out, about, world)
+            write_config(out, wanted | {"trained_parameters": sum(p.numel() for p in comp.parameters())} | about)
+        train(c, draw, comp, model, out, world)
+        comp.requires_grad_(False)
+        if not world.rank:
+            save_adapter(out / "adapter", comp, model, tokenizer, {"train": asdict(c), **about})
         print(f"adapter saved in {out / 'adapter'} after {time.perf_counter() - start:.0f} s")
-        result = {"cells": []}
+        cells = []
         if c.eval_contexts:
             # Under ddp the processes share the documents out. Under fsdp each goes through all of them: a forward pass
             # needs everybody, and documents differ in how many they take.
             alone = world.world_size == 1 or c.parallel == "fsdp"
-            result["cells"] = held_out_table(model, tokenizer, comp, c.sources, c.shards or SHARDS, c.context,
-                                             c.eval_contexts, c.seed, world=None if alone else world)
-        result |= {"dtype": str(model.dtype)[6:], "context": c.context,
-                   "seconds": round(time.perf_counter() - start, 1), **about}
+            cells = held_out_table(model, tokenizer, comp, c.sources, c.shards or SHARDS, c.context, c.eval_contexts,
+                                   c.seed, world=None if alone else world)
+        result = {"cells": cells, "dtype": str(model.dtype)[6:], "context": c.context,
+                  "seconds": round(time.perf_counter() - start, 1), **about}
         if not world.rank:
             write_json(out / "result.json", result)
             if c.eval_contexts and c.parallel != "fsdp":  # one process alone cannot run a sharded model
-                show_answers(comp, model, tokenizer)
-        print(json.dumps(result))
+                demonstrate(comp, model, tokenizer)
+        print(json.dumps(result) if a.json else f"\nall numbers: {out / 'result.json'}")
 
 
 def main() -> None:

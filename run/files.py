@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from model import Cache, Llama
+from model import Cache, Llama, Part
 from run.errors import BadInput, expect, parse_json, read_json, reading, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,40 +103,80 @@ def newest_adapter(model: Llama, tokenizer) -> Path | None:
     return max(found)[1] if found else None
 
 
-CACHE_KEY = "kvdistill_cache"  # in the header of the safetensors file
+CACHE_KEY, CACHE_FORMAT = "kvdistill_cache", 2  # in the header of the safetensors file; 1 held no ragged caches
 
 
 def save_cache(path, cache: Cache, model: Llama, tokenizer) -> None:
-    """One safetensors file: k, v (L, B, G, K, d), bias, positions, next_position; what it belongs to in the header."""
-    tensors = {"k": torch.stack(cache.k), "v": torch.stack(cache.v), "bias": cache.bias.contiguous(),
-               "positions": cache.positions.contiguous(), "next_position": cache.next_position.contiguous()}
-    header = {CACHE_KEY: json.dumps(base_of(model, tokenizer))}
-    write_atomic(path, lambda tmp: save_file({k: v.cpu() for k, v in tensors.items()}, tmp, metadata=header))
+    """One safetensors file: next_position, and LAYER.PART.k, .v, .positions and perhaps .bias as in model.Part; what
+    it belongs to stands in the header."""
+    tensors = {f"{i}.{j}.{name}": x for i, parts in enumerate(cache.layers) for j, part in enumerate(parts)
+               for name, x in vars(part).items() if x is not None} | {"next_position": cache.next_position}
+    header = {CACHE_KEY: json.dumps({"format": CACHE_FORMAT, "base": base_of(model, tokenizer)})}
+    # contiguous copies: parts may share memory, which the format does not allow
+    tensors = {k: x.cpu().clone(memory_format=torch.contiguous_format) for k, x in tensors.items()}
+    write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata=header))
+
+
+def cache_header(path) -> dict:
+    """What a saved cache belongs to. Errors: BadInput for a file that is none."""
+    try:
+        with safe_open(path, "pt") as f:
+            header = json.loads((f.metadata() or {})[CACHE_KEY])
+        if header.get("format") != CACHE_FORMAT:
+            raise ValueError(f"its format is {header.get('format', 1)}, expected {CACHE_FORMAT}")
+        if not isinstance(header["base"], dict):
+            raise ValueError("its header says not what it was made for")
+        return header
+    except (SafetensorError, OSError, KeyError, AttributeError, ValueError, RecursionError) as e:
+        raise BadInput(f"{path}: cannot be read as a saved cache ({e}); write it again with --save") from None
 
 
 def load_cache(path, model: Llama, tokenizer) -> Cache:
     """A saved cache, on the model's device. Errors: BadInput for a missing, truncated, foreign or misshapen file."""
+    check_base(path, cache_header(path)["base"], model, tokenizer)
+    c, layers, dtypes = model.cfg, [], set()
+
+    def need(ok, what):
+        if not ok:
+            raise ValueError(what)
     try:
         with safe_open(path, "pt", device=str(model.device)) as f:
-            base = (f.metadata() or {}).get(CACHE_KEY)
-            t = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError) as e:
-        raise BadInput(f"{path}: cannot be read as a saved cache ({e}); write it again with --save") from None
-    if base is None or set(t) != {"k", "v", "bias", "positions", "next_position"} or t["positions"].dim() != 2:
-        raise BadInput(f"{path}: a safetensors file, but not a saved cache; give one that --save wrote")
-    try:
-        check_base(path, json.loads(base), model, tokenizer)
-    except (json.JSONDecodeError, AttributeError) as e:
-        raise BadInput(f"{path}: its header cannot be read ({e}); write it again with --save") from None
-    c, (B, K) = model.cfg, t["positions"].shape
-    shape = (c.n_layer, B, c.n_kv_head, K, c.head_dim)
-    want = {"k": shape, "v": shape, "bias": (B, K), "positions": (B, K), "next_position": (B,)}
-    if {name: tuple(x.shape) for name, x in t.items()} != want or not t["bias"].isfinite().all():
-        raise BadInput(f"{path}: shapes or numbers that no cache of this model has; write it again with --save")
-    if t["k"].dtype != model.dtype:
-        print(f"note: {path} holds {t['k'].dtype}, the model runs in {model.dtype}: converted", file=sys.stderr)
-    k, v = (list(t[name].to(model.dtype)) for name in "kv")
-    return Cache(k, v, t["bias"], t["positions"], t["next_position"])
+            left = set(f.keys())
+
+            def take(name, dtype, *shape):  # None: any size; no more is read than the header was found to say
+                left.remove(name)
+                have = f.get_slice(name).get_shape()
+                need(len(have) == len(shape) and all(w in (None, n) for n, w in zip(have, shape)), f"{name} is {have}")
+                x = f.get_tensor(name)
+                need(x.dtype in dtype, f"{name} is {x.dtype}")
+                need(not x.is_floating_point() or x.isfinite().all(), f"{name} is not finite")
+                return x
+            end = take("next_position", [torch.int64], None)
+            B = len(end)
+            need(B and 0 <= end.min() and end.max() <= c.max_positions, "next_position is not in the model's reach")
+            for i in range(c.n_layer):
+                parts, heads = [], 0
+                while heads < c.n_kv_head:
+                    at = f"{i}.{len(parts)}."
+                    k = take(at + "k", [torch.float32, torch.bfloat16], B, None, None, c.head_dim)
+                    g, S = k.shape[1:3]
+                    v = take(at + "v", [k.dtype], B, g, S, c.head_dim)
+                    positions = take(at + "positions", [torch.int32], B, None, S)
+                    bias = take(at + "bias", [torch.float32], B, None, S) if at + "bias" in left else None
+                    per_head = {x.shape[1] for x in (positions, bias) if x is not None}
+                    need(g and per_head <= {1, g}, f"{at}k has {g} heads, its positions or biases not")
+                    need(((-1 <= positions) & (positions < end[:, None, None])).all(), f"{at}positions: not the text's")
+                    parts.append(Part(k.to(model.dtype), v.to(model.dtype), positions, bias))
+                    heads, dtypes = heads + g, dtypes | {k.dtype}
+                need(heads == c.n_kv_head, f"layer {i} has {heads} heads")
+                layers.append(parts)
+            need(not left, f"{sorted(left)[:1]} does not belong there")
+    except (SafetensorError, OSError, KeyError, ValueError) as e:
+        raise BadInput(f"{path}: not a cache of this model ({e}); write it again with --save") from None
+    if dtypes != {model.dtype}:
+        print(f"note: {path} holds {', '.join(map(str, dtypes))}, the model runs in {model.dtype}: converted",
+              file=sys.stderr)
+    return Cache(layers, end)
 
 
 # ------------------------------------------------------------------------------------------- states of a training run

@@ -83,6 +83,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and has_bf16 else torch.float32
 
 
+def no_memory(error: RuntimeError) -> bool:
+    return any(words in str(error) for words in ("out of memory", "t allocate memory"))
+
+
 def open_model(a: argparse.Namespace, shard=None):
     """The model and tokenizer that --weights, --device and --dtype name; shard: see load_llama."""
     device, folder = pick_device(a.device), Path(a.weights or fetch())
@@ -90,7 +94,13 @@ def open_model(a: argparse.Namespace, shard=None):
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, expected one with config.json, model.safetensors and tokenizer.json")
     tokenizer = Tokenizer(folder)
-    model = load_llama(folder, device, pick_dtype(a.dtype, device), shard)
+    try:
+        model = load_llama(folder, device, pick_dtype(a.dtype, device), shard)
+    except RuntimeError as e:
+        if not no_memory(e):
+            raise
+        raise BadInput(f"{folder}: the model does not fit into {device} ({str(e).splitlines()[0]}); try --dtype bf16, "
+                       "or another --device. Only train.py spreads a model over GPUs (--parallel fsdp)") from None
     if tokenizer.n_vocab > model.cfg.vocab_size:
         raise BadInput(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {model.cfg.vocab_size}; they "
                        "do not belong together")

@@ -3,6 +3,8 @@
 Counted as the model needs it: a multiply-add is two operations, causal attention half a square, and what activation
 recomputation does twice counts once.
 """
+import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 
 from compress import Compressor, CompressorConfig
 from run.errors import BadInput
+from run.models import no_memory
 from data.fetch import fetch
 from model import Config, Llama
 
@@ -25,31 +28,46 @@ def block_flops(cfg: Config) -> int:
     return 2 * cfg.n_embd * (2 * inner + 2 * kv + 3 * cfg.n_ffn)
 
 
-def step_flops(cfg: Config, comp: CompressorConfig, ctx: float, cont: float, kept: float, rows: float, contexts: float,
-               target: bool = True) -> float:
-    """Operations of one training step; ctx, cont, kept, rows: tokens of the whole step, in `contexts` contexts.
+def step_flops(cfg: Config, comp: CompressorConfig, ctx: float, cont: float, supervised: float, contexts: float,
+               phase: str, learn_scores: bool = False) -> float:
+    """Operations of one training step; ctx, cont, supervised: tokens of the whole step, in `contexts` contexts.
 
     Frozen weights need no gradient, so a backward pass through them costs one forward, not two; through attention and
-    through the adapters, two. The teacher reads every layer of the context but the last, of which only keys and values
-    are made; the student shares layers 1…η with it and reads the adapted ones again, forward and backward. The
-    continuation goes through all layers three times: teacher, student, student's backward.
+    through the adapters, two. Both phases read every layer of the context but the last, of which only keys and values
+    are made, and then the continuation, which attends to all of the context: masks hide keys but skip none.
+    reconstruct: the most attention is looked for in every layer, and the scorer learns from it.
+    else: the student shares layers 1…η, and reads the adapted ones again, forward and backward; the continuation goes
+    through all layers twice, and backward through those whose cache has a gradient: all if the scores learn, else the
+    layers after η + 1.
     """
-    L, D, inner = cfg.n_layer, cfg.n_embd, cfg.n_head * cfg.head_dim
+    L, D, inner, kv = cfg.n_layer, cfg.n_embd, cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
     block, pair = block_flops(cfg), 4 * inner           # pair: per query and key, in one layer
-    adapted = L - 1 - (0 if comp.two_pass else comp.eta)
-    n, t, k = ctx / contexts, cont / contexts, kept / contexts
-    read = ctx * (block * (L - 1 + 2 * adapted) + pair * n / 2 * (L - 1 + 3 * adapted))
-    last = ctx * 3 * 4 * D * cfg.n_kv_head * cfg.head_dim
-    adapters = ctx * adapted * 12 * comp.rank * (D + inner)
-    scorer = ctx * 4 * D * D                            # its input has no gradient
-    ask = cont * L * (3 * block + pair * (n + t + 3 * (k + t)))  # under a mask, which hides keys but skips none
-    watch = cont * (L - comp.eta + 1) * pair / 2 * (n + t) * target
-    head = 3 * 2 * rows * D * cfg.vocab_size            # student, teacher, and the gradient
-    return read + last + adapters + scorer + ask + watch + head
+    adapted, outputs = Compressor.n_adapted(cfg, comp), L * cfg.n_kv_head if comp.choice == "head" else 1
+    n, t = ctx / contexts, cont / contexts
+    read = ctx * ((L - 1) * (block + pair * n / 2) + 4 * D * kv)
+    ask = cont * L * (block + pair * (n + t))
+    first, second = 2 * ctx * (D + 2) * comp.hidden, 2 * ctx * comp.hidden * outputs  # of the scorer
+    if phase == "reconstruct":
+        watch = cont * L * pair / 2 * (n + t / 2)
+        return read + ask + watch + 2 * first + 3 * second  # the scorer's input has no gradient
+    again = ctx * (adapted * (2 * block + 3 * pair * n / 2 + 12 * comp.rank * (D + inner)) + 8 * D * kv)
+    wide = pair * (1 + bias_columns(cfg.head_dim) / cfg.head_dim) * (n + t)           # β is a column of the keys
+    student = cont * (L * (block + wide) + (L if learn_scores else adapted) * (block + 2 * wide))
+    head = 3 * 2 * supervised * D * cfg.vocab_size      # student, teacher, and the gradient
+    return read + ask + again + student + head + (first + second) * (2 if learn_scores else 1)
 
 
-def rates(tokens: float, flops: float, seconds: float) -> dict:
-    return {"tokens_per_s": round(tokens / seconds), "gflop_per_s": round(flops / seconds / 1e9, 1)}
+def bias_columns(head_dim: int) -> int:
+    """Columns that `attend` adds to keys and values for the bias: kernels want a multiple of 8."""
+    return 8 - head_dim % 8
+
+
+def speed(cfg: Config, comp: CompressorConfig, got: dict, contexts: int, phase: str, learn_scores: bool,
+          seconds: float) -> dict:
+    """For the log: how fast a step was. got: its numbers, by name (train.Totals)."""
+    flops = step_flops(cfg, comp, got["context"], got["continuation"], got["supervised"], contexts, phase, learn_scores)
+    return {"seconds": round(seconds, 3), "tokens_per_s": round((got["context"] + got["continuation"]) / seconds),
+            "gflop_per_s": round(flops / seconds / 1e9, 1)}
 
 
 def gemm_rate(model: Llama, tokens: int, seconds: float = 2.0) -> float:
@@ -98,57 +116,60 @@ def empty_model(folder) -> Llama:
         return Llama(Config.from_json(Path(folder) / "config.json"))
 
 
-def continuation_tokens(mix: dict, answer: int) -> float:
+def continuation_tokens(mix: dict, c) -> float:
     """Tokens asked about one context: the average of what `data.samples` makes of each kind, measured (LOG.md)."""
-    return sum(count * {"continue": answer, "recite": 24 + answer, "cloze": 54, "title": 29}[kind]
-               for kind, count in mix.items())
+    each = {"continue": c.answer, "recite": 24 + c.answer, "cloze": 54, "title": 29, "replay": 16 + c.context}
+    return sum(count * each[kind] for kind, count in mix.items())
+
+
+TEACH = {"replay": 1, "continue": 1}  # the mix of the first phase
 
 
 def memory(cfg: Config, c, mix: dict, dtype: str, size: int, parallel: str) -> dict[str, float]:
-    """Bytes in one process at the fullest moment of a step, by part: the loss and the first blocks of the backward
-    pass, when all that backward needs is still there. c: TrainConfig; size: processes on one host.
+    """Bytes in one process at the fullest moment of a step, by part: the loss of a distillation step, when all that
+    backward needs is there. c: TrainConfig; size: processes on one host.
 
     A frozen matrix keeps nothing for backward but itself, so of a block these remain, per token: both norms' inputs in
     fp32, q, k, v, attention's output, three of the MLP's inner width, and in an adapted block the inputs of the four
-    low-rank matrices. With --recompute, only what goes into the block.
+    low-rank matrices; of the student's continuation also the context's keys and values, with the bias as a column.
+    With --recompute, only what goes into the block. Attention itself keeps no weights: its kernels make them again.
     """
     e, D, F_, V, L = BYTES[dtype], cfg.n_embd, cfg.n_ffn, cfg.vocab_size, cfg.n_layer
     inner, kv = cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
-    comp = CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_positions)
+    comp = c.compressor()
     trained, frozen = parameters(cfg, comp)
     whole = sum(p.numel() for p in frozen.embed.parameters()) * (1 if cfg.tied else 2)
     block = sum(p.numel() for p in frozen.layers[0].parameters())
     weights = (whole + (block * L if parallel == "ddp" else block * (L / size + 2))) * e  # two blocks are unsharded
-    adapted = L - 1 - (0 if comp.two_pass else comp.eta)
+    adapted = Compressor.n_adapted(cfg, comp)
+    backward = L if c.scorer_lr > 0 else adapted                          # layers with a backward of the continuation
 
-    n = c.micro * (c.context + HEADER)
-    t_each = continuation_tokens(mix, c.answer)
-    t, kept = c.micro * t_each, c.micro * (c.keep_high * c.context + HEADER)
-    kept = n if c.soft else kept
+    n, t = c.micro * (c.context + HEADER), c.micro * continuation_tokens(mix, c)
+    wide = 1 + bias_columns(cfg.head_dim) / cfg.head_dim
     of_block = 8 * D + e * (2 * inner + 2 * kv + 3 * F_)                  # per token
-    of_adapters = e * (D + inner + 2 * c.rank)
-    scores = c.micro * cfg.n_head * t_each * (t_each + kept / c.micro)    # student's attention: the mask has a gradient
-    pair = scores * (e + 4)
-    ask_block = t * of_block + kept * e * 2 * kv + pair
-    read_block = n * (of_block + of_adapters)
+    read_block = n * (of_block + e * (D + inner + 2 * c.rank))
+    keys = (n + t) * e * 2 * kv * wide                                    # what a layer's attention holds on to
+    ask_block = t * (of_block + e * 2 * inner * (wide - 1)) + keys
     if c.recompute:
-        activations = adapted * n * e * (D + 2 * kv) + L * t * e * (D + 2 * kv) + max(read_block, ask_block)
+        activations = adapted * n * e * (D + 2 * kv) + backward * t * 4 * D + max(read_block, ask_block)
     else:
-        activations = adapted * read_block + L * ask_block
+        activations = adapted * read_block + backward * ask_block
     context = n * e * (D + comp.eta * 2 * kv)                             # h^η, and the keys and values below it
-    short, logits = L * kept * e * 2 * kv, min(c.chunk, t) * V * (4 * 4 + 2 * e)
-    # the teacher, before all that: the cache of every other layer, and one layer's attention for the scorer's target
-    teacher = (L - comp.eta) * n * e * 2 * kv + t * cfg.n_head * (t_each + n / c.micro) * (8 + e) * (c.target > 0)
+    full, logits = (L - comp.eta) * n * e * 2 * kv, min(c.chunk, t) * V * (4 * 4 + 2 * e)
+    # teaching: a block, the attention of 128 tokens at a time, what was found, and the scorer's layers
+    t0 = c.micro * continuation_tokens(TEACH, c)
+    found = L * cfg.n_kv_head * n * 4
+    teach = t0 * of_block + keys + 3 * 128 * cfg.n_head * (n + t0) * 4 + 3 * found + n * 4 * (2 * D + 3 * comp.hidden)
     return {
         "weights, frozen": weights,
         "adapters and scorer, fp32": 4.0 * trained,
         "their gradient" + (", and its flat copy" if size > 1 else ""): (4.0 if size == 1 else 8.0) * trained,
         "AdamW's two moments": 8.0 * trained,
         "context up to layer η": context,
-        "short cache, in every layer": short,
+        "the teacher's cache above it": full,
         "kept for backward": activations,
         "logits of one chunk": logits,
-        "what the teacher's pass needs beyond these": max(0.0, teacher - short - activations - logits),
+        "what the first phase needs beyond these": max(0.0, teach * (c.reconstruct > 0) - activations - logits),
     }
 
 
@@ -161,39 +182,57 @@ def parameters(cfg: Config, comp: CompressorConfig) -> tuple[int, Llama]:
 def print_plan(a, mix: dict) -> None:
     """--plan: parameters, bytes, operations and seconds for the flags in `a`; says when the step cannot fit."""
     c, cfg = a.config, Config.from_json(Path(a.weights or fetch()) / "config.json")
-    if a.gpus < 1 or c.batch % (a.gpus * c.micro):
+    if c.batch % (a.gpus * c.micro):
         raise BadInput(f"--batch {c.batch} cannot be shared by --gpus {a.gpus} with --micro {c.micro}; expected a "
                        f"multiple of {a.gpus * c.micro}")
-    comp = CompressorConfig(c.eta, c.rank, c.decay, c.two_pass, not c.no_positions)
+    comp = c.compressor()
     trained, frozen = parameters(cfg, comp)
     count = sum(p.numel() for p in frozen.parameters())
-    room = ROOM * a.gpu_memory * 1e9
-    totals = {}
-    for parallel in ("ddp", "fsdp") if c.parallel == "auto" and a.gpus > 1 else (
-            (c.parallel,) if c.parallel != "auto" else ("ddp",)):
-        totals[parallel] = memory(cfg, c, mix, a.dtype, min(a.gpus, a.gpus_per_host), parallel)
-    suggested = c.parallel if c.parallel != "auto" else "ddp" if a.gpus == 1 else suggest_parallel(
+    parallel = c.parallel if c.parallel != "auto" else "ddp" if a.gpus == 1 else suggest_parallel(
         count * BYTES[a.dtype], a.gpu_memory * 1e9)
-    parts = totals.get(suggested, totals["ddp"] if "ddp" in totals else next(iter(totals.values())))
-
-    n, t = c.context + HEADER, continuation_tokens(mix, c.answer)
-    keep = (c.keep_low * c.keep_high) ** 0.5                              # the middle of what is drawn
-    flops = step_flops(cfg, comp, c.batch * n, c.batch * t, c.batch * keep * n, c.batch * t, c.batch, c.target > 0)
-    seconds = flops / (a.gpus * a.gpu_tflops * 1e12 * a.utilisation)
+    parts, room = memory(cfg, c, mix, a.dtype, min(a.gpus, a.gpus_per_host), parallel), ROOM * a.gpu_memory * 1e9
+    n, total = c.context + HEADER, sum(parts.values())
     print(f"{count:,} frozen parameters, {trained:,} trained (rank {c.rank} in "
-          f"{cfg.n_layer - 1 - (0 if comp.two_pass else comp.eta)} layers)")
-    print(f"{a.gpus} processes, --parallel {suggested}, {BYTES[a.dtype] * 8} bits; a step: {c.batch} contexts of {n} "
-          f"tokens and {t:.0f} asked about each, {c.batch // a.gpus // c.micro} passes of {c.micro} per process\n")
+          f"{Compressor.n_adapted(cfg, comp)} layers; a scorer per {c.choice}, width {c.hidden})")
+    print(f"{a.gpus} processes, --parallel {parallel}, {BYTES[a.dtype] * 8} bits; a step: {c.batch} contexts of {n} "
+          f"tokens, {c.batch // a.gpus // c.micro} passes of {c.micro} per process\n")
     print("bytes in one process, at the fullest moment of a step")
     for name, size in parts.items():
         print(f"  {size / 1e9:8.2f} GB  {name}")
-    total = sum(parts.values())
     print(f"  {total / 1e9:8.2f} GB  together; {room / 1e9:.0f} of {a.gpu_memory:.0f} GB are counted on")
     if total > room:
-        print("  This cannot fit: " + advice(parts, c, a.gpus, suggested))
-    print(f"\noperations   {flops:.3e} per step, {flops / (c.batch * (n + t)):.2e} per token")
-    print(f"seconds      {seconds:.2f} per step at {a.utilisation:.0%} of {a.gpu_tflops:.0f} TFLOP/s per GPU; "
-          f"{c.steps} steps: {c.steps * seconds / 3600:.1f} hours")
+        print("  This cannot fit: " + advice(parts, c, a.gpus, parallel))
+    print(f"\nseconds are at {a.utilisation:.0%} of {a.gpu_tflops:.0f} TFLOP/s per GPU")
+    hours = 0
+    for phase, steps, kinds in (("reconstruct", c.reconstruct, TEACH), ("distil", c.steps, mix)):
+        t = continuation_tokens(kinds, c)
+        flops = step_flops(cfg, comp, c.batch * n, c.batch * t, c.batch * t, c.batch, phase, c.scorer_lr > 0)
+        seconds = flops / (a.gpus * a.gpu_tflops * 1e12 * a.utilisation)
+        hours += steps * seconds / 3600
+        print(f"{phase:12} {t:.0f} tokens asked about each context; {flops:.3e} operations per step, "
+              f"{flops / (c.batch * (n + t)):.2e} per token; {seconds:.2f} s per step, {steps} steps: "
+              f"{steps * seconds / 3600:.1f} hours")
+    print(f"{'together':12} {hours:.1f} hours")
+
+
+def profile(c, model: Llama, about: dict, world, train) -> None:
+    """A few steps of each phase, its first one not counted, against the speed of bare matrix products in the same
+    minute. train: called with a folder, trains as c says and logs there."""
+    tokens = c.micro * (c.context + HEADER)
+    before = gemm_rate(model, tokens)
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = world.broadcast(Path(tmp))
+        train(tmp)
+        lines = [] if world.rank else list(map(json.loads, (tmp / "log.jsonl").read_text().splitlines()))
+    best, found = (before + gemm_rate(model, tokens)) / 2 * world.world_size, {}
+    for phase, part in (("reconstruct", lines[1:c.reconstruct]), ("distil", lines[c.reconstruct + 1:])):
+        if part:
+            seconds = sum(x["seconds"] for x in part)
+            reached = sum(x["gflop_per_s"] * x["seconds"] for x in part) / seconds
+            found[phase] = {"steps": len(part), "seconds_per_step": round(seconds / len(part), 3),
+                            "gflop_per_s": round(reached, 1), "utilisation": round(reached * 1e9 / best, 3)}
+    print(json.dumps({**found, "gemm_gflop_per_s": round(best / 1e9, 1), "micro": c.micro, "context": c.context,
+                      "dtype": str(model.dtype)[6:], "processes": world.world_size, **about}))
 
 
 def advice(parts: dict[str, float], c, size: int, parallel: str) -> str:
@@ -210,7 +249,7 @@ def advice(parts: dict[str, float], c, size: int, parallel: str) -> str:
 
 def out_of_memory(error: RuntimeError, c, size: int) -> BadInput | None:
     """What to do about an allocation that failed, in one of `size` processes; None for any other error."""
-    if not any(words in str(error) for words in ("out of memory", "t allocate memory")):
+    if not no_memory(error):
         return None
     help_ = [f"--micro {c.micro // 2} (now {c.micro})"] * (c.micro > 1) + ["--recompute"] * (not c.recompute)
     help_ += ["--parallel fsdp"] * (size > 1 and c.parallel == "ddp")

@@ -14,16 +14,15 @@ def parse_args(TrainConfig, PRESETS: dict) -> argparse.Namespace:
     p.add_argument("--preset", choices=PRESETS, default="quick", help="flags to start from; others override them")
     for f in fields(TrainConfig):
         name = "--" + f.name.replace("_", "-")
-        if f.name.startswith("no_"):
-            p.add_argument(name, action="store_true", help=f.metadata["help"])
-        elif isinstance(f.default, bool):
+        if isinstance(f.default, bool):
             p.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=f.metadata["help"])
         else:
             p.add_argument(name, type=type(f.default), default=f.default, help=f.metadata["help"])
     add_model_flags(p)
     p.add_argument("--plan", action="store_true", help="print memory, FLOPs and seconds, from config.json alone; stop")
+    p.add_argument("--json", action="store_true", help="end with all of result.json in one line")
     p.add_argument("--profile", type=int, default=0, metavar="STEPS",
-                   help="train for so many steps, writing nothing, and compare with the speed of matrix products; stop")
+                   help="train so many steps of each phase, writing nothing, and compare with matrix products; stop")
     p.add_argument("--gpus", type=int, default=1, help="processes that --plan assumes")
     p.add_argument("--gpus-per-host", type=int, default=8, help="for --plan: fsdp spreads weights within a host only")
     p.add_argument("--gpu-memory", type=float, default=80.0, help="of one GPU, in 10^9 bytes, for --plan")
@@ -45,19 +44,21 @@ def check(c) -> dict[str, int]:
     def need(ok, flag_name, text):
         if not ok:
             raise BadInput(f"--{flag_name.replace('_', '-')} is {getattr(c, flag_name.replace('-', '_'))}: {text}")
-    for name in ("steps", "chunk", "rank", "warmup", "save_every"):
+    for name in ("chunk", "rank", "hidden", "warmup", "save_every"):
         need(getattr(c, name) >= 1, name, "at least 1 is needed")
-    for name in ("lr", "scorer_lr", "clip", "tau"):
+    for name in ("lr", "teach_lr", "clip", "tau"):
         need(getattr(c, name) > 0, name, "a number above 0 is needed")
-    for name in ("eval_contexts", "target", "noise", "weight_decay"):
+    for name in ("reconstruct", "steps", "recent", "scorer_lr", "eval_contexts", "weight_decay"):
         need(getattr(c, name) >= 0, name, "0 or more is needed")
+    need(c.steps + c.reconstruct > 0, "steps", "--reconstruct is 0, too; a step of either is needed")
     need(0 <= c.soft <= 1, "soft", "a share, 0 … 1, is needed")
     need(0 <= c.seed < 1 << 32, "seed", "a whole number from 0 to 2^32 - 1 is needed")
     need(1 <= c.micro <= c.batch and c.batch % c.micro == 0, "micro", f"it must divide --batch ({c.batch})")
     need(c.context >= 16, "context", "at least 16 tokens are needed")
     need(c.answer >= 2, "answer", "at least 2 tokens are needed")
     need(0 < c.keep_low <= c.keep_high < 1, "keep-low", f"0 < keep-low <= keep-high ({c.keep_high}) < 1 is needed")
-    need(c.decay in ("centred", "sigmoid"), "decay", "expected centred or sigmoid")
+    need(c.choice in ("head", "token"), "choice", "expected head or token")
+    need(c.decay in ("threshold", "sigmoid"), "decay", "expected threshold or sigmoid")
     need(0 <= c.lam <= 1, "lam", "expected 0 … 1")
     need(c.parallel in ("auto", "ddp", "fsdp"), "parallel", "expected auto, ddp or fsdp")
     need(all(x.strip() for x in c.sources.split(",")), "sources", "an entry is empty; expected wiki, sotu, or paths")

@@ -120,7 +120,7 @@ class World:
         for block in model.layers:
             fully_shard(block, mesh=mesh)
         # the model as the root: with it, weights of the next block travel while this one computes. A context is read by
-        # `read`, everything else by `forward`
+        # `run_layers`, everything else by `forward`
         fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if not isinstance(p, DTensor)})
-        register_fsdp_forward_method(model, "read")
+        register_fsdp_forward_method(model, "run_layers")
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody here writes into

@@ -24,12 +24,12 @@ from conftest import ROOT, save_llama, tiny_compressor, tiny_llama
 from data.samples import collate
 from data.tokenizer import Tokenizer
 from run.files import base_of
-from run.world import World, share
+from run.world import World
 from eval import held_out_table
 from model import load_llama, own_rows
 from test_tokenizer import tiny_tokenizer_json
 from test_train import distiller, sample
-from train import Work, add_gradients
+from train import MicroBatch, add_gradients, share
 
 pytestmark = pytest.mark.dist
 ENV = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -41,21 +41,21 @@ def torchrun(n, *args):
 
 # two processes against one ------------------------------------------------------------------------------------------
 
-STEPS = [(0.1, False), (0.4, True), (0.25, False)]  # keep, soft
+STEPS = [("reconstruct", 0.1), ("hard", 0.1), ("soft", 0.4), ("hard", 0.25)]  # phase, keep
 
 
-def works(world: World, step: int, keep: float, soft: bool, micro: int) -> list[Work]:
+def micro_batches(world: World, step: int, keep: float, micro: int) -> list[MicroBatch]:
     """Eight contexts of unequal lengths, with 2 to 30 supervised tokens each."""
-    made = [[sample(i, n_context=20 + 3 * (i % 7), lengths=(4 + 2 * (i % 8), 5)) for i in part]
-            for part in share(step, 8, micro, world)]
-    return [Work.of(collate(part), keep, soft) for part in made]
+    made = [[sample(i, n_context=20 + 3 * (i % 7), lengths=(5 + 2 * (i % 8), 5)) for i in part]
+            for part in share(8 * step, 8, micro, world)]
+    return [MicroBatch.of(collate(part), keep) for part in made]
 
 
 def gradients(model, world: World, micro: int) -> dict:
     comp, out = tiny_compressor(model), {}
-    for step, (keep, soft) in enumerate(STEPS):
-        numbers = add_gradients(distiller(model, comp), works(world, step, keep, soft, micro), soft, 8, world)
-        out[f"{step}.numbers"] = numbers
+    for step, (phase, keep) in enumerate(STEPS):
+        numbers = add_gradients(distiller(model, comp), micro_batches(world, step, keep, micro), phase, world)
+        out[f"{step}.numbers"] = torch.stack(list(numbers.values()))
         out |= {f"{step}.{name}": p.grad for name, p in comp.named_parameters() if p.grad is not None}
         comp.zero_grad()
     return out
@@ -99,7 +99,7 @@ def two_processes(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp-recompute"])
 def test_two_processes_compute_what_one_does(tiny, two_processes, how):
-    """Loss and gradient of three steps, each of four forward passes of two contexts; relative norm 1e-5."""
+    """Loss and gradient of a step of each kind, four forward passes of two contexts each; relative norm 1e-5."""
     model = load_llama(tiny)
     one = gradients(model, World(torch.device("cpu")), micro=2)
     two = load_file(two_processes[0] / f"{how}.safetensors")
@@ -120,7 +120,8 @@ def test_two_processes_compute_what_one_does(tiny, two_processes, how):
 def test_every_sample_is_seen_once_whatever_the_number_of_processes():
     want = list(range(5 * 24))
     for size in (1, 2, 3, 4, 8):
-        seen = [share(step, 24, 2, World(torch.device("cpu"), rank, size)) for step in range(5) for rank in range(size)]
+        worlds = [World(torch.device("cpu"), rank, size) for rank in range(size)]
+        seen = [share(24 * step, 24, 2, world) for step in range(5) for world in worlds]
         assert [i for parts in seen for part in parts for i in part] == want
         assert len({len(parts) for parts in seen}) == 1  # fsdp needs everybody in every forward pass
 
@@ -136,18 +137,19 @@ def test_every_document_has_one_process():
 
 # runs that are cut off ----------------------------------------------------------------------------------------------
 
-STEPS_OF_RUN = 14
+STEPS_OF_RUN = 14  # of them 7 reconstruct
 
 
 @pytest.fixture(scope="module")
 def command(tiny, tmp_path_factory):
-    """A run of 14 steps of four contexts with every kind of random draw in it; ends in about a second."""
+    """A run of both phases with every kind of random draw in it, four contexts a step; takes about a second."""
     texts, shards = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("shards")
     for i in range(60):
         (texts / f"{i}.txt").write_text(f"Text {i} says that the Old Mill was built in {1500 + i} by Ada Stone. " * 12)
     return [ROOT / "train.py", "--weights", tiny, "--sources", texts, "--shards", shards, "--context", 64,
-            "--answer", 8, "--eta", 2, "--rank", 4, "--dtype", "fp32", "--device", "cpu", "--steps", STEPS_OF_RUN,
-            "--batch", 4, "--soft", 0.5, "--noise", 0.5, "--lr", 0.01, "--save-every", 4, "--eval-contexts", 0, "--out"]
+            "--answer", 8, "--eta", 2, "--rank", 4, "--hidden", 48, "--dtype", "fp32", "--device", "cpu",
+            "--reconstruct", 7, "--steps", STEPS_OF_RUN - 7, "--batch", 4, "--soft", 0.5, "--lr", 0.01, "--scorer-lr",
+            0.01, "--save-every", 4, "--eval-contexts", 0, "--out"]
 
 
 def run(command, out, code=0, launch=(sys.executable,), **changes):
@@ -159,9 +161,10 @@ def run(command, out, code=0, launch=(sys.executable,), **changes):
 def outcome(out):
     """Adapter and logged numbers of a finished run, the times left out."""
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    kept = ("step", "keep", "soft", "loss", "kl", "agree", "target", "grad_adapters", "grad_scorer", "gamma", "lr")
+    times = {"seconds", "tokens_per_s", "gflop_per_s"}
     assert [line["step"] for line in log] == list(range(STEPS_OF_RUN))
-    return load_file(out / "adapter" / "adapter.safetensors"), [{k: line[k] for k in kept} for line in log]
+    tensors = load_file(out / "adapter" / "adapter.safetensors")
+    return tensors, [{k: line[k] for k in line.keys() - times} for line in log]
 
 
 def assert_same(a, b):
@@ -200,10 +203,10 @@ def child_after(torchrun, out, steps) -> int:
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(command, uninterrupted, tmp_path):
-    """SIGKILL at a random step, twice; then the damaged newest state is passed over, too."""
+    """SIGKILL at a random step, in each phase once; then the damaged newest state is passed over, too."""
     out = tmp_path / "run"
     rng = random.Random()
-    first, second = rng.randrange(5, 8), rng.randrange(9, 11)
+    first, second = rng.randrange(5, 7), rng.randrange(9, 12)
     print(f"killed after {first} and {second} steps")  # shown when the test fails
     assert interrupt(command, out, signal.SIGKILL, first) == -signal.SIGKILL
     assert interrupt(command, out, signal.SIGKILL, second) == -signal.SIGKILL

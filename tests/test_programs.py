@@ -11,15 +11,19 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
-from compress import load_adapter
+from compress import highlight, kept_shares, load_adapter
 from conftest import ROOT, save_llama, tiny_compressor, tiny_llama
-from run.errors import BadInput, run_program
-from run.files import load_cache, newest_adapter, save_adapter, save_cache
+from run.errors import BadInput, read_json, run_program, write_json
+from run.files import base_of, load_cache, newest_adapter, save_adapter, save_cache
+from run.world import World
 from data.tokenizer import Tokenizer
-from model import load_llama
+from model import Cache, Part, load_llama
 from test_tokenizer import tiny_tokenizer_json
+from train import Draw, TrainConfig
+from train import main as train_main
+
 
 def write_model(folder, **changes):
     """A tiny random Llama with a byte-level tokenizer, in the Hugging Face layout."""
@@ -71,91 +75,149 @@ SMALL = ("--dtype", "fp32", "--device", "cpu", "--max-new-tokens", "5")
 
 def test_compress_save_load_ask(tiny, tmp_path):
     """The answers from a saved cache are those of the short cache it was saved from; bytes shrink as printed."""
-    doc, adapter, cache = tmp_path / "doc.txt", tmp_path / "adapter", tmp_path / "cache.safetensors"
+    doc, adapter, cache = tmp_path / "doc.txt", tmp_path / "run" / "adapter", tmp_path / "cache.safetensors"
     doc.write_text("The quick brown fox jumps over the lazy dog, again and again. " * 5)
     model, tok = load_llama(tiny), Tokenizer(tiny)
-    save_adapter(adapter, tiny_compressor(model), model, tok, {})
-    out, _ = run("compress.py", "--weights", tiny, "--context", doc, "--adapter", adapter, "--keep", "0.1",
+    save_adapter(adapter, tiny_compressor(model, recent=4), model, tok, {})
+    out, _ = run("compress.py", "--weights", tiny, "--context", doc, "--adapter", adapter.parent, "--keep", "0.1",
                  "--question", "Why?", "--question", "And then?", "--save", cache, *SMALL)
-    n, k = map(int, re.search(r"(\d+) compressible -> (\d+) kept", out).groups())
-    assert k == -(-n // 10)
+    assert f"adapter: {adapter} " in out  # the folder of a run is as good as that of its adapter
+    n, k, least, most = map(int, re.search(r"(\d+) compressible -> (\d+) kept .*\((\d+) to (\d+)\)", out).groups())
+    assert k == -(-n // 10) and 4 <= least < k < most  # four recent tokens in every head
     before, after = (int(x.replace(",", "")) for x in re.search(r"bytes +([\d,]+) -> ([\d,]+)", out).groups())
     assert after < 0.2 * before
-    marked = "".join(re.findall(r"\[(.*?)\]", out.split("\n\n")[1], re.S))
-    assert 0 < len(marked) <= 3 * k
     short = re.findall(r"short  (.*)", out)
     again, _ = run("compress.py", "--weights", tiny, "--load", cache, "--question", "Why?", "--question", "And then?",
                    *SMALL)
-    assert len(short) == 2 and [line[2:] for line in again.splitlines() if line.startswith("  ")] == short
+    assert len(short) == 2 and re.findall(r"saved  (.*)", again) == short
+    assert f"{k + 9} of {n + 9} tokens per head" in again
+
+
+def test_kept_shares_and_how_they_are_shown():
+    """Two layers of two heads, five tokens: the first is kept by all four, the second by three, the last by none."""
+    def part(heads, *positions):
+        at = torch.tensor([positions], dtype=torch.int32).view(1, -1, len(positions[0]))
+        return Part(torch.zeros(1, heads, at.shape[2], 4), torch.zeros(1, heads, at.shape[2], 4), at)
+    cache = Cache([[part(2, [0, 1])], [part(1, [0, 1, 2, 3]), part(1, [0, -1])]], torch.tensor([5]))
+    shares = kept_shares(cache, 5)
+    assert shares == [1, 0.75, 0.25, 0.25, 0]
+
+    class Letters:
+        decode = staticmethod(lambda ids: "".join("abcde"[i] for i in ids))
+    assert highlight(Letters, list(range(5)), shares, False) == "[ab]cde"
+    dim, bold, full, off = "\033[2m", "\033[1m", "\033[7m", "\033[0m"
+    assert highlight(Letters, list(range(5)), shares, True) == f"{full}a{off}{full}b{off}cd{dim}e{off}".replace(
+        f"{off}{full}", "")
+    assert highlight(Letters, list(range(5)), [1.0] * 5, False) == "abcde"
+    assert bold in highlight(Letters, list(range(5)), [1, 0.5, 0.25, 0.25, 0], True)
 
 
 @torch.no_grad()
-def test_8_save_and_load_change_no_bit(tiny, tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"decay": "sigmoid"}, {"choice": "token"}], ids=str)
+def test_8_save_and_load_change_no_bit(tiny, tmp_path, changes):
+    """Rows of different lengths, whose heads hold different numbers of tokens: every tensor, and the logits."""
     model, tok = load_llama(tiny), Tokenizer(tiny)
-    comp = tiny_compressor(model)
+    comp = tiny_compressor(model, **changes)
     tokens = torch.randint(0, 300, (2, 50))
-    cache = comp.compress(model, comp.read(model, tokens), keep=0.2)
+    ctx = comp.read(model, tokens, torch.tensor([50, 31]), torch.arange(50).expand(2, 50) < 2)
+    cache = comp.compress(model, ctx, keep=0.2)
+    assert "choice" in changes or len(cache.entries().unique()) > 5
     cont = torch.randint(0, 300, (2, 6))
     want = model(cont, cache)
     save_cache(tmp_path / "c.safetensors", cache, model, tok)
-    assert torch.equal(model(cont, load_cache(tmp_path / "c.safetensors", model, tok)), want)
+    found = load_cache(tmp_path / "c.safetensors", model, tok)
+    assert torch.equal(model(cont, found), want) and torch.equal(found.next_position, cache.next_position)
+    a, b = ([[p.tensors() for p in parts] for parts in x.layers] for x in (found, cache))
+    assert [[len(p) for p in parts] for parts in a] == [[len(p) for p in parts] for parts in b]
+    assert all(torch.equal(*pair) for x, y in zip(a, b) for p, q in zip(x, y) for pair in zip(p, q))
     save_adapter(tmp_path / "a", comp, model, tok, {})
     again = load_adapter(tmp_path / "a", model, tok)
-    assert torch.equal(model(cont, again.compress(model, again.read(model, tokens), keep=0.2)), want)
+    assert torch.equal(model(cont, again.compress(model, ctx, keep=0.2)), want)
 
 
-def test_foreign_and_damaged_files_are_refused(tiny, tmp_path, capsys):
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """Model, tokenizer, and a saved adapter and cache of theirs."""
     model, tok = load_llama(tiny), Tokenizer(tiny)
-    comp = tiny_compressor(model)
+    comp = tiny_compressor(model, recent=4)
     save_adapter(tmp_path / "a", comp, model, tok, {})
-    cache_file = tmp_path / "c.safetensors"
-    ctx = comp.read(model, torch.ones(1, 20, dtype=torch.long))
-    save_cache(cache_file, comp.compress(model, ctx, keep=0.5), model, tok)
+    ctx = comp.read(model, torch.arange(40)[None])
+    save_cache(tmp_path / "c.safetensors", comp.compress(model, ctx, keep=0.5), model, tok)
+    return model, tok, tmp_path / "a", tmp_path / "c.safetensors"
 
+
+def test_files_of_other_models_are_refused(saved, tmp_path, capsys):
+    model, tok, adapter, cache_file = saved
     other = load_llama(write_model(tmp_path / "other", n_kv_head=1))
-    for load, path in ((load_adapter, tmp_path / "a"), (load_cache, cache_file)):
+    for read, path in ((load_adapter, adapter), (load_cache, cache_file)):
         with pytest.raises(BadInput, match="n_kv_head = 2, this one has 1"):
-            load(path, other, tok)
+            read(path, other, tok)
     assert "warning" not in capsys.readouterr().err
     load_cache(cache_file, tiny_llama(vocab_size=310, max_positions=4096, seed=9), tok)
     assert "made with other weights" in capsys.readouterr().err
 
-    good = cache_file.read_bytes()
-    cache_file.write_bytes(good[:len(good) // 2])
-    with pytest.raises(BadInput, match="cannot be read as a saved cache"):
-        load_cache(cache_file, model, tok)
-    save_file({"x": torch.ones(3)}, cache_file)
-    with pytest.raises(BadInput, match="not a saved cache"):
-        load_cache(cache_file, model, tok)
-    with pytest.raises(BadInput, match="cannot be read"):
-        load_cache(tmp_path / "nowhere", model, tok)
 
-    save_cache(cache_file, comp.compress(model, ctx, keep=0.5), model, tok)
-    with safe_open(cache_file, "pt") as f:
-        header, parts = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-    for name, bad in (("bias", parts["bias"][0]), ("bias", parts["bias"] * torch.nan), ("k", parts["k"][:-1]),
-                      ("positions", parts["positions"][:, :-1]), ("next_position", parts["next_position"][0])):
-        save_file(parts | {name: bad.contiguous().clone()}, cache_file, metadata=header)
-        with pytest.raises(BadInput, match="no cache of this model has"):
-            load_cache(cache_file, model, tok)
+def test_damaged_caches_are_refused(saved):
+    model, tok, _, path = saved
+    good = path.read_bytes()
+    with safe_open(path, "pt") as f:
+        header, parts = f.metadata(), {k: f.get_tensor(k).clone() for k in f.keys()}  # not mapped: it is overwritten
+    last = max(k for k in parts if k.startswith("3."))[:-len(".v")]
 
-    for header in ("{", "[]"):
-        save_file(parts, cache_file, metadata={"kvdistill_cache": header})
-        with pytest.raises(BadInput, match="header cannot be read"):
-            load_cache(cache_file, model, tok)
+    def refused(match="not a cache of this model"):
+        with pytest.raises(BadInput, match=match) as e:
+            load_cache(path, model, tok)
+        assert "\n" not in str(e.value) and str(path) in str(e.value)
 
-    tensors = load_file(tmp_path / "a" / "adapter.safetensors")
-    save_file(tensors | {"gamma": torch.tensor(torch.nan)}, tmp_path / "a" / "adapter.safetensors")
-    with pytest.raises(BadInput, match="not finite"):
-        load_adapter(tmp_path / "a", model, tok)
-    save_file({k: v[:1] if k == "b_q" else v for k, v in tensors.items()}, tmp_path / "a" / "adapter.safetensors")
-    with pytest.raises(BadInput, match="not those that adapter.json describes"):
-        load_adapter(tmp_path / "a", model, tok)
+    path.write_bytes(good[:len(good) // 2])
+    refused("cannot be read as a saved cache")
+    save_file({"x": torch.ones(3)}, path)
+    refused("cannot be read as a saved cache")
+    for text, match in (("{", "cannot be read"), ("[]", "cannot be read"), ('{"format": 2}', "cannot be read"),
+                        ('{"architecture": {}}', "format is 1, expected 2"), ('{"format": 2, "base": []}', "made for")):
+        save_file(parts, path, metadata={"kvdistill_cache": text})
+        refused(match)
+    k, positions, end = parts["3.0.k"], parts["3.0.positions"], parts["next_position"]
+    for name, bad in (("3.0.k", k * torch.nan), ("3.0.k", k.half()), ("3.0.k", k[..., :-1]), ("3.0.k", k[0]),
+                      ("3.0.v", parts["3.0.v"][:, :, :-1]), ("3.0.v", parts["3.0.v"].bfloat16()),
+                      ("3.0.positions", positions + 40), ("3.0.positions", positions - 41),
+                      ("3.0.positions", positions.long()), ("3.0.positions", positions.expand(1, 5, -1)),
+                      ("3.0.bias", torch.full(positions.shape, torch.nan)), ("3.0.bias", torch.zeros(1)),
+                      ("next_position", end[0]), ("next_position", end + 5000), ("next_position", -end),
+                      ("next_position", end.int()), ("next_position", end[:0]), ("9.0.k", k), ("word", k),
+                      ("3.0.k", k.repeat(1, 3, 1, 1)), (f"{last}.v", None), (f"{last}.positions", None)):
+        made = {n: x.contiguous().clone() for n, x in (parts | {name: bad}).items() if x is not None}
+        save_file(made, path, metadata=header)
+        refused()
+    path.write_bytes(good)
+    load_cache(path, model, tok)
+
+
+def test_damaged_and_older_adapters_are_refused(saved, tmp_path):
+    model, tok, folder, _ = saved
+    tensors, meta = load(folder.joinpath("adapter.safetensors").read_bytes()), read_json(folder / "adapter.json")
+
+    def refused(match, tensors=tensors, **config):
+        save_file(tensors, folder / "adapter.safetensors")
+        kept = {k: v for k, v in (meta["config"] | config).items() if v is not None}
+        write_json(folder / "adapter.json", meta | {"config": kept})
+        with pytest.raises(BadInput, match=match) as e:
+            load_adapter(folder, model, tok)
+        assert "\n" not in str(e.value)
+    refused("not finite", tensors | {"a_q": tensors["a_q"] * torch.nan})
+    refused("not those that adapter.json describes", tensors | {"b_q": tensors["b_q"][:1]})
+    refused("not those that adapter.json describes", choice="token")
+    refused("not those that adapter.json describes", hidden=1 << 40)  # which is not allocated
+    refused("another version of this program \\(two_pass ", two_pass=False)
+    refused("another version of this program \\(choice ", choice=None)
+    refused("no usable adapter", hidden="many")
+    refused("no usable adapter", eta=9)
+    refused("no usable adapter", choice="layer")
     with pytest.raises(BadInput, match="no such file"):
         load_adapter(tmp_path / "nowhere", model, tok)
 
 
-def test_compress_refuses_bad_input(tiny, tmp_path):
+def test_compress_refuses_bad_input(tiny, tmp_path, monkeypatch):
     empty, binary = tmp_path / "empty.txt", tmp_path / "binary"
     empty.write_text("  \n")
     binary.write_bytes(b"\xff\xfe\x00")
@@ -163,36 +225,65 @@ def test_compress_refuses_bad_input(tiny, tmp_path):
     for args, message in (
             (("--context", tmp_path / "nowhere.txt"), "no such file"), (("--context", empty), "context is empty"),
             (("--context", binary), "cannot be read as UTF-8 text"), (("--keep", "0"), "keep is 0"),
-            (("--keep", "1.5"), "keep is 1.5"),
+            (("--keep", "1.5"), "keep is 1.5"), (("--question", " "), "--question is empty"),
             (("--tokens", "0"), "tokens is 0"), (("--context", ""), "cannot be read"),
-            (("--seed", "-1"), "whole number"),
+            (("--seed", "-1"), "whole number"), (("--temperature", "nan"), "--temperature is nan"),
             (("--max-new-tokens", "0"), "at least 1"), (("--save", tmp_path), "expected the name of a file"),
             (("--context", empty / "x"), "cannot be read"),
             (("--keep", "0.1", "--tokens", "3"), "not allowed with"),
             (("--kep", "0.1"), "unrecognized arguments"), (("--load", "x"), "needs at least one --question"),
-            (("--load", "x", "--keep", "0.5", "--question", "q"), "--load asks"),
-            (("--adapter", tmp_path / "nowhere"), "no such file"), (("--device", "toaster"), "cannot be used")):
+            (("--load", "x", "--keep", "0.5", "--question", "q"), "--load asks"), (("--device", "toaster"), "be used")):
         assert message in one_line_error("compress.py", *base, *args), args
     assert "no such folder" in one_line_error("compress.py", "--weights", tmp_path / "nowhere")
     long = tmp_path / "long.txt"
     long.write_text("word " * 2000)
     assert "positions; use a shorter text" in one_line_error("compress.py", *base, "--context", long, *SMALL)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert "one process; start it without torchrun" in one_line_error("compress.py", *base)
 
 
-def test_context_from_standard_input_shorter_than_k(tiny):
-    out, _ = run("compress.py", "--weights", tiny, "--context", "-", "--tokens", "500", *SMALL, stdin="Just a few.")
+def test_adapter_and_cache_are_looked_at_before_the_weights(saved, tmp_path):
+    """There are no weights here, and that is not what is complained about."""
+    none = ("--weights", tmp_path / "no-weights")
+    assert "no adapter.json in it, nor in" in one_line_error("compress.py", *none, "--adapter", tmp_path / "nowhere")
+    (tmp_path / "adapter.json").write_text("{")
+    assert "adapter.json: " in one_line_error("compress.py", *none, "--adapter", tmp_path)
+    assert "nowhere: cannot be read" in one_line_error("compress.py", *none, "--load", tmp_path / "nowhere",
+                                                       "--question", "q")
+
+
+def test_what_the_adapter_cannot_do_is_one_line(tiny, saved, tmp_path):
+    """Fewer tokens than every head keeps anyway; hidden states that are no numbers, so that scores are none."""
+    model, tok, adapter, _ = saved
+    args = ("--context", "-", "--adapter", adapter, *SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO("Just a few words, over and over. " * 9))
+        assert "--tokens 3: every head keeps the last 4 tokens" in one_line_error("compress.py", "--weights", tiny,
+                                                                                  "--tokens", 3, *args)
+        broken = tiny_llama(vocab_size=310, max_positions=4096)
+        broken.layers[0].mlp.down.weight.fill_(3e38)
+        save_llama(broken, tmp_path / "broken")
+        (tmp_path / "broken" / "tokenizer.json").write_bytes((tiny / "tokenizer.json").read_bytes())
+        patch.setattr(sys, "stdin", io.StringIO("Just a few words, over and over. " * 9))
+        message = one_line_error("compress.py", "--weights", tmp_path / "broken", *args)
+        assert "a score is not a finite number" in message
+
+
+@pytest.mark.parametrize("size", [("--tokens", "500"), ("--keep", "1")])
+def test_a_text_that_is_kept_as_a_whole(tiny, size):
+    """From standard input; no compression at all: the same answers and bytes."""
+    out, _ = run("compress.py", "--weights", tiny, "--context", "-", *size, *SMALL, stdin="Just a few.")
     n, k = map(int, re.search(r"(\d+) compressible -> (\d+) kept", out).groups())
     assert n == k
     full, short = (re.search(rf"\n  {name} +(.*)", out)[1] for name in ("full", "short"))
-    assert full == short
+    assert full == short and len(set(re.search(r"bytes +([\d,]+) -> ([\d,]+)", out).groups())) == 1
 
 
 def test_the_newest_adapter_is_the_last_one_made_for_this_model(tiny, tmp_path, monkeypatch):
-    import compress
-    monkeypatch.setattr(compress, "ROOT", tmp_path)
+    monkeypatch.setattr("run.files.ROOT", tmp_path)
     model, tok = load_llama(tiny), Tokenizer(tiny)
     assert newest_adapter(model, tok) is None
-    mine, other = compress.base_of(model, tok), compress.base_of(load_llama(write_model(tmp_path / "m", n_head=2)), tok)
+    mine, other = base_of(model, tok), base_of(load_llama(write_model(tmp_path / "m", n_head=2)), tok)
     for name, created, base in (("adapters/a", "2030-01-02", mine), ("out/run/adapter", "2031-01-01", mine),
                                 ("adapters/b", "2029-01-01", mine), ("out/new/adapter", "2032-01-01", other)):
         (tmp_path / name).mkdir(parents=True)
@@ -206,19 +297,25 @@ def test_the_newest_adapter_is_the_last_one_made_for_this_model(tiny, tmp_path, 
 def tiny_run(tiny, texts, tmp_path):
     """Flags of a training run that takes seconds and writes nothing outside its temporary folder."""
     return ("--weights", tiny, "--sources", texts, "--shards", tmp_path / "shards", "--context", "64", "--answer", "8",
-            "--eta", "2", "--rank", "4", "--dtype", "fp32", "--device", "cpu")
+            "--eta", "2", "--rank", "4", "--hidden", "48", "--dtype", "fp32", "--device", "cpu", "--mix",
+            "continue=1,recite=1,cloze=1")
 
 
 def test_train_learns_on_a_tiny_model(tiny, tiny_run, tmp_path):
-    """40 steps through the real program: the logged loss falls, an adapter appears, the last line is the JSON table."""
-    out, _ = run("train.py", *tiny_run, "--steps", "40", "--batch", "4", "--micro", "2",
-                 "--mix", "continue=1,recite=1,cloze=1", "--keep-low", "0.3", "--lr", "0.01", "--out", tmp_path / "run",
+    """Both phases through the real program: what each of them lowers falls, an adapter appears; then the table, the
+    answers, and where the numbers are."""
+    out, _ = run("train.py", *tiny_run, "--reconstruct", "40", "--steps", "40", "--batch", "4", "--micro", "2",
+                 "--keep-low", "0.3", "--lr", "0.01", "--teach-lr", "0.01", "--out", tmp_path / "run",
                  "--eval-contexts", "4")
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == list(range(40))
-    first, last = (sum(line["loss"] for line in part) for part in (log[:10], log[-10:]))
-    assert last < 0.95 * first
-    result = json.loads(out.strip().splitlines()[-1])
+    assert [(line["step"], line["phase"]) for line in log] == [
+        (i, "reconstruct" if i < 40 else "hard") for i in range(80)]
+    for part, name in ((log[:40], "loss"), (log[40:], "loss")):
+        first, last = (sum(line[name] for line in x) for x in (part[:10], part[-10:]))
+        assert last < 0.95 * first
+    assert out.rstrip().endswith(f"all numbers: {tmp_path / 'run' / 'result.json'}") and '"cells"' not in out
+    assert re.search(r"\? Who built the lighthouse\?\n  whole, [\d,]+ bytes .*\n  4 x smaller, [\d,]+ bytes", out)
+    result = read_json(tmp_path / "run" / "result.json")
     assert {"cells", "seconds", "threads", "command", "commit", "seed"} <= set(result)
     cells = {(c["method"], c["keep"], c["kind"]) for c in result["cells"]}
     assert ("kvdistill", 0.25, "cloze") in cells and ("none", 0.0, "all") in cells
@@ -228,29 +325,58 @@ def test_train_learns_on_a_tiny_model(tiny, tiny_run, tmp_path):
     assert comp.b_q.abs().max() > 0
     _, err = run("train.py", *tiny_run, "--steps", "1", "--out", tmp_path / "run", "--eval-contexts", "0", code=2)
     assert "holds another run (--batch was 4, now 1)" in err
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 40, "the first run's log is untouched"
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 80, "the first run's log is untouched"
 
 
-def test_train_refuses_bad_input(tiny, tiny_run, tmp_path):
-    for args, message in ((("--steps", "0"), "--steps is 0"), (("--batch", "3", "--micro", "2"), "must divide --batch"),
+def test_train_refuses_bad_input(tiny):
+    for args, message in ((("--steps", "-1"), "--steps is -1"), (("--stpes", "5"), "unrecognized arguments"),
+                          (("--batch", "3", "--micro", "2"), "must divide --batch"),
+                          (("--chunk", "-1"), "--chunk is -1"),
+                          (("--steps", "0", "--reconstruct", "0"), "--reconstruct is 0, too"),
                           (("--keep-high", "1.0"), "keep-low"), (("--mix", "sing=1"), "expected KIND=COUNT"),
-                          (("--decay", "linear"), "expected centred or sigmoid"), (("--chunk", "-1"), "--chunk is -1"),
+                          (("--decay", "linear"), "expected threshold or sigmoid"),
+                          (("--choice", "layer"), "expected head or token"), (("--hidden", "0"), "--hidden is 0"),
                           (("--warmup", "0"), "at least 1"), (("--clip", "0"), "above 0"), (("--soft", "7"), "share"),
                           (("--seed", "-3"), "whole number"), (("--scorer-lr", "-1"), "--scorer-lr is -1"),
-                          (("--stpes", "5"), "unrecognized arguments"), (("--mix", "cloze=²"), "expected KIND=COUNT"),
+                          (("--mix", "cloze=²"), "expected KIND=COUNT"),
                           (("--sources", "wiki,"), "an entry is empty"),
                           (("--lam", "2"), "expected 0"), (("--steps", "many"), "invalid int value")):
         assert message in one_line_error("train.py", "--weights", tiny, *args), args
-    assert "eta is 9" in one_line_error("train.py", *tiny_run, "--eta", "9", "--out", tmp_path / "x")
-    assert "no such file or folder" in one_line_error("train.py", *tiny_run, "--sources", tmp_path / "no",
-                                                      "--out", tmp_path / "y")
+
+
+def test_a_typo_leaves_no_folder_behind_and_any_may_be_corrected(tiny_run, texts, tmp_path):
+    """Layers, sources and shards are looked at before config.json is written. What cannot be seen before the first step
+    leaves a run without any, and the corrected command may have its folder."""
+    short = ("--reconstruct", "1", "--steps", "1", "--eval-contexts", "0", "--out", tmp_path / "x")
+    assert "eta is 9" in one_line_error("train.py", *tiny_run, *short, "--eta", "9")
+    assert "no such file or folder" in one_line_error("train.py", *tiny_run, *short, "--sources", tmp_path / "no")
+    damaged = tmp_path / "damaged"
+    Draw(TrainConfig(sources=str(texts), shards=str(damaged)), {"continue": 1}, Tokenizer(tiny_run[1]), World("cpu"))
+    next(damaged.glob("*/train.bin")).write_bytes(b"123")
+    assert "prepare it again" in one_line_error("train.py", *tiny_run, *short, "--shards", damaged)
+    assert not (tmp_path / "x").exists()
+    assert "positions" in one_line_error("train.py", *tiny_run, *short, "--context", "4096")
+    assert (tmp_path / "x" / "config.json").exists()
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, (*tiny_run, *short)), "--json"])
+        train_main()
+    assert json.loads(out.getvalue().splitlines()[-1])["context"] == 64  # --json: all of it in one line
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tiny_run, tmp_path):
-    for which in ("--lr", "--scorer-lr"):
-        message = one_line_error("train.py", *tiny_run, "--steps", "30", which, "1e30", "--warmup", "1",
-                                 "--out", tmp_path / f"run{which}", "--eval-contexts", "0")
+    for which in ("--lr", "--teach-lr", "--scorer-lr"):
+        message = one_line_error("train.py", *tiny_run, "--reconstruct", "5", "--steps", "30", which, "1e30",
+                                 "--warmup", "1", "--out", tmp_path / f"run{which}", "--eval-contexts", "0")
         assert re.search(r"step \d+: .*(the loss is|not a finite)", message), message
+
+
+def test_a_profile_writes_nothing_and_knows_both_phases(tiny_run, tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("run.plan.gemm_rate", lambda *_: 1e9)
+        patch.setattr(sys, "argv", ["train.py", *map(str, tiny_run), "--profile", "2", "--out", str(tmp_path / "x")])
+        train_main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["reconstruct"]["steps"] == found["distil"]["steps"] == 2 and not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("program", ["compress.py", "train.py", "eval.py", "data/fetch.py", "data/prepare.py"])
