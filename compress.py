@@ -16,10 +16,14 @@ stays in all heads or in none (`token`, the paper's way). Layers count from 1 in
 """
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
 
 import torch
 import torch.nn as nn

@@ -17,9 +17,13 @@ import json
 import os
 import platform
 import random
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
 
 import torch
 import torch.distributed as dist

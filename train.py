@@ -11,7 +11,6 @@ attends to while it repeats the context. In `steps` steps the whole is distilled
 step as one `forward`, its loss, the processes that share a step, the loop. A run that was cut off goes on where it was
 when the same command is given again.
 """
-import hashlib
 import json
 import math
 import os
@@ -23,6 +22,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -32,7 +34,7 @@ from tqdm import tqdm
 from compress import (DEMO, DEMO_QUESTIONS, Compressor, CompressorConfig, attention_received, decay, kept_count,
                       open_text, show_answers)
 from data.fetch import fetch
-from data.prepare import SHARDS, Shard, prepare
+from data.prepare import SHARDS, Shard, fingerprint, prepare
 from data.samples import Batch, Samples, collate
 from eval import held_out_table
 from model import Llama
@@ -299,7 +301,7 @@ class Draw:
         shards = [Shard(folder, "train", tokenizer) for folder in folders]
         make = lambda m: Samples(shards, tokenizer, c.context, m, c.answer, c.seed)  # noqa: E731
         self.c, self.world, self.replays, self.samples = c, world, make({"replay": 1, "continue": 1}), make(mix)
-        self.texts = hashlib.sha256(b"".join((f / "train.json").read_bytes() for f in folders)).hexdigest()[:16]
+        self.texts = fingerprint(folders)
 
     def __call__(self, step: int) -> tuple[str, float, list[MicroBatch]]:
         """Phase, kept fraction, and this process's forward passes."""

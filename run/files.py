@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
@@ -119,16 +119,12 @@ def save_cache(path, cache: Cache, model: Llama, tokenizer) -> None:
 
 def cache_header(path) -> dict:
     """What a saved cache belongs to. Errors: BadInput for a file that is none."""
-    try:
-        with safe_open(path, "pt") as f:
-            header = json.loads((f.metadata() or {})[CACHE_KEY])
+    with reading(path, "write it again with --save"), safe_open(path, "pt") as f:
+        header = parse_json((f.metadata() or {}).get(CACHE_KEY, "no saved cache"))
         if header.get("format") != CACHE_FORMAT:
-            raise ValueError(f"its format is {header.get('format', 1)}, expected {CACHE_FORMAT}")
-        if not isinstance(header["base"], dict):
-            raise ValueError("its header says not what it was made for")
-        return header
-    except (SafetensorError, OSError, KeyError, AttributeError, ValueError, RecursionError) as e:
-        raise BadInput(f"{path}: cannot be read as a saved cache ({e}); write it again with --save") from None
+            raise ValueError(f"a cache of format {header.get('format', 1)}, expected {CACHE_FORMAT}")
+        expect(header["base"], dict)
+    return header
 
 
 def load_cache(path, model: Llama, tokenizer) -> Cache:
@@ -139,40 +135,37 @@ def load_cache(path, model: Llama, tokenizer) -> Cache:
     def need(ok, what):
         if not ok:
             raise ValueError(what)
-    try:
-        with safe_open(path, "pt", device=str(model.device)) as f:
-            left = set(f.keys())
+    with reading(path, "write it again with --save"), safe_open(path, "pt", device=str(model.device)) as f:
+        left = set(f.keys())
 
-            def take(name, dtype, *shape):  # None: any size; no more is read than the header was found to say
-                left.remove(name)
-                have = f.get_slice(name).get_shape()
-                need(len(have) == len(shape) and all(w in (None, n) for n, w in zip(have, shape)), f"{name} is {have}")
-                x = f.get_tensor(name)
-                need(x.dtype in dtype, f"{name} is {x.dtype}")
-                need(not x.is_floating_point() or x.isfinite().all(), f"{name} is not finite")
-                return x
-            end = take("next_position", [torch.int64], None)
-            B = len(end)
-            need(B and 0 <= end.min() and end.max() <= c.max_positions, "next_position is not in the model's reach")
-            for i in range(c.n_layer):
-                parts, heads = [], 0
-                while heads < c.n_kv_head:
-                    at = f"{i}.{len(parts)}."
-                    k = take(at + "k", [torch.float32, torch.bfloat16], B, None, None, c.head_dim)
-                    g, S = k.shape[1:3]
-                    v = take(at + "v", [k.dtype], B, g, S, c.head_dim)
-                    positions = take(at + "positions", [torch.int32], B, None, S)
-                    bias = take(at + "bias", [torch.float32], B, None, S) if at + "bias" in left else None
-                    per_head = {x.shape[1] for x in (positions, bias) if x is not None}
-                    need(g and per_head <= {1, g}, f"{at}k has {g} heads, its positions or biases not")
-                    need(((-1 <= positions) & (positions < end[:, None, None])).all(), f"{at}positions: not the text's")
-                    parts.append(Part(k.to(model.dtype), v.to(model.dtype), positions, bias))
-                    heads, dtypes = heads + g, dtypes | {k.dtype}
-                need(heads == c.n_kv_head, f"layer {i} has {heads} heads")
-                layers.append(parts)
-            need(not left, f"{sorted(left)[:1]} does not belong there")
-    except (SafetensorError, OSError, KeyError, ValueError) as e:
-        raise BadInput(f"{path}: not a cache of this model ({e}); write it again with --save") from None
+        def take(name, dtype, *shape):  # None: any size; no more is read than the header was found to say
+            left.remove(name)
+            have = f.get_slice(name).get_shape()
+            need(len(have) == len(shape) and all(w in (None, n) for n, w in zip(have, shape)), f"{name} is {have}")
+            x = f.get_tensor(name)
+            need(x.dtype in dtype, f"{name} is {x.dtype}")
+            need(not x.is_floating_point() or x.isfinite().all(), f"{name} is not finite")
+            return x
+        end = take("next_position", [torch.int64], None)
+        B = len(end)
+        need(B and 0 <= end.min() and end.max() <= c.max_positions, "next_position is not in the model's reach")
+        for i in range(c.n_layer):
+            parts, heads = [], 0
+            while heads < c.n_kv_head:
+                at = f"{i}.{len(parts)}."
+                k = take(at + "k", [torch.float32, torch.bfloat16], B, None, None, c.head_dim)
+                g, S = k.shape[1:3]
+                v = take(at + "v", [k.dtype], B, g, S, c.head_dim)
+                positions = take(at + "positions", [torch.int32], B, None, S)
+                bias = take(at + "bias", [torch.float32], B, None, S) if at + "bias" in left else None
+                per_head = {x.shape[1] for x in (positions, bias) if x is not None}
+                need(g and per_head <= {1, g}, f"{at}k has {g} heads, its positions or biases not")
+                need(((-1 <= positions) & (positions < end[:, None, None])).all(), f"{at}positions: not the text's")
+                parts.append(Part(k.to(model.dtype), v.to(model.dtype), positions, bias))
+                heads, dtypes = heads + g, dtypes | {k.dtype}
+            need(heads == c.n_kv_head, f"layer {i} has {heads} heads")
+            layers.append(parts)
+        need(not left, f"{sorted(left)[:1]} does not belong there")
     if dtypes != {model.dtype}:
         print(f"note: {path} holds {', '.join(map(str, dtypes))}, the model runs in {model.dtype}: converted",
               file=sys.stderr)

@@ -16,8 +16,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from run.errors import BadInput, read_json, write_atomic, write_json
-from run.files import load_state
+from run.errors import BadInput, read_json, reading, write_atomic, write_json
+from run.files import load_state, state_files
 
 try:
     import fcntl
@@ -31,18 +31,18 @@ FREE = {"micro", "chunk", "parallel", "recompute", "compile", "save_every", "eva
 def set_aside(out, step: int) -> None:
     """Rename the states after `step`, which did not read back, and remove what a killed write left behind: should they
     be readable the next time, the log would not be what they say."""
-    folder = Path(out) / "state"
-    for path in folder.glob("*.safetensors"):
+    for path in state_files(out):
         if int(path.stem) > step:
             path.replace(path.with_suffix(".damaged"))
-    for path in folder.glob(".*.tmp"):
+    for path in (Path(out) / "state").glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def trim_log(path, steps: int) -> None:
     """Drop the lines of a log after its first `steps`: those steps will be done again, to the same numbers."""
     path = Path(path)
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    with reading(path, "move it away"):
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines[:steps] if line.endswith(b"\n")]
     if len(whole) < steps:
         print(f"warning: {path}: {len(whole)} lines where {steps} were expected; the rest is lost", file=sys.stderr)
