@@ -77,9 +77,6 @@ def one_pass(cfg: Config, c: TrainConfig, asked: int, phase: str, *watch) -> Non
         blocks = attend_in_blocks  # what a GPU does is planned: fused kernels, but where weights are watched
         patch.setattr("model.attend_in_blocks", lambda *x, watch=None: blocks(*x, watch=watch) if watch else
                       attend_by_kernel(*x))
-        if phase == "reconstruct":  # it asks for the largest position, once
-            rope = Llama.rope
-            patch.setattr(Llama, "rope", lambda self, at, last=None: rope(self, at, n + asked - 1))
         for mode in watch:
             if isinstance(mode, Peak):
                 mode.live = {p.untyped_storage()._cdata: 0 for p in (*model.parameters(), *distil.parameters())}
