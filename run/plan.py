@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from compress import Compressor, CompressorConfig
 from run.errors import BadInput
-from run.models import no_memory
+from run.models import no_memory, read_config
 from data.fetch import fetch
 from model import Config, Llama
 
@@ -112,7 +112,7 @@ def suggest_parallel(weights: float, memory: float | None) -> str:
 
 def empty_model(folder) -> Llama:
     with torch.device("meta"):
-        return Llama(Config.from_json(Path(folder) / "config.json"))
+        return Llama(read_config(Path(folder) / "config.json"))
 
 
 def continuation_tokens(mix: dict, c) -> float:
@@ -180,7 +180,7 @@ def parameters(cfg: Config, comp: CompressorConfig) -> tuple[int, Llama]:
 
 def print_plan(a, mix: dict) -> None:
     """--plan: parameters, bytes, operations and seconds for the flags in `a`; says when the step cannot fit."""
-    c, cfg = a.config, Config.from_json(Path(a.weights or fetch()) / "config.json")
+    c, cfg = a.config, read_config(Path(a.weights or fetch()) / "config.json")
     if c.batch % (a.gpus * c.micro):
         raise BadInput(f"--batch {c.batch} cannot be shared by --gpus {a.gpus} with --micro {c.micro}; expected a "
                        f"multiple of {a.gpus * c.micro}")
