@@ -53,7 +53,7 @@ class Config:
     tied: bool = True        # the output head is the embedding matrix
     bias: str = ""           # the projections that have one, of "qkvo"
     head_norm: bool = False  # every head's queries and keys are normalised before they are rotated
-    sliding_window: int | None = None  # tokens that attention sees; max_positions is not more, so that it sees all
+    sliding_window: int | None = None  # tokens that attention sees, if fewer than there were positions: then as many
 
     @classmethod
     def from_json(cls, path) -> "Config":
@@ -80,9 +80,9 @@ class Config:
             c["rope_scaling"] = s = scaling_from_json(rope, c["max_positions"])
             if s and s.get("rope_type") == "yarn":  # Qwen's own advice leaves max_position_embeddings as it was
                 c["max_positions"] = max(c["max_positions"], int(s["factor"] * s["original_max_position_embeddings"]))
-            if family == "mistral" or j.get("use_sliding_window"):
-                c["sliding_window"] = j.get("sliding_window", 4096)
-                c["max_positions"] = min(c["max_positions"], c["sliding_window"] or c["max_positions"])
+            window = j.get("sliding_window", 4096) if family == "mistral" or j.get("use_sliding_window") else None
+            if window is not None and window < c["max_positions"]:
+                c["sliding_window"] = c["max_positions"] = window
             return cls(head_norm=family == "qwen3", **c)
 
 
@@ -396,9 +396,9 @@ class Llama(nn.Module):
         if positions.numel():
             last = int(positions.max()) if last is None else last
             if last >= self.cfg.max_positions:
-                what = "positions" if self.cfg.sliding_window != self.cfg.max_positions else "of its sliding window"
-                raise BadInput(f"{last + 1} tokens are more than the model's {self.cfg.max_positions} {what}; use a "
-                               "shorter text")
+                most = self.cfg.max_positions
+                most = f"{most} of the model's sliding window" if self.cfg.sliding_window else f"model's {most} positions"
+                raise BadInput(f"{last + 1} tokens are more than the {most}; use a shorter text")
         if self.frequencies is None or self.frequencies.device != positions.device:
             self.frequencies = rope_frequencies(self.cfg).to(positions.device)
         angle = positions[:, None, :, None].float() * self.frequencies

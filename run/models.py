@@ -94,7 +94,7 @@ def read_config(path) -> Config:
     cfg = Config.from_json(path)
     with reading(path, "expected the config.json of a Llama, Mistral or Qwen"):
         scaling = cfg.rope_scaling or {}
-        for name, x in (vars(cfg) | scaling).items():
+        for name, x in ({"sliding_window": None} | vars(cfg) | scaling).items():  # it first: it sets max_positions
             if name in ("rope_scaling", "rope_type", "bias", "head_norm") or name == "sliding_window" and x is None:
                 continue
             most = 1000 if name == "n_layer" else 1 << 24
@@ -151,7 +151,7 @@ def load_checked(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama
         rows, _ = own_rows(w)
         if rows.numel() and not torch.stack([rows.min(), rows.max()]).isfinite().all():  # either is NaN if one is
             raise BadInput(f"{found[name]} holds numbers that are not finite, or not in {dtype}; download it again")
-    if cfg.sliding_window == cfg.max_positions:
+    if cfg.sliding_window:
         print(f"note: {folder}: a sliding window of {cfg.sliding_window} tokens; longer texts are refused",
               file=sys.stderr)
     return model

@@ -128,7 +128,7 @@ def memory(cfg: Config, c, mix: dict, dtype: str, size: int, parallel: str) -> d
     """Bytes in one process at the fullest moment of a step, by part: the loss of a distillation step, when all that
     backward needs is there. c: TrainConfig; size: processes on one host.
 
-    A frozen matrix keeps nothing for backward but itself, so of a block these remain, per token: both norms' inputs in
+    A frozen matrix keeps nothing for backward but itself, so of a block these remain, per token: norms' inputs in
     fp32, q, k, v, attention's output, three of the MLP's inner width, and in an adapted block the inputs of the four
     low-rank matrices; of the student's continuation also the context's keys and values, with the bias as a column.
     With --recompute, only what goes into the block. Attention itself keeps no weights: its kernels make them again.
@@ -145,7 +145,7 @@ def memory(cfg: Config, c, mix: dict, dtype: str, size: int, parallel: str) -> d
 
     n, t = c.micro * (c.context + HEADER), c.micro * continuation_tokens(mix, c)
     wide = 1 + bias_columns(cfg.head_dim) / cfg.head_dim
-    of_block = 8 * D + e * (2 * inner + 2 * kv + 3 * F_)                  # per token
+    of_block = 8 * D + e * (2 * inner + 2 * kv + 3 * F_) + 4 * (inner + kv) * cfg.head_norm  # per token
     read_block = n * (of_block + e * (D + inner + 2 * c.rank))
     keys = (n + t) * e * 2 * kv * wide                                    # what a layer's attention holds on to
     ask_block = t * (of_block + e * 2 * inner * (wide - 1)) + keys
