@@ -68,11 +68,8 @@ class Config:
                 raise BadInput(f"{path}: {key} is {j.get(key)!r:.50}, expected {' or '.join(map(repr, known))}")
         with reading(path, "expected the config.json of a Llama, Mistral or Qwen"):
             c = {ours: j.get(theirs) for ours, theirs in KEYS.items()}
-            if c["n_kv_head"] is None:
-                c["n_kv_head"] = c["n_head"]
-            if c["head_dim"] is None:
-                c["head_dim"] = 128 if family == "qwen3" else c["n_embd"] // c["n_head"]
-            c["tied"] = False if c["tied"] is None else c["tied"]
+            c["n_kv_head"], c["tied"] = c["n_kv_head"] or c["n_head"], c["tied"] or False
+            c["head_dim"] = c["head_dim"] or (128 if family == "qwen3" else c["n_embd"] // c["n_head"])
             c["bias"] = "qkv" if family == "qwen2" else "qkvo" if j.get("attention_bias") else ""
             # transformers 5 moved both rope settings into rope_parameters
             rope = expect(j.get("rope_scaling") or j.get("rope_parameters") or {}, dict)
@@ -127,8 +124,7 @@ class Cache:
     A layer is a list of parts, its heads in order: a whole cache has one part, as all heads hold all tokens; where each
     head holds tokens of its own, a part is mostly one head, and nothing is padded to the longest.
 
-    As it is, a cache is a value: a forward pass reads it and leaves it alone, and gradients flow through it.
-    `with_room` copies it into a larger buffer that a forward pass appends to in place; generation uses that.
+    A forward pass leaves it alone, and gradients flow through it; only what `with_room` made is appended to in place.
     """
     layers: list[list[Part]]
     next_position: torch.Tensor   # (B,) int64, where a continuation starts: the *original* context length
@@ -145,17 +141,16 @@ class Cache:
     def rows(self, index) -> "Cache":
         """The rows `index` (a list), each as often as it is named: one context for several questions."""
         i = torch.as_tensor(index, device=self.next_position.device)
-        return Cache([[p.map(lambda x: x[i]) for p in parts] for parts in self.layers], self.next_position[i],
-                     self.free)
+        layers = [[p.map(lambda x: x[i]) for p in parts] for parts in self.layers]
+        return Cache(layers, self.next_position[i], self.free)
 
     def extend(self, part: Part, k, v):
         """What new tokens see of a part: its keys, values and biases, then their own. A buffer stores them, too."""
         if self.free is None:
             bias = None if part.bias is None else F.pad(part.bias, (0, k.shape[2]))
             return torch.cat([part.k, k], 2), torch.cat([part.v, v], 2), bias
-        end = part.k.shape[2] - self.free + k.shape[2]
-        part.k[:, :, end - k.shape[2]:end] = k
-        part.v[:, :, end - k.shape[2]:end] = v
+        start, end = part.k.shape[2] - self.free, part.k.shape[2] - self.free + k.shape[2]
+        part.k[:, :, start:end], part.v[:, :, start:end] = k, v
         return part.k[:, :, :end], part.v[:, :, :end], None if part.bias is None else part.bias[..., :end]
 
     def mark_appended(self, T: int, lengths=None) -> None:
@@ -223,7 +218,7 @@ def attend(q, k, v, own=None, bias=None):
     own: (B or 1, 1, T, T) bool, who sees whom among the own; None: causal.
     bias: (B, 1 or G, S) fp32, or None. It is cast here, layer by layer, so that its gradient is summed in fp32.
     """
-    if q.shape[2] == 1:  # decoding: the query heads that share a key head become rows of one product: keys are read once
+    if q.shape[2] == 1:  # decoding: the query heads that share a key head become rows of one product; keys read once
         rows = q.reshape(k.shape[0], k.shape[1], -1, q.shape[3])                       # (B, G, H/G, d)
         bias = None if bias is None else bias[:, :, None].to(q.dtype)
         return F.scaled_dot_product_attention(rows, k, v, attn_mask=bias).view(q.shape)
@@ -248,13 +243,9 @@ def attend_by_kernel(q, k, v, own=None, bias=None):
 
 
 def attend_in_blocks(q, k, v, own=None, bias=None, watch=None, block: int = 128):
-    """`attend`, spelled out, some queries at a time: the weights of all at 8k tokens would take 2.4 GB for each layer of
-    nine heads, and keys that come after a block's queries need not be multiplied. On a CPU this is twice as fast as
-    SDPA (LOG.md).
-
-    watch: called as watch(weights (B, G, H/G, t, s) fp32, first) with the weights of t queries, the first of them
-    query `first`, over the keys that the last of them may see.
-    """
+    """`attend`, spelled out, some queries at a time, without the keys that come after them: twice as fast on a CPU as
+    SDPA (LOG.md). watch: called as watch(weights (B, G, H/G, t, s) fp32, first) with the weights of t queries, the
+    first of them query `first`, over the keys that the last of them may see."""
     (B, H, T, d), G, before, out = q.shape, k.shape[1], k.shape[2] - q.shape[2], []
     q, keys = (q * d ** -0.5).view(B, G, H // G, T, d), k.transpose(2, 3)
     for i in range(0, T, block):
@@ -315,16 +306,14 @@ class Attention(nn.Module):
         see = attend if watch is None else partial(attend_in_blocks, watch=partial(watch, layer))
         if cache is None:
             y = see(q, k, v, own)
-        elif len(cache.layers[layer]) == 1:
-            keys, values, bias = cache.extend(cache.layers[layer][0], k, v)
-            y = see(q, keys, values, own, bias)
         else:
-            parts, ys, share = cache.layers[layer], [], self.cfg.n_head // self.cfg.n_kv_head
-            sizes = [p.k.shape[1] for p in parts]
-            for part, *qkv in zip(parts, q.split([share * g for g in sizes], 1), k.split(sizes, 1), v.split(sizes, 1)):
+            parts, ys = cache.layers[layer], []
+            cut = lambda x: [x] if len(parts) == 1 else x.split(  # noqa: E731
+                [p.k.shape[1] * x.shape[1] // k.shape[1] for p in parts], 1)
+            for part, *qkv in zip(parts, cut(q), cut(k), cut(v)):
                 keys, values, bias = cache.extend(part, *qkv[1:])
                 ys.append(see(qkv[0], keys, values, own, bias))
-            y = torch.cat(ys, 1)
+            y = ys[0] if len(ys) == 1 else torch.cat(ys, 1)
         y = y.transpose(1, 2).flatten(2)                                       # (B, T, H·d)
         return self.wo(y) if route is None else self.wo(y) + route.o(y), k, v
 
@@ -348,14 +337,10 @@ class Block(nn.Module):
 
     def forward(self, h, rope, own=None, cache=None, layer=0, route=None, watch=None, kv_only=False):
         """One layer. h: (B, T, D) -> h, and this layer's own keys and values of the T tokens, (B, G, T, d) each.
-
-        With kv_only nothing but keys and values is computed, and h comes back unchanged: all that a cache needs of
-        the last layer.
-        """
+        kv_only: nothing else is computed, and h comes back unchanged: all that a cache needs of the last layer."""
         x = self.attn_norm(h)
         if kv_only:
-            k, v = self.attn.keys_values(x, rope)
-            return h, k, v
+            return h, *self.attn.keys_values(x, rope)
         y, k, v = self.attn(x, rope, own, cache, layer, route, watch)
         h = h + y
         return h + self.mlp(self.mlp_norm(h)), k, v
@@ -376,17 +361,9 @@ class Llama(nn.Module):
         self.frequencies = None
         self.fingerprint = None  # of the weights; run.files.base_of fills it in
 
-    @property
-    def head_weight(self) -> torch.Tensor:  # (V, D)
-        return self.embed.weight if self.cfg.tied else self.head.weight
-
-    @property
-    def device(self):
-        return self.embed.weight.device
-
-    @property
-    def dtype(self):
-        return self.embed.weight.dtype
+    head_weight = property(lambda self: self.embed.weight if self.cfg.tied else self.head.weight)  # (V, D)
+    device = property(lambda self: self.embed.weight.device)
+    dtype = property(lambda self: self.embed.weight.dtype)
 
     def rope(self, positions, last: int | None = None):
         """cos and sin of every position's angles: (B, T) -> two (B, 1, T, d/2) in the model's dtype.
@@ -396,9 +373,9 @@ class Llama(nn.Module):
         if positions.numel():
             last = int(positions.max()) if last is None else last
             if last >= self.cfg.max_positions:
-                most = self.cfg.max_positions
-                most = f"{most} of the model's sliding window" if self.cfg.sliding_window else f"model's {most} positions"
-                raise BadInput(f"{last + 1} tokens are more than the {most}; use a shorter text")
+                kind = "of its sliding window" if self.cfg.sliding_window else "positions"
+                raise BadInput(f"{last + 1} tokens are more than the model's {self.cfg.max_positions} {kind}; use a "
+                               "shorter text")
         if self.frequencies is None or self.frequencies.device != positions.device:
             self.frequencies = rope_frequencies(self.cfg).to(positions.device)
         angle = positions[:, None, :, None].float() * self.frequencies
@@ -415,15 +392,13 @@ class Llama(nn.Module):
                 last: int | None = None):
         """Hidden states of `tokens` after the last norm; `logits` turns the ones that are wanted into logits.
 
-        Args:
-            tokens: (B, T) int64, padded on the right.
-            cache: what the tokens may look back at. A buffer with room is appended to, any other is left alone.
-            segments: (B, T) int64, for several continuations of one cache in one row: a token sees its own segment
-                only, and each segment starts at the cache's next position. -1 is padding.
-            lengths: (B,) int64, the real tokens of each row, where rows differ (not together with segments).
-            watch: called as watch(layer, weights, first) with the attention weights of a whole cache's layers; see
-                `attend_in_blocks`.
-            last: the largest position among the tokens, if it is known; see `rope`.
+        tokens: (B, T) int64, padded on the right.
+        cache: what the tokens may look back at. A buffer with room is appended to, any other is left alone.
+        segments: (B, T) int64, for several continuations of one cache in one row: a token sees its own segment only,
+            and each segment starts at the cache's next position. -1 is padding.
+        lengths: (B,) int64, the real tokens of each row, where rows differ (not together with segments).
+        watch: called as watch(layer, weights, first) with the attention weights of a whole cache's layers; see
+            `attend_in_blocks`. last: the largest position among the tokens, if it is known; see `rope`.
         Returns: (B, T, D) in the model's dtype.
         """
         at = offsets(tokens, segments)
@@ -444,12 +419,10 @@ class Llama(nn.Module):
     def run_layers(self, h, first: int = 0, last: int | None = None, route=None, store=lambda layer, k, v: (k, v)):
         """Run layers first … last−1 over a whole context, causally, and collect its keys and values.
 
-        Args:
-            h: (B, N, D), the hidden states before layer `first`; padding, if any, is on the right.
-            route: called as route(layer); returns the layer's Route or None.
-            store: called as store(layer, k, v) with keys and values (B, G, N, d); what it returns is collected.
-        Returns: h after layer last−1, and the list of what was stored. In the model's last layer nothing but keys and
-        values is computed: what else it would do, no cache sees.
+        h: (B, N, D), the hidden states before layer `first`; padding, if any, is on the right. route(layer): the
+        layer's Route or None. store(layer, k, v): keys and values (B, G, N, d) come, what it returns is collected.
+        Returns: h after layer last−1, and what was collected. Of the model's last layer, no cache sees more than keys
+        and values, and nothing else is computed.
         """
         rope = self.rope(torch.arange(h.shape[1], device=h.device)[None], last=h.shape[1] - 1)
         stored = []
@@ -595,9 +568,9 @@ def generate(model: Llama, cache: Cache, prompts: list[list[int]], max_new_token
     for i in range(max_new_tokens):
         logits = model.logits(last)                                        # (B, V)
         if not logits.isfinite().all():
-            raise BadInput("the model's logits are no finite numbers: its weights or the adapter are damaged, or --dtype "
-                           "is too narrow; try --dtype fp32")
-        if temperature > 0:  # scaled so that the largest is 0: a low temperature overflows to −∞, which is probability 0
+            raise BadInput("the model's logits are no finite numbers: its weights or the adapter are damaged, or "
+                           "--dtype is too narrow; try --dtype fp32")
+        if temperature > 0:  # the largest becomes 0: what a low temperature makes of the others is −∞ at worst
             logits = (logits - logits.amax(-1, keepdim=True)) / temperature
             new = torch.multinomial(logits.softmax(-1), 1, generator=rng)[:, 0]
         else:

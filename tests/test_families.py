@@ -1,5 +1,5 @@
-"""Mistral and Qwen beside Llama: tiny random models that transformers makes and saves, read from their folder alone. The
-logits are its logits, and the whole method runs on each."""
+"""Mistral and Qwen beside Llama: tiny random models that transformers makes and saves, read from their folder alone.
+The logits are its logits, and the whole method runs on each."""
 import argparse
 import json
 from dataclasses import replace
@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress import Compressor, kept_count
 from conftest import save_llama, tiny_compressor, tiny_llama
-from data.samples import collate
 from model import Llama, generate, load_llama, rope_frequencies
 from run import files, models
 from run.errors import BadInput
@@ -154,7 +153,7 @@ def test_a_text_longer_than_the_window_is_refused(tmp_path, capsys):
     model = load_checked(write(tmp_path, model_type="mistral", sliding_window=100))
     assert capsys.readouterr().err.count("sliding window of 100 tokens") == 1
     model.prefill(torch.zeros(1, 100, dtype=torch.long))
-    with pytest.raises(BadInput, match="101 tokens are more than the 100 of the model's sliding window"):
+    with pytest.raises(BadInput, match="101 tokens are more than the model's 100 of its sliding window"):
         model.prefill(torch.zeros(1, 101, dtype=torch.long))
     load_checked(write(tmp_path, model_type="mistral", sliding_window=512))
     assert capsys.readouterr().err == "", "a window that no text can reach is not worth a line"
@@ -195,7 +194,8 @@ def test_yarn_by_hand():
     scaling = YARN | {"beta_fast": 8, "beta_slow": 1, "attention_factor": 1.0}
     ratio = rope_frequencies(tiny_llama(head_dim=48, rope_scaling=scaling).cfg) / plain
     turns = 128 * plain / (2 * torch.pi)                       # 20.4, 13.9, 9.5, 6.4 | 4.4 … 1.4, 0.95
-    assert torch.allclose(ratio[turns > 13], torch.tensor(1.0)) and torch.allclose(ratio[turns < 0.9], torch.tensor(0.25))
+    assert torch.allclose(ratio[turns > 13], torch.tensor(1.0))
+    assert torch.allclose(ratio[turns < 0.9], torch.tensor(0.25))
     assert (ratio.diff() <= 1e-6).all() and len(ratio[(ratio > 0.26) & (ratio < 0.99)]) >= 3
 
 
