@@ -111,8 +111,9 @@ def suggest_parallel(weights: float, memory: float | None) -> str:
 
 
 def empty_model(folder) -> Llama:
+    cfg = read_config(Path(folder) / "config.json")
     with torch.device("meta"):
-        return Llama(read_config(Path(folder) / "config.json"))
+        return Llama(cfg)
 
 
 def continuation_tokens(mix: dict, c) -> float:
