@@ -172,13 +172,13 @@ def decay(scores, choice: Choice, kind: str, tau: float, soft: bool = False):
 
 @torch.no_grad()
 def attention_received(model: Llama, cache: Cache, tokens, lengths=None, segments=None, first: int = 0,
-                       end: int | None = None, sinks: int = 0):
+                       end: int | None = None, sinks: int = 0, last: int | None = None):
     """The most attention that entries first … end−1 of a whole cache get from any of `tokens`: (B, L, G, end−first).
 
     Maximum over the tokens and over the query heads of a group. Of a part of the cache, attention is counted as if there
     were only it, the first `sinks` entries, and the tokens themselves. With tokens that repeat the context this is
     KVzip's importance (arXiv 2505.23416).
-    tokens: (B, T) int64, padded on the right to `lengths` (B,), or `segments` as in Llama.forward.
+    tokens: (B, T) int64, padded on the right to `lengths` (B,), or `segments`, and `last`, as in Llama.forward.
     """
     S, best = cache.layers[0][0].k.shape[2], {}
     end, real = S if end is None else end, None
@@ -196,7 +196,7 @@ def attention_received(model: Llama, cache: Cache, tokens, lengths=None, segment
         received = received.amax((2, 3))                                                   # (B, G, end − first)
         best[layer] = torch.maximum(best[layer], received) if layer in best else received
 
-    model(tokens, cache, segments, lengths, watch=watch)
+    model(tokens, cache, segments, lengths, watch, last)
     return torch.stack(list(best.values()), 1)
 
 

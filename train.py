@@ -170,27 +170,27 @@ class Distiller(nn.Module):
         full = self.compressor.full(self.model[0], ctx)
         if phase == "reconstruct":
             return self.reconstruct(m, totals, ctx, full)
-        return self.distil(m, totals, ctx, full, phase == "soft")
+        with torch.no_grad():
+            teacher = self.model[0](b.cont, full, b.segments, last=m.last).flatten(0, 1)[m.at]  # (R, D)
+        del full  # the student needs its room
+        return self.distil(m, totals, ctx, teacher, phase == "soft")
 
     def reconstruct(self, m, totals, ctx, full):
         """The scorer's regression: the logarithm of the most attention that an entry gets while the context is repeated
         from its whole cache and the text goes on. No gradient runs through the Llama."""
         model, b = self.model[0], m.batch
-        wanted = attention_received(model, full, b.cont, segments=b.segments)                # (B, L, G, N)
+        wanted = attention_received(model, full, b.cont, segments=b.segments, last=m.last)                # (B, L, G, N)
         if self.compressor.cfg.choice == "token":
             wanted = wanted.mean((1, 2), keepdim=True)
         error = self.compressor.scores(ctx) - wanted.clamp(min=1e-6).log()
         error = torch.where(ctx.candidates[:, None, None], error, 0).square().mean((1, 2)).sum()
         return {"loss": error / totals.candidates}
 
-    def distil(self, m, totals, ctx, full, soft: bool):
+    def distil(self, m, totals, ctx, teacher, soft: bool):
         """Shapes of the quick experiment's pass, B = 1, SmolLM2: context (1, 424), h (1, 424, 576), scores and β
         (1, 30, 3, 424), keys of a layer (1, 3, 424, 64); continuations (1, ~330), of which R ≈ 320 are supervised:
         student and teacher (R, 576), their logits (R, 49152), a chunk at a time."""
         model, comp, b = self.model[0], self.compressor, m.batch
-        with torch.no_grad():
-            teacher = model(b.cont, full, b.segments, last=m.last).flatten(0, 1)[m.at]         # (R, D)
-            del full
         with torch.set_grad_enabled(self.learn_scores):
             scores = comp.scores(ctx)                                                          # (B, l, g, N)
             choice = comp.choose(scores, ctx, m.k, check=False)

@@ -13,7 +13,8 @@ from data.prepare import SHARDS
 from data.samples import Case
 from data.tasks import MAX_NEW_TOKENS, METRICS
 from model import Llama
-from run.errors import BadInput
+from run.compress_flags import find_adapter
+from run.errors import BadInput, read_json
 from run.models import add_model_flags, pick_dtype, seed_flag
 from run.world import World
 
@@ -68,6 +69,8 @@ def name_default(name: str) -> str:
 
 def check(a: argparse.Namespace, methods) -> dict:
     """Refuse what cannot work before the weights are loaded; returns the lists that the flags spell."""
+    if a.adapter is not None:
+        read_json(find_adapter(a.adapter) / "adapter.json")
     lists = {"tasks": a.tasks.split(","), "methods": list(dict.fromkeys(a.methods.split(",")))}
     for flag, known in (("tasks", METRICS), ("methods", methods)):
         for name in lists[flag]:

@@ -35,7 +35,7 @@ def step_flops(cfg: Config, comp: CompressorConfig, ctx: float, cont: float, sup
     Frozen weights need no gradient, so a backward pass through them costs one forward, not two; through attention and
     through the adapters, two. Both phases read every layer of the context but the last, of which only keys and values
     are made, and then the continuation, which attends to all of the context: masks hide keys but skip none.
-    reconstruct: the most attention is looked for in every layer, and the scorer learns from it.
+    reconstruct: attention's weights are looked at as they are made, and the scorer learns from them.
     else: the student shares layers 1…η, and reads the adapted ones again, forward and backward; the continuation goes
     through all layers twice, and backward through those whose cache has a gradient: all if the scores learn, else the
     layers after η + 1.
@@ -48,8 +48,7 @@ def step_flops(cfg: Config, comp: CompressorConfig, ctx: float, cont: float, sup
     ask = cont * L * (block + pair * (n + t))
     first, second = 2 * ctx * (D + 2) * comp.hidden, 2 * ctx * comp.hidden * outputs  # of the scorer
     if phase == "reconstruct":
-        watch = cont * L * pair / 2 * (n + t / 2)
-        return read + ask + watch + 2 * first + 3 * second  # the scorer's input has no gradient
+        return read + ask + 2 * first + 3 * second      # the scorer's input has no gradient
     again = ctx * (adapted * (2 * block + 3 * pair * n / 2 + 12 * comp.rank * (D + inner)) + 8 * D * kv)
     wide = pair * (1 + bias_columns(cfg.head_dim) / cfg.head_dim) * (n + t)           # β is a column of the keys
     student = cont * (L * (block + wide) + (L if learn_scores else adapted) * (block + 2 * wide))

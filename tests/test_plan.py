@@ -25,7 +25,7 @@ from run.train_flags import check, parse_args
 from run.plan import (HEADER, TEACH, continuation_tokens, memory, out_of_memory, parameters, step_flops,
                       suggest_parallel)
 from data.samples import Batch
-from model import Config, Llama
+from model import Config, Llama, attend_by_kernel, attend_in_blocks
 from train import PRESETS, Distiller, MicroBatch, Totals, TrainConfig, main
 
 SMOLLM = Config(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, head_dim=64, n_embd=576, n_ffn=1536,
@@ -74,9 +74,9 @@ def one_pass(cfg: Config, c: TrainConfig, asked: int, phase: str, *watch) -> Non
                       long(B, asked) == 0)
         m = MicroBatch(batch, long(B * asked), long(B) + 100, n + asked, False)
         totals = Totals(*torch.ones(5))
-        if phase == "reconstruct":  # it asks for the largest position, once
-            rope = Llama.rope
-            patch.setattr(Llama, "rope", lambda self, at, last=None: rope(self, at, n + asked - 1))
+        blocks = attend_in_blocks  # what a GPU does is planned: fused kernels, but where weights are watched
+        patch.setattr("model.attend_in_blocks", lambda *x, watch=None: blocks(*x, watch=watch) if watch else
+                      attend_by_kernel(*x))
         for mode in watch:
             if isinstance(mode, Peak):
                 mode.live = {p.untyped_storage()._cdata: 0 for p in (*model.parameters(), *distil.parameters())}

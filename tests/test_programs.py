@@ -365,8 +365,8 @@ def test_a_typo_leaves_no_folder_behind_and_any_may_be_corrected(tiny_run, texts
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tiny_run, tmp_path):
     for which in ("--lr", "--teach-lr", "--scorer-lr"):
-        message = one_line_error("train.py", *tiny_run, "--reconstruct", "5", "--steps", "30", which, "1e30",
-                                 "--warmup", "1", "--out", tmp_path / f"run{which}", "--eval-contexts", "0")
+        message = one_line_error("train.py", *tiny_run, "--reconstruct", "5", "--steps", "30", which, "1e37",
+                                 "--warmup", "1", "--rank", "256", "--out", tmp_path / f"run{which}")
         assert re.search(r"step \d+: .*(the loss is|not a finite)", message), message
 
 
