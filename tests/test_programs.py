@@ -163,7 +163,7 @@ def test_damaged_caches_are_refused(saved):
         header, parts = f.metadata(), {k: f.get_tensor(k).clone() for k in f.keys()}  # not mapped: it is overwritten
     last = max(k for k in parts if k.startswith("3."))[:-len(".v")]
 
-    def refused(match="not a cache of this model"):
+    def refused(match="write it again with --save"):
         with pytest.raises(BadInput, match=match) as e:
             load_cache(path, model, tok)
         assert "\n" not in str(e.value) and str(path) in str(e.value)
@@ -173,7 +173,7 @@ def test_damaged_caches_are_refused(saved):
     save_file({"x": torch.ones(3)}, path)
     refused("write it again with --save")
     for text, match in (("{", "not valid JSON"), ("[]", "where dict was expected"), ('{"format": 2}', "'base'"),
-                        ('{"architecture": {}}', "format 1, expected 2"), ('{"format": 2, "base": []}', "made for")):
+                        ('{"architecture": {}}', "format 1, expected 2"), ('{"format": 2, "base": []}', "where dict was")):
         save_file(parts, path, metadata={"kvdistill_cache": text})
         refused(match)
     k, positions, end = parts["3.0.k"], parts["3.0.positions"], parts["next_position"]
