@@ -221,8 +221,8 @@ def cost_table(result: dict, name: str = "cost") -> str:
     sizes = ", ".join(f"{k} of {length}" for length, k in sorted(sizes))
     note = (f"K = {sizes}. MB: as stored, header and bookkeeping included. Seconds: prefill and compression, median of "
             f"{result['settings']['tasks']['cost']['n']} repeats; tokens per second, and what a question of one short "
-            "answer saves: means. Differences of a few per cent are noise. H2O's second reading of the document, an ease "
-            "of ours, is left out.")
+            "answer saves: means. Differences of a few per cent are noise. H2O's second reading of the document is "
+            "left out.")
     return f"{markdown(head, rows)}\n\n{source(result, name, note)}"
 
 
