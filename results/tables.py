@@ -221,12 +221,16 @@ def cost_table(result: dict, name: str = "cost") -> str:
     sizes = ", ".join(f"{k} of {length}" for length, k in sorted(sizes))
     note = (f"K = {sizes}. MB: as stored, header and bookkeeping included. Seconds: prefill and compression, median of "
             f"{result['settings']['tasks']['cost']['n']} repeats; tokens per second, and what a question of one short "
-            "answer saves: means. Differences of a few per cent are noise. H2O's second reading of the document, an ease "
-            "of ours, is left out.")
+            "answer saves: means. Differences of a few per cent are noise. H2O's second reading of the document is "
+            "left out.")
     return f"{markdown(head, rows)}\n\n{source(result, name, note)}"
 
 
 TABLES = {"fidelity": fidelity_table, "squad": squad_table, "niah": niah_table, "cost": cost_table}
+FIGURES = {"fidelity": ("fidelity-quality.png", "KL against kept fraction"),
+           "squad": ("squad-quality.png", "F1 against kept fraction"),
+           "niah": ("niah-needles.png", "Needles found, by depth and length"),
+           "cost": ("cost-cost.png", "Bytes, seconds and rates against length")}
 
 
 def load(name: str) -> dict:
@@ -234,12 +238,13 @@ def load(name: str) -> dict:
 
 
 def made(name: str, table=None) -> str:
-    """The content of a block; a result that does not exist is said to be missing."""
-    path = RESULTS / f"{name}.json"
+    """The content of a block, its figure first; a result that does not exist is said to be missing."""
+    path, (figure, title) = RESULTS / f"{name}.json", FIGURES[name]
     if not path.exists():
         return MISSING
     with reading(path, "make it again with eval.py"):
-        return (table or TABLES[name])(load(name), name)
+        shown = f"![{title}]({figure})\n\n" if table is None and (RESULTS / figure).exists() else ""
+        return shown + (table or TABLES[name])(load(name), name)
 
 
 def fill(path: Path, tables: dict[str, str]) -> None:
@@ -255,6 +260,7 @@ def fill(path: Path, tables: dict[str, str]) -> None:
 
 
 def main() -> None:
+    """Of the figures, those are shown that plots.py has drawn before."""
     fill(RESULTS / "README.md", {name: made(name) for name in TABLES})
     fill(ROOT / "README.md", {"headline": made("fidelity", headline_table)})
 
