@@ -128,8 +128,7 @@ class MicroBatch:
     def to(self, device) -> "MicroBatch":
         def send(x):
             return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-        return MicroBatch(Batch(*map(send, vars(self.batch).values())), send(self.at), send(self.k), self.last,
-                          self.padded)
+        return replace(self, batch=Batch(*map(send, vars(self.batch).values())), at=send(self.at), k=send(self.k))
 
 
 @dataclass
@@ -144,9 +143,8 @@ class Totals:
 
     @classmethod
     def of(cls, micro_batches: list[MicroBatch], world: World) -> "Totals":
-        b = [m.batch for m in micro_batches]
         counts = [[x.supervised.sum(), x.answers.sum(), x.lengths.sum() - x.protect.sum(), x.lengths.sum(),
-                   (x.segments >= 0).sum()] for x in b]
+                   (x.segments >= 0).sum()] for x in (m.batch for m in micro_batches)]
         counts = torch.tensor(counts, dtype=torch.float32).sum(0).to(world.device, non_blocking=True)
         return cls(*world.sum(counts))
 
