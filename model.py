@@ -1,7 +1,8 @@
 """A Llama in one file: the frozen model that KV-Distill compresses for, its key-value cache, and generation.
 
-The parts, in order: the configuration (read from a Hugging Face config.json), the cache, rotary positions, attention,
-the block, the whole model, loading public weights, generating text.
+In order: the configuration (from a Hugging Face config.json), the cache, rotary positions, attention, the block, the
+whole model, public weights, generating text. Mistral and Qwen are Llamas with a few switches: biases of projections, a
+norm of each head's queries and keys, heads of any width, other rotary scaling.
 
 Three things differ from the plainest Llama, because the compressor needs them:
   - heads of the cache may hold different tokens, and different numbers of them; a number per entry, `bias`, is added to
@@ -11,7 +12,7 @@ Three things differ from the plainest Llama, because the compressor needs them:
   - a caller may watch queries and keys go by (to learn what the model attends to).
 
 Shapes: B batch, T new tokens, S cached tokens, D width, H query heads, G key-value heads, d head width, V vocabulary.
-Reference for the architecture: Llama 3, arXiv 2407.21783; rotary positions, arXiv 2104.09864.
+References: Llama 3, arXiv 2407.21783; Qwen3, 2505.09388; rotary positions, 2104.09864, and YaRN, 2309.00071.
 """
 import math
 from collections.abc import Iterator
@@ -30,6 +31,11 @@ from run.errors import BadInput, expect, read_json, reading
 
 NEG = -1e9  # an attention logit that means "not there"; finite, so that a row without any neighbour stays a number
 
+KEYS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",  # config.json's
+        "n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "n_embd": "hidden_size",
+        "n_ffn": "intermediate_size", "max_positions": "max_position_embeddings", "norm_eps": "rms_norm_eps",
+        "tied": "tie_word_embeddings"}
+
 
 @dataclass
 class Config:
@@ -43,51 +49,58 @@ class Config:
     max_positions: int       # tokens; longer inputs are refused
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # of type llama3, or none
+    rope_scaling: dict | None = None  # see rope_frequencies; without a rope_type it is llama3's
     tied: bool = True        # the output head is the embedding matrix
+    bias: str = ""           # the projections that have one, of "qkvo"
+    head_norm: bool = False  # every head's queries and keys are normalised before they are rotated
+    sliding_window: int | None = None  # tokens that attention sees, if fewer than there were positions: then as many
 
     @classmethod
     def from_json(cls, path) -> "Config":
-        """Read a Hugging Face config.json; BadInput for a model that is not this architecture."""
+        """Read a Hugging Face config.json. BadInput for another architecture; see run.models.read_config for the rest
+        that may be wrong with it."""
         j = read_json(path)
-        for key, want in {"model_type": ("llama",), "hidden_act": ("silu", None), "attention_bias": (False, None),
-                          "mlp_bias": (False, None), "quantization_config": (None,),
-                          "tie_word_embeddings": (False, True, None)}.items():
-            if j.get(key) not in want:
-                raise BadInput(f"{path}: {key} is {j.get(key)!r}, expected {want[0]!r} (a plain Llama)")
-
-        def size(key, default=None, most=1 << 24):
-            n = default if j.get(key) is None else j[key]
-            if type(n) is not int or not 0 < n <= most:
-                raise ValueError(f"{key} is {n!r:.50}, expected a whole number from 1 to {most}")
-            return n
-
-        def number(key, box, default=None):
-            x = box.get(key, default)
-            if type(x) not in (int, float) or not 0 < x < math.inf:
-                raise ValueError(f"{key} is {x!r:.50}, expected a number above 0")
-            return float(x)
-
-        with reading(path, "expected the config.json of a Llama"):
+        family = j.get("model_type")
+        for key, known in {"model_type": ("llama", "mistral", "qwen2", "qwen3"), "hidden_act": ("silu", None),
+                           "mlp_bias": (False, None), "quantization_config": (None,),
+                           "partial_rotary_factor": (1, None)}.items():
+            if j.get(key) not in known:
+                raise BadInput(f"{path}: {key} is {j.get(key)!r:.50}, expected {' or '.join(map(repr, known))}")
+        with reading(path, "expected the config.json of a Llama, Mistral or Qwen"):
+            c = {ours: j.get(theirs) for ours, theirs in KEYS.items()}
+            if c["n_kv_head"] is None:
+                c["n_kv_head"] = c["n_head"]
+            if c["head_dim"] is None:
+                c["head_dim"] = 128 if family == "qwen3" else c["n_embd"] // c["n_head"]
+            c["tied"] = False if c["tied"] is None else c["tied"]
+            c["bias"] = "qkv" if family == "qwen2" else "qkvo" if j.get("attention_bias") else ""
             # transformers 5 moved both rope settings into rope_parameters
             rope = expect(j.get("rope_scaling") or j.get("rope_parameters") or {}, dict)
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            if kind not in ("default", "llama3"):
-                raise BadInput(f"{path}: rope_scaling of type {kind!r} is not supported, expected 'llama3' or none")
-            scaling = None if kind == "default" else {key: number(key, rope) for key in (
-                "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-            if scaling and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-                raise ValueError("rope_scaling has a low_freq_factor that is not below its high_freq_factor")
-            n_head, n_embd = size("num_attention_heads"), size("hidden_size")
-            c = cls(vocab_size=size("vocab_size"), n_layer=size("num_hidden_layers", most=1000), n_head=n_head,
-                    n_kv_head=size("num_key_value_heads", n_head), n_embd=n_embd, n_ffn=size("intermediate_size"),
-                    head_dim=size("head_dim", n_embd // n_head), max_positions=size("max_position_embeddings"),
-                    norm_eps=number("rms_norm_eps", j), rope_scaling=scaling, tied=bool(j.get("tie_word_embeddings")),
-                    rope_theta=number("rope_theta", j if j.get("rope_theta") else rope, 10000.0))
-            if c.n_head % c.n_kv_head or c.head_dim % 2:
-                raise ValueError(f"{c.n_head} heads, {c.n_kv_head} key-value heads of width {c.head_dim}: expected a "
-                                 "multiple, and an even width")
-            return c
+            c["rope_theta"] = j.get("rope_theta") or rope.get("rope_theta", 10000.0)
+            c["rope_scaling"] = s = scaling_from_json(rope, c["max_positions"])
+            if s and s.get("rope_type") == "yarn":  # Qwen's own advice leaves max_position_embeddings as it was
+                c["max_positions"] = max(c["max_positions"], int(s["factor"] * s["original_max_position_embeddings"]))
+            window = j.get("sliding_window", 4096) if family == "mistral" or j.get("use_sliding_window") else None
+            if window is not None and window < c["max_positions"]:
+                c["sliding_window"] = c["max_positions"] = window
+            return cls(head_norm=family == "qwen3", **c)
+
+
+def scaling_from_json(rope: dict, positions: int) -> dict | None:
+    """Config.rope_scaling from config.json's."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    keys = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+            "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor")}.get(expect(kind, str))
+    if keys is None:
+        raise ValueError(f"rope_scaling of type {kind!r:.50} is not supported")
+    if odd := rope.keys() - {*keys, "type", "rope_type", "rope_theta", "original_max_position_embeddings"}:
+        raise ValueError(f"rope_scaling of type {kind!r} with {min(odd)!r:.50} is not supported")
+    s = {key: rope.get(key) for key in keys}
+    s["original_max_position_embeddings"] = rope.get("original_max_position_embeddings", positions)
+    if kind == "yarn":
+        s["beta_fast"], s["beta_slow"] = s["beta_fast"] or 32, s["beta_slow"] or 1
+        s["attention_factor"] = s["attention_factor"] or 0.1 * math.log(max(1, s["factor"])) + 1
+    return None if kind == "default" else s if kind == "llama3" else s | {"rope_type": kind}
 
 
 # ------------------------------------------------------------------------------------------------------ the cache
@@ -101,10 +114,10 @@ class Part:
     bias: torch.Tensor | None = None  # (B, 1 or g, S) fp32, added to the logits towards an entry; None: nothing is
 
     def tensors(self):
-        return [x for x in (self.k, self.v, self.positions, self.bias) if x is not None]
+        return [x for x in vars(self).values() if x is not None]
 
     def map(self, f) -> "Part":
-        return Part(f(self.k), f(self.v), f(self.positions), None if self.bias is None else f(self.bias))
+        return Part(*(None if x is None else f(x) for x in vars(self).values()))
 
 
 @dataclass
@@ -124,12 +137,10 @@ class Cache:
     def with_room(self, extra: int, ragged: bool = False) -> "Cache":
         """A copy that `extra` tokens can be appended to; ragged: some of them may be padding."""
         def grow(p: Part) -> Part:
-            bias = p.bias
-            if bias is None and ragged:
-                bias = p.k.new_zeros(p.positions.shape, dtype=torch.float32)
-            return Part(F.pad(p.k, (0, 0, 0, extra)), F.pad(p.v, (0, 0, 0, extra)), p.positions.clone(),
+            bias = p.k.new_zeros(p.positions.shape, dtype=torch.float32) if ragged and p.bias is None else p.bias
+            return Part(F.pad(p.k, (0, 0, 0, extra)), F.pad(p.v, (0, 0, 0, extra)), p.positions,
                         None if bias is None else F.pad(bias, (0, extra)))
-        return Cache([[grow(p) for p in parts] for parts in self.layers], self.next_position.clone(), free=extra)
+        return Cache([[grow(p) for p in parts] for parts in self.layers], self.next_position, free=extra)
 
     def rows(self, index) -> "Cache":
         """The rows `index` (a list), each as often as it is named: one context for several questions."""
@@ -147,13 +158,15 @@ class Cache:
         part.v[:, :, end - k.shape[2]:end] = v
         return part.k[:, :, :end], part.v[:, :, :end], None if part.bias is None else part.bias[..., :end]
 
-    def mark_appended(self, real) -> None:
-        """After all layers have appended to a buffer: T slots are used up. real: (B, T) bool, False for padding."""
-        for part in (p for parts in self.layers for p in parts if p.bias is not None):
-            end = part.k.shape[2] - self.free + real.shape[1]
-            part.bias[..., end - real.shape[1]:end] = torch.where(real, 0.0, NEG)[:, None]
-        self.next_position = self.next_position + real.sum(1)
-        self.free -= real.shape[1]
+    def mark_appended(self, T: int, lengths=None) -> None:
+        """After all layers have appended T tokens to a buffer; lengths: (B,), how many of them are no padding."""
+        if lengths is not None:
+            padding = torch.arange(T, device=lengths.device) >= lengths[:, None, None]          # (B, 1, T)
+            for part in (p for parts in self.layers for p in parts if p.bias is not None):
+                end = part.k.shape[2] - self.free + T
+                part.bias[..., end - T:end] = torch.where(padding, NEG, 0.0)
+        self.next_position = self.next_position + (T if lengths is None else lengths)
+        self.free -= T
 
     def entries(self) -> torch.Tensor:
         """(B, L, G) int64: how many context tokens each head holds."""
@@ -177,15 +190,22 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(cfg: Config) -> torch.Tensor:
-    """Radians per position of each of the d/2 rotating pairs, fp32 (d/2,), with Llama 3.1's long-context scaling."""
-    freq = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float32) / cfg.head_dim)
-    if cfg.rope_scaling:
-        s = cfg.rope_scaling
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # within the length first trained on
-        low, high = s["low_freq_factor"], s["high_freq_factor"]
-        blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow pairs, stretched by `factor`; 1: fast, kept
-        freq = freq * (blend + (1 - blend) / s["factor"])
-    return freq
+    """Radians per position of each of the d/2 rotating pairs, fp32 (d/2,). For long contexts, pairs that turn often
+    within the length first trained on are kept, and slow ones, or all, slowed down further by `factor`."""
+    d, s = cfg.head_dim, cfg.rope_scaling
+    freq = cfg.rope_theta ** -(torch.arange(0, d, 2, dtype=torch.float32) / d)
+    if not s:
+        return freq
+    kind, turns = s.get("rope_type", "llama3"), s["original_max_position_embeddings"] * freq / (2 * math.pi)
+    kept = torch.zeros_like(freq)                                              # linear: none
+    if kind == "llama3":                                                       # a ramp over turns
+        kept = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+    if kind == "yarn":                                                         # a ramp over pairs
+        at = [d / 2 * math.log(s["original_max_position_embeddings"] / (2 * math.pi * n)) / math.log(cfg.rope_theta)
+              for n in (s["beta_fast"], s["beta_slow"])]                       # the pairs that turn n times
+        first, last = max(0, math.floor(at[0])), min(d - 1, math.ceil(at[1]))
+        kept = 1 - ((torch.arange(d // 2) - first) / (last - first or 1e-3)).clamp(0, 1)
+    return freq * (kept + (1 - kept) / s["factor"])
 
 
 def rotate(x, rope):
@@ -271,26 +291,30 @@ class Route:
 class Attention(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
-        self.cfg = cfg
-        self.wq = nn.Linear(cfg.n_embd, cfg.n_head * cfg.head_dim, bias=False)
-        self.wk = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=False)
-        self.wv = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=False)
-        self.wo = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
+        self.cfg, inner, kv = cfg, cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
+        self.wq = nn.Linear(cfg.n_embd, inner, bias="q" in cfg.bias)
+        self.wk = nn.Linear(cfg.n_embd, kv, bias="k" in cfg.bias)
+        self.wv = nn.Linear(cfg.n_embd, kv, bias="v" in cfg.bias)
+        self.wo = nn.Linear(inner, cfg.n_embd, bias="o" in cfg.bias)
+        self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.head_norm else nn.Identity()
+                                    for _ in range(2))
 
-    def keys_values(self, x, rope):
-        B, T, _ = x.shape
-        k = self.wk(x).view(B, T, -1, self.cfg.head_dim).transpose(1, 2)  # (B, G, T, d)
-        v = self.wv(x).view(B, T, -1, self.cfg.head_dim).transpose(1, 2)  # (B, G, T, d)
-        return rotate(k, rope), v
+    def heads(self, x):  # (B, T, heads·d) -> (B, heads, T, d)
+        return x.unflatten(2, (-1, self.cfg.head_dim)).transpose(1, 2)
+
+    def keys_values(self, x, rope):  # (B, G, T, d) each
+        return rotate(self.k_norm(self.heads(self.wk(x))), rope), self.heads(self.wv(x))
 
     def forward(self, x, rope, own, cache, layer, route, watch):
-        B, T, _ = x.shape
         k, v = self.keys_values(x, rope)
-        q = self.wq(x) if route is None else self.wq(x) + route.q(x)
-        q = rotate(q.view(B, T, -1, self.cfg.head_dim).transpose(1, 2), rope)  # (B, H, T, d)
+        q = self.wq(x) if route is None else self.wq(x) + route.q(x)          # before the norm: it is part of W_Q
+        q = rotate(self.q_norm(self.heads(q)), rope)                           # (B, H, T, d)
         see = attend if watch is None else partial(attend_in_blocks, watch=partial(watch, layer))
         if cache is None:
             y = see(q, k, v, own)
+        elif len(cache.layers[layer]) == 1:
+            keys, values, bias = cache.extend(cache.layers[layer][0], k, v)
+            y = see(q, keys, values, own, bias)
         else:
             parts, ys, share = cache.layers[layer], [], self.cfg.n_head // self.cfg.n_kv_head
             sizes = [p.k.shape[1] for p in parts]
@@ -298,9 +322,8 @@ class Attention(nn.Module):
                 keys, values, bias = cache.extend(part, *qkv[1:])
                 ys.append(see(qkv[0], keys, values, own, bias))
             y = torch.cat(ys, 1)
-        y = y.transpose(1, 2).reshape(B, T, -1)                                # (B, T, H·d)
-        y = self.wo(y) if route is None else self.wo(y) + route.o(y)
-        return y, k, v
+        y = y.transpose(1, 2).flatten(2)                                       # (B, T, H·d)
+        return self.wo(y) if route is None else self.wo(y) + route.o(y), k, v
 
 
 class MLP(nn.Module):
@@ -371,12 +394,14 @@ class Llama(nn.Module):
         if positions.numel():
             last = int(positions.max()) if last is None else last
             if last >= self.cfg.max_positions:
-                raise BadInput(f"{last + 1} tokens are more than the model's {self.cfg.max_positions} positions; "
-                               "use a shorter text")
+                most = self.cfg.max_positions
+                most = f"{most} of the model's sliding window" if self.cfg.sliding_window else f"model's {most} positions"
+                raise BadInput(f"{last + 1} tokens are more than the {most}; use a shorter text")
         if self.frequencies is None or self.frequencies.device != positions.device:
             self.frequencies = rope_frequencies(self.cfg).to(positions.device)
         angle = positions[:, None, :, None].float() * self.frequencies
-        cos, sin = angle.cos(), angle.sin()
+        scale = (self.cfg.rope_scaling or {}).get("attention_factor", 1.0)    # YaRN's: softmax a little sharper
+        cos, sin = angle.cos() * scale, angle.sin() * scale
         return torch.cat([cos, cos], -1).to(self.dtype), torch.cat([-sin, sin], -1).to(self.dtype)
 
     def block(self, layer: int, h, *args, **kwargs):
@@ -408,10 +433,7 @@ class Llama(nn.Module):
         for layer in range(self.cfg.n_layer):
             h, _, _ = self.block(layer, h, rope, own, cache, layer, watch=watch)
         if cache is not None and cache.free is not None:
-            real = torch.ones_like(tokens, dtype=torch.bool)
-            if lengths is not None:
-                real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-            cache.mark_appended(real)
+            cache.mark_appended(tokens.shape[1], lengths)
         return self.norm(h)
 
     def logits(self, h):
@@ -505,60 +527,37 @@ def own_rows(tensor) -> tuple[torch.Tensor, int]:
     return own, min(tensor.shape[0], mesh.get_local_rank() * -(-tensor.shape[0] // mesh.size()))
 
 
-def load_llama(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama:
-    """A frozen Llama from a folder with config.json and model.safetensors, or shards with an index.
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that an index names."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        raise BadInput(f"{folder}: neither model.safetensors nor its index .json; download the weights again")
+    with reading(index, "download it again"):
+        return [folder / name for name in sorted({*read_json(index)["weight_map"].values()})]
 
-    The model is made without memory ("meta") and compared with what the files say they hold. Only then it gets memory,
-    and each tensor is copied into place as it is read, so the peak is one model and one tensor. shard: called with the
-    model while it has no memory; it may spread parameters over processes by rows (FSDP2), and then each process reads
-    its own rows of the files and no others. Errors: BadInput for a missing, truncated or foreign file, a missing or
-    surplus tensor, a wrong shape, a number that is not finite. Links in the folder are followed, wherever they lead.
+
+def load_llama(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama:
+    """A frozen model from a folder with config.json and model.safetensors, or shards with an index. It is taken to be
+    sound: run.models.load_checked looks at what strangers made.
+
+    The model is made without memory ("meta"), and each tensor is copied into place as it is read, so the peak is one
+    model and one tensor. shard: called with the model while it has no memory; it may spread parameters over processes
+    by rows (FSDP2), and then each process reads its own rows of the files and no others.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder, expected one with config.json and model.safetensors")
-    cfg, index = Config.from_json(folder / "config.json"), folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        files = ["model.safetensors"]
-    elif index.exists():
-        with reading(index, "download it again"):
-            files = list(dict.fromkeys(expect(x, str) for x in expect(read_json(index)["weight_map"], dict).values()))
-            if odd := [x for x in files if x != Path(x).name or x in ("", "..")]:
-                raise ValueError(f"weight_map names {odd[0]!r:.50}, expected files of this folder")
-    else:
-        raise BadInput(f"{folder}: neither model.safetensors nor its index .json; download the weights again")
-    with reading(folder / "config.json"), torch.device("meta"):
-        model = Llama(cfg).to(dtype).requires_grad_(False).eval()
-    wanted, found = dict(model.named_parameters()), {}
-    for name in files:
-        with reading(folder / name, "download it again"), safe_open(folder / name, "pt") as f:
-            for key in f.keys():
-                ours, shape = our_name(key), tuple(f.get_slice(key).get_shape())
-                if key.endswith("rotary_emb.inv_freq") or cfg.tied and ours == "head.weight":
-                    continue  # old files' rotary tables, a tied head stored twice
-                if ours not in wanted or ours in found:
-                    raise BadInput(f"{folder / name}: {key} is none of the tensors of the model that config.json "
-                                   "describes, or there twice; do they belong together?")
-                if shape != tuple(wanted[ours].shape):
-                    raise BadInput(f"{folder / name}: {key} is {list(shape)}, config.json says "
-                                   f"{list(wanted[ours].shape)}")
-                found[ours] = name, key
-    if missing := [x for x in wanted if x not in found]:
-        raise BadInput(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
-
+    with torch.device("meta"):
+        model = Llama(Config.from_json(folder / "config.json")).to(dtype).requires_grad_(False).eval()
     if shard is not None:
         shard(model)
-    model.to_empty(device=device)
-    parameters = dict(model.named_parameters())
-    for name in files:
-        with reading(folder / name, "download it again"), safe_open(folder / name, "pt") as f:
-            for ours in (x for x in found if found[x][0] == name):
-                own, first = own_rows(parameters[ours])
-                rows = f.get_slice(found[ours][1])[first:first + len(own)]
-                finite = not rows.numel() or torch.stack(rows.aminmax()).isfinite().all()  # either is NaN if one is
-                if not finite or not rows.is_floating_point():
-                    raise ValueError(f"{found[ours][1]} holds numbers that are not finite, or not floating-point")
-                own.copy_(rows)
+    parameters = dict(model.to_empty(device=device).named_parameters())
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as f:
+            for key in f.keys():
+                if our_name(key) in parameters:  # not so: rotary tables of old files, a tied head stored twice
+                    own, first = own_rows(parameters[our_name(key)])
+                    own.copy_(f.get_slice(key)[first:first + len(own)])
     return model
 
 
@@ -594,8 +593,12 @@ def generate(model: Llama, cache: Cache, prompts: list[list[int]], max_new_token
     alive = [True] * len(prompts)
     for i in range(max_new_tokens):
         logits = model.logits(last)                                        # (B, V)
-        if temperature > 0:
-            new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]
+        if not logits.isfinite().all():
+            raise BadInput("the model's logits are no finite numbers: its weights or the adapter are damaged, or --dtype "
+                           "is too narrow; try --dtype fp32")
+        if temperature > 0:  # scaled so that the largest is 0: a low temperature overflows to −∞, which is probability 0
+            logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+            new = torch.multinomial(logits.softmax(-1), 1, generator=rng)[:, 0]
         else:
             new = logits.argmax(-1)
         step = new.tolist()

@@ -40,16 +40,18 @@ def base_of(model: Llama, tokenizer) -> dict:
         if spread:
             dist.broadcast_object_list(found)
         model.fingerprint, = found
-    return {"architecture": asdict(model.cfg), "tokenizer": tokenizer.fingerprint, "weights": model.fingerprint}
+    plain = {"bias": "", "head_norm": False, "sliding_window": None}  # a Llama, as adapters from before these take it
+    architecture = {key: x for key, x in asdict(model.cfg).items() if key not in plain or x != plain[key]}
+    return {"architecture": architecture, "tokenizer": tokenizer.fingerprint, "weights": model.fingerprint}
 
 
 def check_base(path, found: dict, model: Llama, tokenizer) -> None:
     want = base_of(model, tokenizer)
     have, need = found.get("architecture"), want["architecture"]
     have = have if isinstance(have, dict) else {}
-    for key in need:
-        if have.get(key) != need[key]:
-            raise BadInput(f"{path}: made for a model with {key} = {have.get(key)}, this one has {need[key]}; "
+    for key in need | have:
+        if have.get(key) != need.get(key):
+            raise BadInput(f"{path}: made for a model with {key} = {have.get(key)}, this one has {need.get(key)}; "
                            "pass the --weights it was made with")
     if found.get("tokenizer") != want["tokenizer"]:
         raise BadInput(f"{path}: made with another tokenizer; pass the --weights it was made with")

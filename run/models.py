@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 
-from run.errors import BadInput
+from run.errors import BadInput, reading
 from data.fetch import fetch
 from data.tokenizer import Tokenizer
-from model import load_llama
+from model import KEYS, Config, Llama, load_llama, our_name, own_rows, rope_frequencies, weight_files
 
 
 @once
@@ -43,8 +44,9 @@ def keep_freed_memory() -> None:
 
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--weights", metavar="DIR", help="a Llama in the Hugging Face layout; default: "
-                   "SmolLM2-135M-Instruct, fetched on first use")
+    p.add_argument("--weights", metavar="DIR", help="a Llama, Mistral or Qwen in the Hugging Face layout; "
+                   "default: SmolLM2-135M-Instruct, fetched on first use")
+    p.add_argument("--system", metavar="TEXT", help="system prompt; default: the one of the model's chat template")
     p.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu; the default), or a torch device")
     p.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
                    help="of the frozen model; auto (the default): what is fast on the device")
@@ -87,15 +89,83 @@ def no_memory(error: RuntimeError) -> bool:
     return any(words in str(error) for words in ("out of memory", "t allocate memory"))
 
 
+def read_config(path) -> Config:
+    """Config.from_json for a file that strangers made: settings are of their types and of sizes that can be."""
+    cfg = Config.from_json(path)
+    with reading(path, "expected the config.json of a Llama, Mistral or Qwen"):
+        scaling = cfg.rope_scaling or {}
+        for name, x in ({"sliding_window": None} | vars(cfg) | scaling).items():  # it first: it sets max_positions
+            if name in ("rope_scaling", "rope_type", "bias", "head_norm") or name == "sliding_window" and x is None:
+                continue
+            most = 1000 if name == "n_layer" else 1 << 24
+            if name == "tied":
+                good, want = type(x) is bool, "true or false"
+            elif name in ("norm_eps", "rope_theta", *scaling):
+                good, want = type(x) in (int, float) and float(x) > 0, "a number above 0"
+            else:
+                good, want = type(x) is int and 0 < x <= most, f"a whole number from 1 to {most}"
+            if not good:
+                raise ValueError(f"{KEYS.get(name, name)} is {x!r:.50}, expected {want}")
+        if cfg.n_head % cfg.n_kv_head or cfg.head_dim % 2:
+            raise ValueError(f"{cfg.n_head} heads, {cfg.n_kv_head} key-value heads of width {cfg.head_dim}: expected a "
+                             "multiple, and an even width")
+        if scaling.get("low_freq_factor", 0) >= scaling.get("high_freq_factor", 1):
+            raise ValueError("rope_scaling has a low_freq_factor that is not below its high_freq_factor")
+        if not rope_frequencies(cfg).isfinite().all():
+            raise ValueError("rope_theta and rope_scaling give no finite frequencies")
+    return cfg
+
+
+def load_checked(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama:
+    """load_llama for a folder that strangers made: what the headers of its files hold is compared with config.json
+    before memory is taken for it. Errors: BadInput for a missing, truncated or foreign file, a missing or surplus
+    tensor, a wrong shape, a number that is not finite. Links in the folder are followed, wherever they lead."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder, expected one with config.json and model.safetensors")
+    cfg, files = read_config(folder / "config.json"), weight_files(folder)
+    if odd := [f for f in files if f.parent != folder]:
+        raise BadInput(f"{folder}: its index names {odd[0]}, expected files of this folder; download it again")
+    with reading(folder / "config.json"), torch.device("meta"):
+        wanted = dict(Llama(cfg).named_parameters())
+    found = {}
+    for file in files:
+        with reading(file, "download it again"), safe_open(file, "pt") as f:
+            for key in f.keys():
+                ours, header = our_name(key), f.get_slice(key)
+                if key.endswith("rotary_emb.inv_freq") or cfg.tied and ours == "head.weight":
+                    continue  # old files' rotary tables, a tied head stored twice
+                if ours not in wanted or ours in found:
+                    raise BadInput(f"{file}: {key} is none of the tensors of the model that config.json describes, or "
+                                   "there twice; do they belong together?")
+                if header.get_shape() != list(wanted[ours].shape):
+                    raise BadInput(f"{file}: {key} is {header.get_shape()}, config.json says "
+                                   f"{list(wanted[ours].shape)}")
+                if not header.get_dtype().startswith(("F", "BF")):
+                    raise BadInput(f"{file}: {key} holds numbers that are not floating-point; download it again")
+                found[ours] = f"{file}: {key}"
+    if missing := [x for x in wanted if x not in found]:
+        raise BadInput(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+    model = load_llama(folder, device, dtype, shard)
+    for name, w in model.named_parameters():
+        rows, _ = own_rows(w)
+        if rows.numel() and not torch.stack([rows.min(), rows.max()]).isfinite().all():  # either is NaN if one is
+            raise BadInput(f"{found[name]} holds numbers that are not finite, or not in {dtype}; download it again")
+    if cfg.sliding_window:
+        print(f"note: {folder}: a sliding window of {cfg.sliding_window} tokens; longer texts are refused",
+              file=sys.stderr)
+    return model
+
+
 def open_model(a: argparse.Namespace, shard=None):
-    """The model and tokenizer that --weights, --device and --dtype name; shard: see load_llama."""
+    """The model and tokenizer that --weights, --system, --device and --dtype name; shard: see load_llama."""
     device, folder = pick_device(a.device), Path(a.weights or fetch())
     keep_freed_memory()
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, expected one with config.json, model.safetensors and tokenizer.json")
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(folder, a.system)
     try:
-        model = load_llama(folder, device, pick_dtype(a.dtype, device), shard)
+        model = load_checked(folder, device, pick_dtype(a.dtype, device), shard)
     except RuntimeError as e:
         if not no_memory(e):
             raise

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from compress import Compressor, CompressorConfig
 from run.errors import BadInput
-from run.models import no_memory
+from run.models import no_memory, read_config
 from data.fetch import fetch
 from model import Config, Llama
 
@@ -112,7 +112,7 @@ def suggest_parallel(weights: float, memory: float | None) -> str:
 
 def empty_model(folder) -> Llama:
     with torch.device("meta"):
-        return Llama(Config.from_json(Path(folder) / "config.json"))
+        return Llama(read_config(Path(folder) / "config.json"))
 
 
 def continuation_tokens(mix: dict, c) -> float:
@@ -128,7 +128,7 @@ def memory(cfg: Config, c, mix: dict, dtype: str, size: int, parallel: str) -> d
     """Bytes in one process at the fullest moment of a step, by part: the loss of a distillation step, when all that
     backward needs is there. c: TrainConfig; size: processes on one host.
 
-    A frozen matrix keeps nothing for backward but itself, so of a block these remain, per token: both norms' inputs in
+    A frozen matrix keeps nothing for backward but itself, so of a block these remain, per token: norms' inputs in
     fp32, q, k, v, attention's output, three of the MLP's inner width, and in an adapted block the inputs of the four
     low-rank matrices; of the student's continuation also the context's keys and values, with the bias as a column.
     With --recompute, only what goes into the block. Attention itself keeps no weights: its kernels make them again.
@@ -145,7 +145,7 @@ def memory(cfg: Config, c, mix: dict, dtype: str, size: int, parallel: str) -> d
 
     n, t = c.micro * (c.context + HEADER), c.micro * continuation_tokens(mix, c)
     wide = 1 + bias_columns(cfg.head_dim) / cfg.head_dim
-    of_block = 8 * D + e * (2 * inner + 2 * kv + 3 * F_)                  # per token
+    of_block = 8 * D + e * (2 * inner + 2 * kv + 3 * F_) + 4 * (inner + kv) * cfg.head_norm  # per token
     read_block = n * (of_block + e * (D + inner + 2 * c.rank))
     keys = (n + t) * e * 2 * kv * wide                                    # what a layer's attention holds on to
     ask_block = t * (of_block + e * 2 * inner * (wide - 1)) + keys
@@ -180,7 +180,7 @@ def parameters(cfg: Config, comp: CompressorConfig) -> tuple[int, Llama]:
 
 def print_plan(a, mix: dict) -> None:
     """--plan: parameters, bytes, operations and seconds for the flags in `a`; says when the step cannot fit."""
-    c, cfg = a.config, Config.from_json(Path(a.weights or fetch()) / "config.json")
+    c, cfg = a.config, read_config(Path(a.weights or fetch()) / "config.json")
     if c.batch % (a.gpus * c.micro):
         raise BadInput(f"--batch {c.batch} cannot be shared by --gpus {a.gpus} with --micro {c.micro}; expected a "
                        f"multiple of {a.gpus * c.micro}")

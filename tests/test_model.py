@@ -12,6 +12,7 @@ from conftest import ROOT, hf_config, save_llama, tiny_llama
 from model import (NEG, Cache, attend, attend_by_kernel, attend_in_blocks, generate, load_llama, offsets, own_mask,
                    pad_right, rope_frequencies)
 from run.errors import BadInput
+from run.models import load_checked
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
@@ -259,8 +260,13 @@ def test_loading_gives_the_same_model_frozen(saved, model):
 
 
 @pytest.mark.parametrize("key, value, message", [
-    ("model_type", "qwen2", "model_type is 'qwen2'"), ("attention_bias", True, "attention_bias"),
-    ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling of type 'yarn'"), ("hidden_size", 64, "config.json says"),
+    ("model_type", "qwen2", "18 tensors are missing, the first is 'layers.0.attn.wq.bias'"),
+    ("model_type", "gemma2", "model_type is 'gemma2'"), ("model_type", "qwen3_moe", "model_type is 'qwen3_moe'"),
+    ("model_type", None, "model_type is None"), ("hidden_act", "gelu", "hidden_act is 'gelu'"),
+    ("attention_bias", True, "24 tensors are missing"), ("hidden_size", 64, "config.json says"),
+    ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}, "rope_scaling of type 'dynamic' is not supported"),
+    ("rope_scaling", {"type": "yarn", "factor": 2.0, "mscale": 0.7}, "of type 'yarn' with 'mscale' is not supported"),
+    ("rope_scaling", {"type": "yarn"}, "config.json: not as expected"), ("partial_rotary_factor", 0.5, "partial"),
     ("num_hidden_layers", 7, "9 tensors are missing"), ("vocab_size", None, "vocab_size is None, expected a whole"),
     ("vocab_size", "many", "vocab_size is 'many'"), ("rope_scaling", {"rope_type": "llama3"}, "factor is None")])
 def test_a_foreign_config_is_refused_by_name(saved, key, value, message):
@@ -270,22 +276,22 @@ def test_a_foreign_config_is_refused_by_name(saved, key, value, message):
         config[key] = value
     (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadInput, match=message):
-        load_llama(saved)
+        load_checked(saved)
 
 
 def test_damaged_weights_are_refused(saved, tmp_path):
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(BadInput, match="model.safetensors: .*; download it again"):
-        load_llama(saved)
+        load_checked(saved)
     file.unlink()
     with pytest.raises(BadInput, match="neither model.safetensors nor"):
-        load_llama(saved)
+        load_checked(saved)
     with pytest.raises(BadInput, match="no such folder"):
-        load_llama(tmp_path / "nowhere")
+        load_checked(tmp_path / "nowhere")
     (saved / "config.json").write_text("{")
     with pytest.raises(BadInput, match="not valid JSON"):
-        load_llama(saved)
+        load_checked(saved)
 
 
 def test_llama3_scaling_by_hand():

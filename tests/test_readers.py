@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, save_llama, tiny_llama
-from model import load_llama
 from run.errors import BadInput, write_json
+from run.models import load_checked
 from run.records import append_records, continue_from, load_records
 
 
@@ -45,7 +45,7 @@ def test_a_configuration_that_cannot_be_is_refused(saved, key, value, why):
     change(saved, **{key: value})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(BadInput, match=why) as e:
-        load_llama(saved)
+        load_checked(saved)
     assert str(saved) in str(e.value) and len(str(e.value)) < 400
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10, "no memory was taken for it"
 
@@ -53,18 +53,18 @@ def test_a_configuration_that_cannot_be_is_refused(saved, key, value, why):
 def test_surplus_tensors_are_refused_but_for_harmless_ones(saved):
     """A model of six layers is not one of five; old files hold rotary tables, and a tied head a second time."""
     file = saved / "model.safetensors"
-    tensors, want = load_file(file), load_llama(saved).state_dict()
+    tensors, want = load_file(file), load_checked(saved).state_dict()
     save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6),
                          "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
-    got = load_llama(saved).state_dict()
+    got = load_checked(saved).state_dict()
     assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
     save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.ones(48)}, file)
     with pytest.raises(BadInput, match="q_proj.bias is none of the tensors"):
-        load_llama(saved)
+        load_checked(saved)
     save_file(tensors, file)
     change(saved, num_hidden_layers=5)
     with pytest.raises(BadInput, match="layers.5.* is none of the tensors"):
-        load_llama(saved)
+        load_checked(saved)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.inf, torch.long])
@@ -76,7 +76,7 @@ def test_weights_that_are_no_finite_numbers_are_refused(saved, bad):
     save_file(tensors | {"model.layers.3.mlp.up_proj.weight": w if isinstance(bad, float) else w.to(bad)},
               saved / "model.safetensors")
     with pytest.raises(BadInput, match="model.safetensors: .*layers.3.mlp.up_proj.weight holds numbers that are not"):
-        load_llama(saved)
+        load_checked(saved)
 
 
 def test_an_index_names_files_of_its_folder(saved):
@@ -87,15 +87,15 @@ def test_an_index_names_files_of_its_folder(saved):
     for name in ("../elsewhere.safetensors", str(elsewhere), "", "..", ".", "a/../b", 5, None, ["x"], "\0"):
         (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, name)}))
         with pytest.raises(BadInput, match="^[^\n\0]+; download it again$"):
-            load_llama(saved)
+            load_checked(saved)
     for index in ({}, {"weight_map": True}, {"weight_map": ["x"]}):
         (saved / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(BadInput, match="index.json: .*; download it again"):
-            load_llama(saved)
+            load_checked(saved)
     (saved / "link.safetensors").symlink_to(elsewhere)
     (saved / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": dict.fromkeys(tensors, "link.safetensors")}))
-    assert torch.equal(load_llama(saved).embed.weight, tensors["model.embed_tokens.weight"])
+    assert torch.equal(load_checked(saved).embed.weight, tensors["model.embed_tokens.weight"])
 
 
 def changed(tree: dict, path: tuple, value):

@@ -189,7 +189,7 @@ def test_a_model_that_does_not_fit_into_the_device_says_who_can_spread_it(tmp_pa
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     monkeypatch.setattr("run.models.load_llama", full)
-    args = type("Args", (), dict(device="cpu", dtype="fp32", weights=tmp_path))
+    args = type("Args", (), dict(device="cpu", dtype="fp32", weights=tmp_path, system=None))
     with pytest.raises(BadInput, match="does not fit into cpu.*Only train.py spreads.*--parallel fsdp"):
         open_model(args)
 
