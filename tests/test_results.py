@@ -167,7 +167,8 @@ def test_what_is_not_measured_is_said_and_what_is_replaces_it(elsewhere):
         assert block(page, "fidelity").startswith("![KL against kept fraction](fidelity-quality.png)\n\n| keep 0.25")
         assert block(page, "squad") == tables.MISSING
         readme = (elsewhere / "README.md").read_text()
-        assert readme.startswith("text\n") and readme.endswith("<!-- end -->\nmore\n") and readme.count("| kvzip |") == 1
+        assert readme.startswith("text\n") and readme.endswith("<!-- end -->\nmore\n")
+        assert readme.count("| kvzip |") == 1
 
 
 def test_a_page_without_its_block_is_one_line(elsewhere):
@@ -191,8 +192,8 @@ def test_a_figure_shows_eight_methods_at_most(tmp_path, monkeypatch):
 
 
 def test_break_even_by_hand():
-    """Reading costs 10 s, reading and compressing 16; a question 2.0 s from the full cache, 0.5 from the short one: four
-    questions pay. A method whose questions take as long never does. Caches of one size are not one: heads differ."""
+    """Reading costs 10 s, reading and compressing 16; a question 2.0 s from the full cache, 0.5 from the short one:
+    four questions pay. A method whose questions take as long never does. Caches of one size are not one: heads differ."""
     def cell(method, keep, prefill, compress, question):
         return {"task": "cost", "kind": "4096", "method": method, "keep": keep, "cache_bytes": 100, "K": 4096 * keep,
                 "seconds": {"prefill": prefill, "compress": compress},
