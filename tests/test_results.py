@@ -193,7 +193,7 @@ def test_a_figure_shows_eight_methods_at_most(tmp_path, monkeypatch):
 
 def test_break_even_by_hand():
     """Reading costs 10 s, reading and compressing 16; a question 2.0 s from the full cache, 0.5 from the short one:
-    four questions pay. A method whose questions take as long never does. Caches of one size are not one: heads differ."""
+    four questions pay. A method whose questions take as long never does. Caches of one size are not pooled."""
     def cell(method, keep, prefill, compress, question):
         return {"task": "cost", "kind": "4096", "method": method, "keep": keep, "cache_bytes": 100, "K": 4096 * keep,
                 "seconds": {"prefill": prefill, "compress": compress},
