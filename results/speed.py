@@ -6,7 +6,6 @@ machine's speed drifts; medians and their ratios go to results/speed.json:
     python results/speed.py --quick    # a minute, small sizes, for whoever changes model.py; nothing is written
 """
 import argparse
-import gc
 import statistics
 import sys
 import time
@@ -76,7 +75,8 @@ def read_once(nbytes: int) -> float:
 @torch.no_grad()
 def measure(folder, sizes, long, repeats, steps) -> tuple[dict, dict]:
     """All cells, {name: {way: seconds, …}}, and ratios, {name: number}. long: tokens of the long document."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, utils
+    utils.logging.disable_progress_bar()
     cells, ratios = {}, {}
 
     def note(name, ratio, seconds, **more):
@@ -103,7 +103,6 @@ def measure(folder, sizes, long, repeats, steps) -> tuple[dict, dict]:
         note(f"decode {n}", s["theirs"] / s["ours"], s, bytes=nbytes, floor_gb_per_s=nbytes / s["floor"] / 1e9)
         ratios[f"decode {n}, of the floor"] = s["floor"] / s["ours"]
     del theirs, past
-    gc.collect()
 
     torch.manual_seed(0)  # an untrained scorer costs what a trained one costs
     comp = Compressor(model.cfg, CompressorConfig(eta=min(6, model.cfg.n_layer - 2))).requires_grad_(False)
