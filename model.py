@@ -181,8 +181,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):  # (..., D); the mean of squares is taken in fp32, also under bf16
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
 def rope_frequencies(cfg: Config) -> torch.Tensor:
@@ -206,9 +205,8 @@ def rope_frequencies(cfg: Config) -> torch.Tensor:
 
 def rotate(x, rope):
     """Apply rotary positions to x (B, heads, T, d): Hugging Face's order, the pair of dimension i is i + d/2."""
-    cos, sin = rope  # (B, 1, T, d/2) each
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    cos, sin = rope  # (B, 1, T, d) each
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def attend(q, k, v, own=None, bias=None):
@@ -247,19 +245,18 @@ def attend_in_blocks(q, k, v, own=None, bias=None, watch=None, block: int = 128)
     SDPA (LOG.md). watch: called as watch(weights (B, G, H/G, t, s) fp32, first) with the weights of t queries, the
     first of them query `first`, over the keys that the last of them may see."""
     (B, H, T, d), G, before, out = q.shape, k.shape[1], k.shape[2] - q.shape[2], []
-    q, keys = (q * d ** -0.5).view(B, G, H // G, T, d), k.transpose(2, 3)
+    q, keys = (q * d ** -0.5).view(B, G, H // G, T, d), k.transpose(2, 3).contiguous()
     for i in range(0, T, block):
         rows = q[:, :, :, i:i + block]                                                     # (B, G, H/G, t, d)
         t, upto = rows.shape[3], i + rows.shape[3]
         logits = (rows.flatten(2, 3) @ keys[..., :before + upto]).view(B, G, H // G, t, before + upto)
         if own is None:
-            later = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
-            logits[..., before + i:].masked_fill_(later, NEG)
+            logits[..., before + i:] += logits.new_full((t, t), NEG).triu(1)
         else:
             logits[..., before:].masked_fill_(~own[:, :, None, i:upto, :upto], NEG)
         if bias is not None:
             logits = logits + bias[:, :, None, None, :before + upto]
-        weights = logits.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+        weights = logits.softmax(-1, dtype=None if watch is None else torch.promote_types(q.dtype, torch.float32))
         if watch is not None:
             watch(weights, i)
         out.append((weights.to(v.dtype).flatten(2, 3) @ v[:, :, :before + upto]).view(B, G, H // G, t, d))
@@ -366,7 +363,8 @@ class Llama(nn.Module):
     dtype = property(lambda self: self.embed.weight.dtype)
 
     def rope(self, positions, last: int | None = None):
-        """cos and sin of every position's angles: (B, T) -> two (B, 1, T, d/2) in the model's dtype.
+        """cos and ∓sin of every position's angles: (B, T) -> two (B, 1, T, d) in the model's dtype. A pair (a, b) turns
+        to (a·cos − b·sin, b·cos + a·sin), so sin is negative in the first half.
 
         last: the largest position, from a caller who knows it; asking a GPU for it means waiting for the GPU.
         """
@@ -380,7 +378,8 @@ class Llama(nn.Module):
             self.frequencies = rope_frequencies(self.cfg).to(positions.device)
         angle = positions[:, None, :, None].float() * self.frequencies
         scale = (self.cfg.rope_scaling or {}).get("attention_factor", 1.0)    # YaRN's: softmax a little sharper
-        return (angle.cos() * scale).to(self.dtype), (angle.sin() * scale).to(self.dtype)
+        cos, sin = angle.cos() * scale, angle.sin() * scale
+        return torch.cat([cos, cos], -1).to(self.dtype), torch.cat([-sin, sin], -1).to(self.dtype)
 
     def block(self, layer: int, h, *args, **kwargs):
         """One layer, through Block.forward: h, k, v. Where memory is short, what its backward needs is not kept."""

@@ -94,7 +94,7 @@ def check(a: argparse.Namespace, methods) -> dict:
                            "file")
     for task in ("squad", "summary", "choice"):
         if task in lists["tasks"] and task not in lists["data"]:
-            raise BadInput(f"task {task} needs its file: --data {task}=PATH (README says where to get one)")
+            raise BadInput(f"task {task} needs its file: --data {task}=PATH (results/README.md says where to get one)")
     if a.out is not None and (not a.out or Path(a.out).is_dir()):
         raise BadInput(f"--out {a.out!r}: expected the name of a file")
     if a.plot:

@@ -27,7 +27,7 @@ from run.files import base_of
 from run.world import World
 from eval import held_out_table
 from model import load_llama, own_rows
-from test_tokenizer import tiny_tokenizer_json
+from test_tokenizer import write_tokenizer
 from test_train import distiller, sample
 from train import MicroBatch, add_gradients, share
 
@@ -85,7 +85,7 @@ def worker(folder, out):
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     save_llama(tiny_llama(vocab_size=310, max_positions=4096), folder)
-    (folder / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json()), encoding="utf-8")
+    write_tokenizer(folder)
     return folder
 
 

@@ -20,7 +20,7 @@ from run.files import base_of, load_cache, newest_adapter, save_adapter, save_ca
 from run.world import World
 from data.tokenizer import Tokenizer
 from model import Cache, Part, load_llama
-from test_tokenizer import tiny_tokenizer_json
+from test_tokenizer import write_tokenizer
 from train import Draw, TrainConfig
 from train import main as train_main
 
@@ -28,8 +28,7 @@ from train import main as train_main
 def write_model(folder, **changes):
     """A tiny random Llama with a byte-level tokenizer, in the Hugging Face layout."""
     save_llama(tiny_llama(vocab_size=310, **{"max_positions": 4096} | changes), folder)
-    (folder / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json()), encoding="utf-8")
-    return folder
+    return write_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
@@ -164,17 +163,17 @@ def test_damaged_caches_are_refused(saved):
         header, parts = f.metadata(), {k: f.get_tensor(k).clone() for k in f.keys()}  # not mapped: it is overwritten
     last = max(k for k in parts if k.startswith("3."))[:-len(".v")]
 
-    def refused(match="not a cache of this model"):
+    def refused(match="write it again with --save"):
         with pytest.raises(BadInput, match=match) as e:
             load_cache(path, model, tok)
         assert "\n" not in str(e.value) and str(path) in str(e.value)
 
     path.write_bytes(good[:len(good) // 2])
-    refused("cannot be read as a saved cache")
+    refused("write it again with --save")
     save_file({"x": torch.ones(3)}, path)
-    refused("cannot be read as a saved cache")
-    for text, match in (("{", "cannot be read"), ("[]", "cannot be read"), ('{"format": 2}', "cannot be read"),
-                        ('{"architecture": {}}', "format is 1, expected 2"), ('{"format": 2, "base": []}', "made for")):
+    refused("write it again with --save")
+    for text, match in (("{", "not valid JSON"), ("[]", "where dict was expected"), ('{"format": 2}', "'base'"),
+                        ('{"architecture": {}}', "format 1, expected 2"), ('{"format": 2, "base": []}', "where dict was")):
         save_file(parts, path, metadata={"kvdistill_cache": text})
         refused(match)
     k, positions, end = parts["3.0.k"], parts["3.0.positions"], parts["next_position"]
@@ -248,7 +247,7 @@ def test_adapter_and_cache_are_looked_at_before_the_weights(saved, tmp_path):
     assert "no adapter.json in it, nor in" in one_line_error("compress.py", *none, "--adapter", tmp_path / "nowhere")
     (tmp_path / "adapter.json").write_text("{")
     assert "adapter.json: " in one_line_error("compress.py", *none, "--adapter", tmp_path)
-    assert "nowhere: cannot be read" in one_line_error("compress.py", *none, "--load", tmp_path / "nowhere",
+    assert "nowhere: no such file" in one_line_error("compress.py", *none, "--load", tmp_path / "nowhere",
                                                        "--question", "q")
 
 

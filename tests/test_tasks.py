@@ -165,23 +165,23 @@ def test_summary_and_choice_read_their_layouts(tok, tmp_path):
 
 
 @pytest.mark.parametrize("build, text, message", [
-    (squad, "{", "cannot be read"), (squad, "{}", "'data'); expected SQuAD's layout"),
+    (squad, "{", "broken: not valid JSON"), (squad, "{}", "'data'); expected SQuAD's layout"),
     (squad, '{"data": [{"title": "a", "paragraphs": [{"qas": []}]}]}', "article 1"),
     (squad, '{"data": []}', "no question with an answer"),
     (squad, '{"data": [{"title": "a", "paragraphs": [{"context": null, "qas": []}]}]}', "article 1"),
     (squad, '{"data": [{"title": "A", "paragraphs": [{"context": " ", "qas": []}]}]}',
-     "article 1: cannot be read (a paragraph without text)"),
+     "article 1: a paragraph without text; expected SQuAD's layout"),
     (choice, '{"document": "x", "questions": null}', "questions is None"),
-    (summary, "", "no line with an object"), (summary, '{"document": "x", "summary": "y"}\n{', ":2: cannot be read"),
+    (summary, "", "no line with an object"), (summary, '{"document": "x", "summary": "y"}\n{', ":2: not valid JSON"),
     (summary, '{"text": "x", "summary": "y"}', ":1: no text under 'document' or 'report'; it has ['text', 'summary']"),
-    (summary, "[1]", ":1: cannot be read ([1] where dict"),
+    (summary, "[1]", ":1: [1] where dict was expected"),
     (choice, '{"document": "x", "question": "q", "options": ["y"]}', "two or more"),
     (choice, '{"document": "x", "question": "q", "options": ["y", "y"]}', "two or more different"),
     (choice, '{"document": "x", "question": "q", "options": ["y", " "]}', "two or more different"),
     (choice, '{"document": "x", "question": "q", "options": ["y", "z"], "gold_label": true}', ":1: answer is None"),
     (choice, '{"document": "x", "questions": []}', "no question in it"),
-    (choice, "[" * 10 ** 5, ":1: cannot be read (RecursionError"),
-    (squad, "[" * 10 ** 5, "cannot be read (RecursionError"),
+    (choice, "[" * 10 ** 5, ":1: not valid JSON (maximum recursion depth"),
+    (squad, "[" * 10 ** 5, "broken: not valid JSON (maximum recursion depth"),
     # of the wrong type, wherever
     *[(squad, json.dumps({"data": x}), "expected SQuAD's layout") for x in (
         None, 5, {}, "x", [5], ["x"], [{"title": "a"}], [{"title": "a", "paragraphs": 5}],
@@ -189,8 +189,8 @@ def test_summary_and_choice_read_their_layouts(tok, tmp_path):
         [{"title": "a", "paragraphs": [{"context": "x", "qas": [{"question": 5, "answers": []}]}]}],
         [{"title": "a", "paragraphs": [{"context": "x", "qas": [{"question": "q", "answers": {"text": "y"}}]}]}],
         [{"title": "a", "paragraphs": [{"context": "x", "qas": [{"question": "q", "answers": [{"text": ["y"]}]}]}]}])],
-    *[(squad, x, "cannot be read") for x in ('{"data": 1e999}', '{"data": "\\ud800"}', "[]", "null", '{"a": NaN}')],
-    *[(summary, x, ":1: cannot be read") for x in ("5", "null", '{"x": NaN}', '{"x": ' + "9" * 5000 + "}",
+    *[(squad, x, "broken: ") for x in ('{"data": 1e999}', '{"data": "\\ud800"}', "[]", "null", '{"a": NaN}')],
+    *[(summary, x, ":1: ") for x in ("5", "null", '{"x": NaN}', '{"x": ' + "9" * 5000 + "}",
                                                    '{"document": "\\ud800", "summary": "y"}')],
     (summary, '{"document": 5, "summary": "y"}', "no text under"), (summary, '{"document": "x"}', "no text under"),
     (choice, json.dumps({"document": "x", "question": "q", "options": ["y" * 5000, 3]}), "two or more different"),
@@ -211,7 +211,7 @@ def test_broken_data_is_refused_with_its_place(tok, tmp_path, build, text, messa
 def test_what_is_no_text_is_refused(tok, tmp_path):
     (tmp_path / "x").write_bytes(b"\xff\x00")
     for path in (tmp_path / "x", tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(BadInput, match="cannot be read .* expected UTF-8 text"):
+        with pytest.raises(BadInput, match="expected UTF-8 text"):
             niah(tok, path, 1, 0, [200], [0.5])
 
 
