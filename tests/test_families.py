@@ -188,7 +188,7 @@ def test_a_tokenizer_with_ids_beyond_the_model_is_refused(tmp_path, monkeypatch)
 
 
 def test_yarn_by_hand():
-    """θ = 10⁴, d = 48, 128 positions: pairs that turn more than 8 times keep their frequency, those below one turn get a
+    """θ = 10⁴, d = 48, 128 positions: pairs that turn more than 8 times keep their frequency, those below one get a
     quarter of it, and the ramp between is over pairs."""
     plain = rope_frequencies(tiny_llama(head_dim=48).cfg)
     scaling = YARN | {"beta_fast": 8, "beta_slow": 1, "attention_factor": 1.0}

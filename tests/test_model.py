@@ -135,7 +135,8 @@ def test_both_ways_to_attend_are_a_softmax_under_a_float_mask(biased, segmented,
     mask = mask if bias is None else mask + bias.repeat_interleave(4 // biased, 1)[:, :, None]
 
     def plain(q, k, v):
-        return ((q @ k.repeat_interleave(2, 1).transpose(2, 3)) * 12 ** -0.5 + mask).softmax(-1) @ v.repeat_interleave(2, 1)
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        return (q @ k.transpose(2, 3) * 12 ** -0.5 + mask).softmax(-1) @ v
 
     def out(f, *args):
         x = [a.clone().requires_grad_() for a in (q, k, v)]

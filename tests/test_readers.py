@@ -1,4 +1,5 @@
-"""Weights, answers and results that strangers made: what does not fit is refused by name, and no memory taken for it."""
+"""Weights, answers and results that strangers made: what does not fit is refused by name before
+memory is taken for it."""
 import gzip
 import json
 import resource
