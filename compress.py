@@ -130,19 +130,19 @@ def gather(k, v, stay, beta=None) -> list[Part]:
     """
     counts = stay.sum(-1)                                                                  # (B, G or 1)
     order = (~stay).to(torch.uint8).argsort(dim=-1, stable=True)                           # those that stay come first
-    widths, parts, first = counts.amax(0).tolist(), [], 0
+    widths, least, parts, first = counts.amax(0).tolist(), counts.amin(0).tolist(), [], 0
+    row, head = (torch.arange(n, device=k.device) for n in k.shape[:2])
     while first < len(widths):
-        end = first + 1
-        while end < len(widths) and widths[end] == widths[first]:
+        end, width = first + 1, widths[first]
+        while end < len(widths) and widths[end] == width:
             end += 1
-        heads = slice(first, end) if stay.shape[1] > 1 else slice(None)
-        index = order[:, first:end, :widths[first]]                                        # (B, g or 1, S)
-        real = torch.arange(widths[first], device=k.device) < counts[:, first:end, None]
+        index = order[:, first:end, :width]                                                # (B, g or 1, S)
+        real = torch.arange(width, device=k.device) < counts[:, first:end, None]
         bias = None if beta is None else beta.expand_as(stay)[:, first:end].gather(2, index)
-        if bias is not None or not bool(real.all()):
+        if bias is not None or min(least[first:end]) < width:
             bias = torch.where(real, 0.0 if bias is None else bias, NEG)
-        keys, values = (x[:, heads].gather(2, index[..., None].expand(-1, x[:, heads].shape[1], -1, x.shape[3]))
-                        for x in (k, v))
+        heads = head[first:end] if len(widths) > 1 else head                               # one choice serves all
+        keys, values = (x[row[:, None, None], heads[:, None], index] for x in (k, v))      # (B, g, S, d)
         parts.append(Part(keys, values, torch.where(real, index, -1).to(torch.int32), bias))
         first = end
     return parts
@@ -175,8 +175,8 @@ def attention_received(model: Llama, cache: Cache, tokens, lengths=None, segment
                        end: int | None = None, sinks: int = 0, last: int | None = None):
     """The most attention that entries first … end−1 of a whole cache get from any of `tokens`: (B, L, G, end−first).
 
-    Maximum over the tokens and over the query heads of a group. Of a part of the cache, attention is counted as if there
-    were only it, the first `sinks` entries, and the tokens themselves. With tokens that repeat the context this is
+    Maximum over the tokens and over the query heads of a group. Of a part of the cache, attention is counted as if
+    there were only it, the first `sinks` entries, and the tokens themselves. With tokens that repeat the context this is
     KVzip's importance (arXiv 2505.23416).
     tokens: (B, T) int64, padded on the right to `lengths` (B,), or `segments`, and `last`, as in Llama.forward.
     """
