@@ -176,8 +176,8 @@ def attention_received(model: Llama, cache: Cache, tokens, lengths=None, segment
     """The most attention that entries first … end−1 of a whole cache get from any of `tokens`: (B, L, G, end−first).
 
     Maximum over the tokens and over the query heads of a group. Of a part of the cache, attention is counted as if
-    there were only it, the first `sinks` entries, and the tokens themselves. With tokens that repeat the context this is
-    KVzip's importance (arXiv 2505.23416).
+    there were only it, the first `sinks` entries, and the tokens themselves. With tokens that repeat the context this
+    is KVzip's importance (arXiv 2505.23416).
     tokens: (B, T) int64, padded on the right to `lengths` (B,), or `segments`, and `last`, as in Llama.forward.
     """
     S, best = cache.layers[0][0].k.shape[2], {}
