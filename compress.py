@@ -275,9 +275,9 @@ class Compressor(nn.Module):
         """Part 4. layer index -> Route, or None for a layer without adapters. n, k: (B,) candidates, and kept of them.
 
         A token is routed as strongly as the next layer's heads keep it, for these are the first whose key and value the
-        addition reaches; times ρ = log(N/K) / log(100), so that with less compression routing fades out (LOG.md).
+        addition reaches; times ρ = (log(N/K) / log 100)², so that with less compression routing fades out (LOG.md).
         """
-        rho = (n.clamp(min=1) / k.clamp(min=1)).log() / math.log(100)  # (B,) fp32
+        rho = ((n.clamp(min=1) / k.clamp(min=1)).log() / math.log(100)).square()  # (B,) fp32
         strength = (choice.share * rho[:, None, None]).to(dtype)[..., None]  # (B, l, N, 1)
         def route(layer):
             i, next_layer = layer - self.cfg.eta, layer + 1 if strength.shape[1] > 1 else 0
@@ -356,8 +356,7 @@ def load_adapter(folder, model: Llama, tokenizer) -> Compressor:
 # ---------------------------------------------------------------------------------------------------- the program
 
 DEMO = ROOT / "data" / "lighthouse.txt"
-DEMO_QUESTIONS = ["Who built the lighthouse?", "What did Ruth Abernathy do after she left the lighthouse?",
-                  'Repeat the part of the text that starts with "The first keeper was".']
+DEMO_QUESTIONS = ["How tall is the tower?", "Who was the first keeper of the lighthouse?", "Who built the lighthouse?"]
 
 
 def open_compressor(path, model: Llama, tokenizer, seed: int = 0) -> tuple[Compressor, Path | None]:

@@ -359,11 +359,12 @@ def measure(task: str, model: Llama, tokenizer, comps: dict[str, Compressor], ca
 
 
 def held_out_table(model: Llama, tokenizer, comp: Compressor, sources: str, shards, context: int, contexts: int,
-                   seed: int, keeps=KEEPS, world: World | None = None, squad_path=None) -> list[dict]:
+                   seed: int, keeps=KEEPS, world: World | None = None, squad_path=T.SQUAD) -> list[dict]:
     """What ends a training run: the cells of `fidelity` for a few methods on held-out text, printed. squad_path: a file
-    in SQuAD's layout adds the kind `squad`; world: the processes that share the documents out; the numbers do not
-    depend on how many they are."""
-    cases = list(enumerate(T.fidelity(tokenizer, contexts, seed, context, sources, shards, squad_path)))
+    in SQuAD's layout, if it is there, adds the kind `squad`; world: the processes that share the documents out; the
+    numbers do not depend on how many they are."""
+    squad = squad_path if squad_path and Path(squad_path).is_file() else None
+    cases = list(enumerate(T.fidelity(tokenizer, contexts, seed, context, sources, shards, squad)))
     mine = world.part(cases) if world else cases
     records, bar = [], tqdm(mine, desc="held-out table", unit="document", disable=bool(world and world.rank))
     for part in measure("fidelity", model, tokenizer, {"kvdistill": comp}, bar, QUICK_METHODS, keeps, seed):

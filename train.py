@@ -54,8 +54,8 @@ def flag(default, text):
 @dataclass
 class TrainConfig:
     """Every field is a flag. The defaults are the quick experiment."""
-    reconstruct: int = flag(400, "steps of the first phase: the scorer learns what the model attends to; 0: none")
-    steps: int = flag(120, "steps of the second phase: distillation")
+    reconstruct: int = flag(300, "steps of the first phase: the scorer learns what the model attends to; 0: none")
+    steps: int = flag(220, "steps of the second phase: distillation")
     batch: int = flag(1, "contexts per step")
     micro: int = flag(1, "contexts per forward pass, in each process; the passes of a step are accumulated")
     context: int = flag(400, "compressible tokens per context")
@@ -77,7 +77,7 @@ class TrainConfig:
     soft: float = flag(0.0, "share of distillation steps in which entries are decayed, not dropped")
     teach_lr: float = flag(1e-3, "peak rate of the scorer in the first phase")
     scorer_lr: float = flag(0.0, "its peak rate in the second, through the decay; 0: it stays as it is")
-    lr: float = flag(1e-3, "peak rate of the adapters")
+    lr: float = flag(2e-3, "peak rate of the adapters")
     warmup: int = flag(10, "steps over which the rates rise, in each phase")
     weight_decay: float = flag(0.0, "of AdamW")
     clip: float = flag(1.0, "largest gradient norm, of the adapters and of the scorer")
