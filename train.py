@@ -38,11 +38,12 @@ from data.prepare import SHARDS, Shard, fingerprint, prepare
 from data.samples import Batch, Samples, collate
 from eval import held_out_table
 from model import Llama
-from run.errors import BadInput, provenance, run_program, write_json
+from run.errors import BadInput, provenance, run_program
 from run.files import ROOT, base_of, save_adapter, save_state
 from run.folders import Signals, alone_in, append_line, dtype_of, find_run_folder, resume, show, write_config
 from run.models import open_model, pick_dtype
 from run.plan import choose_parallel, out_of_memory, print_plan, profile, speed
+from run.records import write_result
 from run.train_flags import check, parse_args
 from run.world import World
 
@@ -339,8 +340,7 @@ def train(c: TrainConfig, draw: Draw, comp: Compressor, model: Llama, out: Path,
                                      (c.lr, c.teach_lr if teaching else c.scorer_lr)):
                 g["lr"] = peak * now
                 got[name] = nn.utils.clip_grad_norm_(g["params"], c.clip)
-            numbers = torch.stack([x.to(world.device) for x in got.values()]).tolist()  # here we wait for the device
-            got = dict(zip(got, numbers))
+            got = dict(zip(got, torch.stack([x.to(world.device) for x in got.values()]).tolist()))  # waits for the device
             if not all(map(math.isfinite, (got["loss"], got["grad_adapters"], got["grad_scorer"]))):
                 raise BadInput(f"step {step}: the loss is {got['loss']}, gradients {got['grad_adapters']} and "
                                f"{got['grad_scorer']}; lower --{'teach-lr' if teaching else 'lr or --scorer-lr'}")
@@ -423,7 +423,7 @@ def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
         result = {"cells": cells, "dtype": str(model.dtype)[6:], "context": c.context,
                   "seconds": round(time.perf_counter() - start, 1), **about}
         if not world.rank:
-            write_json(out / "result.json", result)
+            write_result(out / "result.json", result)
             if c.eval_contexts and c.parallel != "fsdp":  # one process alone cannot run a sharded model
                 demonstrate(comp, model, tokenizer)
         print(json.dumps(result) if a.json else f"\nall numbers: {out / 'result.json'}")
