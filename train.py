@@ -340,7 +340,7 @@ def train(c: TrainConfig, draw: Draw, comp: Compressor, model: Llama, out: Path,
                                      (c.lr, c.teach_lr if teaching else c.scorer_lr)):
                 g["lr"] = peak * now
                 got[name] = nn.utils.clip_grad_norm_(g["params"], c.clip)
-            got = dict(zip(got, torch.stack([x.to(world.device) for x in got.values()]).tolist()))  # waits for the device
+            got = dict(zip(got, torch.stack([x.to(world.device) for x in got.values()]).tolist()))  # we wait here
             if not all(map(math.isfinite, (got["loss"], got["grad_adapters"], got["grad_scorer"]))):
                 raise BadInput(f"step {step}: the loss is {got['loss']}, gradients {got['grad_adapters']} and "
                                f"{got['grad_scorer']}; lower --{'teach-lr' if teaching else 'lr or --scorer-lr'}")
