@@ -58,7 +58,6 @@ class Scorer(nn.Module):
         self.heads = n_layer, n_kv_head
         self.w1 = nn.Linear(n_embd + 2, hidden)
         self.w2 = nn.Linear(hidden, n_layer * n_kv_head)
-        nn.init.constant_(self.w2.bias, -4.0)  # about the mean of a log attention
 
     def forward(self, h, lengths):
         """Hidden states (B, N, D) of contexts of `lengths` (B,) tokens -> scores (B, l, g, N) fp32."""
@@ -236,6 +235,8 @@ class Compressor(nn.Module):
                 raise BadInput(f"{name} is {getattr(cfg, name)!r}, expected {known[0]!r} or {known[1]!r}")
         self.cfg, n, r, inner = cfg, self.n_adapted(c, cfg), cfg.rank, c.n_head * c.head_dim
         self.scorer = Scorer(c.n_embd, cfg.hidden, *((c.n_layer, c.n_kv_head) if cfg.choice == "head" else (1, 1)))
+        # about the mean of a log attention; or a σ(s) near 1, so that all tokens are heard at first
+        nn.init.constant_(self.scorer.w2.bias, -4.0 if cfg.decay == "threshold" else 4.0)
         # A ~ N(0, 1/D), B = 0: routing changes nothing until it has learned something
         self.a_q = nn.Parameter(torch.randn(n, r, c.n_embd) * c.n_embd ** -0.5)
         self.b_q = nn.Parameter(torch.zeros(n, inner, r))
@@ -275,9 +276,9 @@ class Compressor(nn.Module):
         """Part 4. layer index -> Route, or None for a layer without adapters. n, k: (B,) candidates, and kept of them.
 
         A token is routed as strongly as the next layer's heads keep it, for these are the first whose key and value the
-        addition reaches; times ρ = (log(N/K) / log 100)², so that with less compression routing fades out (LOG.md).
+        addition reaches; times ρ = (log(N/K) / log 100)², at most 1: with less compression routing fades out (LOG.md).
         """
-        rho = ((n.clamp(min=1) / k.clamp(min=1)).log() / math.log(100)).square()  # (B,) fp32
+        rho = ((n.clamp(min=1) / k.clamp(min=1)).log() / math.log(100)).clamp(max=1).square()  # (B,)
         strength = (choice.share * rho[:, None, None]).to(dtype)[..., None]  # (B, l, N, 1)
         def route(layer):
             i, next_layer = layer - self.cfg.eta, layer + 1 if strength.shape[1] > 1 else 0

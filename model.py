@@ -9,7 +9,7 @@ Three things differ from the plainest Llama, because the compressor needs them:
     every attention logit towards it: 0 for most, the decay β where one is kept, a large negative number for what is
     not there;
   - attention takes an optional `Route`: a low-rank addition to W_Q and W_O for the tokens that will be kept;
-  - a caller may watch queries and keys go by (to learn what the model attends to).
+  - a caller may watch the weights of attention go by (to learn what the model attends to).
 
 Shapes: B batch, T new tokens, S cached tokens, D width, H query heads, G key-value heads, d head width, V vocabulary.
 References: Llama 3, arXiv 2407.21783; Qwen3, 2505.09388; rotary positions, 2104.09864, and YaRN, 2309.00071.
@@ -214,7 +214,7 @@ def attend(q, k, v, own=None, bias=None):
 
     The last T keys are the queries' own, those before them are seen by every query.
     own: (B or 1, 1, T, T) bool, who sees whom among the own; None: causal.
-    bias: (B, 1 or G, S) fp32, or None. It is cast here, layer by layer, so that its gradient is summed in fp32.
+    bias: (B, 1 or G, S) fp32, or None. Its gradient is summed over layers in fp32.
     """
     if q.shape[2] == 1:  # decoding: the query heads that share a key head become rows of one product; keys read once
         rows = q.reshape(k.shape[0], k.shape[1], -1, q.shape[3])                       # (B, G, H/G, d)
@@ -229,15 +229,18 @@ def attend_by_kernel(q, k, v, own=None, bias=None):
     if own is None and k.shape[2] > T:  # SDPA's is_causal aligns to the top left when there are more keys than queries
         own = own_mask(q[:, 0, :, 0])
     mask = None if own is None else F.pad(own, (k.shape[2] - T, 0), value=True)
+    if mask is not None or q.dtype == torch.float32:  # kernels that take a mask, or fp32, want as many key heads
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        bias = bias if bias is None or bias.shape[1] == 1 else bias.repeat_interleave(k.shape[1] // bias.shape[1], 1)
+    how = dict(attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] < q.shape[1], scale=d ** -0.5)
     if bias is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, **how)
     # A bias belongs to a key, so it can be one more column of the keys, met by ones in the queries: q·k + 1·bias. No
     # mask per head is needed, and the fast kernels stay in use, which want a width that is a multiple of 8.
     column, width = (bias * d ** 0.5).to(k.dtype)[..., None].expand(*k.shape[:3], 1), 8 - d % 8
     q = torch.cat([q, F.pad(q.new_ones(*q.shape[:3], 1), (0, width - 1))], -1)
     k, v = torch.cat([k, F.pad(column, (0, width - 1))], -1), F.pad(v, (0, width))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True,
-                                          scale=d ** -0.5)[..., :d]
+    return F.scaled_dot_product_attention(q, k, v, **how)[..., :d]
 
 
 def attend_in_blocks(q, k, v, own=None, bias=None, watch=None, block: int = 128):

@@ -91,7 +91,7 @@ def rouge_l(prediction: str, gold: list[str]) -> float:
     return max(one(words(g), words(prediction)) for g in gold)
 
 
-# task -> its metrics by name, the headline first. Those without a function come from logits or a clock: data/judge.py.
+# task -> its metrics by name, the headline first. Those without a function come from logits or a clock: eval.Judge.
 METRICS = {
     "fidelity": {"kl": None, "js": None, "agree": None},
     "squad": {"f1": f1, "em": exact_match, "contains": contains},

@@ -68,7 +68,7 @@ def read_text(path) -> str:
 def highlight(tokenizer, ids: list[int], shares: list[float], colour: bool) -> str:
     """The text of ids, brighter where more heads keep it: dim, plain, bold, reverse; without a terminal, [ and ] stand
     around what more heads keep than on average."""
-    mean = sum(shares) / len(shares)
+    mean = sum(shares) / max(1, len(shares))
     steps = (mean / 2, mean, min(2 * mean, (mean + 1) / 2))
     marks = [("\033[2m", "\033[0m"), ("", ""), ("\033[1m", "\033[0m"), ("\033[7m", "\033[0m")] if colour else [
         ("", ""), ("", ""), ("[", "]"), ("[", "]")]

@@ -118,7 +118,8 @@ def empty_model(folder) -> Llama:
 
 def continuation_tokens(mix: dict, c) -> float:
     """Tokens asked about one context: the average of what `data.samples` makes of each kind, measured (LOG.md)."""
-    each = {"continue": c.answer, "recite": 24 + c.answer, "cloze": 54, "title": 29, "replay": 16 + c.context}
+    each = {"continue": c.answer, "recite": 24 + c.answer, "cloze": 54, "title": 29, "fact": 30,
+            "replay": 16 + c.context}
     return sum(count * each[kind] for kind, count in mix.items())
 
 

@@ -59,6 +59,8 @@ def check(c) -> dict[str, int]:
     need(0 < c.keep_low <= c.keep_high < 1, "keep-low", f"0 < keep-low <= keep-high ({c.keep_high}) < 1 is needed")
     need(c.choice in ("head", "token"), "choice", "expected head or token")
     need(c.decay in ("threshold", "sigmoid"), "decay", "expected threshold or sigmoid")
+    need(c.scorer_lr > 0 or c.reconstruct and c.decay == "threshold" and not c.soft, "scorer-lr",
+         "with --reconstruct 0, --soft or --decay sigmoid the scorer learns by distillation; give 1e-3, for example")
     need(0 <= c.lam <= 1, "lam", "expected 0 … 1")
     need(c.parallel in ("auto", "ddp", "fsdp"), "parallel", "expected auto, ddp or fsdp")
     need(all(x.strip() for x in c.sources.split(",")), "sources", "an entry is empty; expected wiki, sotu, or paths")

@@ -123,6 +123,8 @@ def test_2_strength_is_the_next_layers_share_and_grows_with_compression(model):
     assert route(2).mask[0].sum() == pytest.approx(0.5) and route(2).mask[1].sum() == 0
     route = comp.routes(which, torch.tensor([400, 40]), torch.tensor([40, 40]), torch.float32)
     assert float(route(2).mask[0, 15, 0]) == pytest.approx(0.125)                # half of it, times (1/2)²
+    route = comp.routes(which, torch.tensor([90000, 40]), torch.tensor([40, 40]), torch.float32)
+    assert float(route(2).mask[0, 15, 0]) == 0.5                                 # beyond 100× it grows no more
 
 
 # 3 ---------------------------------------------------------------------------------------------------------------

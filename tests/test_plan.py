@@ -189,3 +189,8 @@ def test_presets_are_flags_and_flags_have_the_last_word(monkeypatch):
         check(parse_args(TrainConfig, PRESETS).config)
     monkeypatch.setattr("sys.argv", ["train.py"])
     assert parse_args(TrainConfig, PRESETS).config == TrainConfig()
+
+
+def test_every_kind_of_question_has_its_tokens():
+    from data.samples import KINDS
+    assert all(continuation_tokens({kind: 1}, TrainConfig()) > 20 for kind in (*KINDS, "replay"))

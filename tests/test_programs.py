@@ -334,6 +334,7 @@ def test_train_refuses_bad_input(tiny):
                           (("--steps", "0", "--reconstruct", "0"), "--reconstruct is 0, too"),
                           (("--keep-high", "1.0"), "keep-low"), (("--mix", "sing=1"), "expected KIND=COUNT"),
                           (("--decay", "linear"), "expected threshold or sigmoid"),
+                          (("--decay", "sigmoid"), "give 1e-3"), (("--reconstruct", "0"), "give 1e-3"),
                           (("--choice", "layer"), "expected head or token"), (("--hidden", "0"), "--hidden is 0"),
                           (("--warmup", "0"), "at least 1"), (("--clip", "0"), "above 0"), (("--soft", "7"), "share"),
                           (("--seed", "-3"), "whole number"), (("--scorer-lr", "-1"), "--scorer-lr is -1"),
