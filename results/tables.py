@@ -138,8 +138,7 @@ def headline_table(result: dict, name: str = "fidelity") -> str:
     note = f"n = {n['n']} answers to {n['contexts']} held-out documents" + (
         f", {squad['n']} to {squad['contexts']} of them SQuAD's, a kind that training never saw" if squad else "")
     note += f"; {cells.sizes(*(x for x in keeps if x in cells.keeps))}."
-    shown = result | {"cells": [c for c in result["cells"] if c["method"] in methods]}
-    return f"{markdown(head, rows)}\n\n{source(shown, name, note)}"
+    return f"{markdown(head, rows)}\n\n{paragraph(note + f' From `results/{name}.json`.')}"
 
 
 def fidelity_table(result: dict, name: str = "fidelity") -> str:
