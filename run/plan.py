@@ -132,7 +132,8 @@ def memory(cfg: Config, c, mix: dict, dtype: str, size: int, parallel: str) -> d
 
     A frozen matrix keeps nothing for backward but itself, so of a block these remain, per token: norms' inputs in
     fp32, q, k, v, attention's output, three of the MLP's inner width, and in an adapted block the inputs of the four
-    low-rank matrices; of the student's continuation also the context's keys and values, with the bias as a column.
+    low-rank matrices; of the student's continuation also all keys and values, for every query head and with the bias
+    as a column.
     With --recompute, only what goes into the block. Attention itself keeps no weights: its kernels make them again.
     """
     e, D, F_, V, L = BYTES[dtype], cfg.n_embd, cfg.n_ffn, cfg.vocab_size, cfg.n_layer
@@ -149,7 +150,7 @@ def memory(cfg: Config, c, mix: dict, dtype: str, size: int, parallel: str) -> d
     wide = 1 + bias_columns(cfg.head_dim) / cfg.head_dim
     of_block = 8 * D + e * (2 * inner + 2 * kv + 3 * F_) + 4 * (inner + kv) * cfg.head_norm  # per token
     read_block = n * (of_block + e * (D + inner + 2 * c.rank))
-    keys = (n + t) * e * 2 * kv * wide                                    # what a layer's attention holds on to
+    keys = (n + t) * e * 2 * inner * wide                                 # what a layer's attention holds on to
     ask_block = t * (of_block + e * 2 * inner * (wide - 1)) + keys
     if c.recompute:
         activations = adapted * n * e * (D + 2 * kv) + backward * t * 4 * D + max(read_block, ask_block)
