@@ -27,7 +27,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -390,8 +389,7 @@ def main() -> None:
     agree(a, lists, world)
     with Results(a.out, world) as results:
         evaluate(a, lists, about, world, results)
-    if world.world_size > 1:
-        dist.destroy_process_group()
+    world.end()
 
 
 def evaluate(a, lists: dict, about: dict, world: World, results: Results) -> None:

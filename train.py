@@ -26,7 +26,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -442,8 +441,7 @@ def main() -> None:
         run(a, c, mix, about, world)
     except RuntimeError as e:
         raise out_of_memory(e, c, world.world_size) or e
-    if world.world_size > 1:
-        dist.destroy_process_group()
+    world.end()
 
 
 if __name__ == "__main__":

@@ -62,6 +62,12 @@ class World:
             sys.stdout = open(os.devnull, "w")  # one process speaks; errors come from all
         return cls(pick_device(device), rank, size, local, local_size)
 
+    def end(self) -> None:
+        """Leave together: whoever closes its connections while another still works may abort it."""
+        if self.world_size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
     @contextmanager
     def one_first(self):
         """One process of each host runs the block before the others, which then find its files."""

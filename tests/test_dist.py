@@ -78,7 +78,7 @@ def worker(folder, out):
         print(base_of(model, Tokenizer(folder))["weights"])
         if not world.rank:
             save_file(got, f"{out}/{parallel}{'-recompute' * recompute}.safetensors")
-    torch.distributed.destroy_process_group()
+    world.end()
 
 
 @pytest.fixture(scope="module")
