@@ -16,7 +16,7 @@ if __name__ == "__main__":
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from eval import BASELINES  # noqa: E402
-from run.errors import BadInput, read_json, reading, run_program, write_atomic  # noqa: E402
+from run.errors import BadInput, expect, read_json, reading, run_program, write_atomic  # noqa: E402
 
 RESULTS = ROOT / "results"
 KINDS = ("recite", "cloze", "title", "squad", "continue")
@@ -74,7 +74,7 @@ class Cells:
 
     def __init__(self, result: dict, task: str):
         mine = [c for c in result["cells"] if c["task"] == task]
-        self.at = {(c["kind"], c["method"], c["keep"]): c for c in mine}
+        self.at = {(c["kind"], c["method"], expect(c["keep"], int, float)): c for c in mine}
         self.methods = list(dict.fromkeys(c["method"] for c in mine))
         self.keeps = sorted({c["keep"] for c in mine if c["method"] not in ("full", "none")}, reverse=True)
         if mine and not {"full", "none"} <= set(self.methods):

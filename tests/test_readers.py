@@ -159,8 +159,9 @@ def test_results_of_another_form_are_refused(tmp_path, path, value):
     (("cells",), 5), (("cells", 0), None), (("cells", 0, "mean"), ...), (("settings",), []), (("threads",), ...),
     (("seconds",), "1"), (("cells", 0, "keep"), "x")], ids=str)
 def test_tables_and_figures_of_a_broken_result_are_one_line(tmp_path, monkeypatch, path, value):
-    for module in (tables, plots):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(plots, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plots.py"])
     write_json(tmp_path / "results" / "fidelity.json",
                changed(json.loads((ROOT / "results" / "fidelity.json").read_text()), path, value))
     with pytest.raises(BadInput, match="fidelity.json: .*; make it again with eval.py"):
