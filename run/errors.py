@@ -107,6 +107,14 @@ def provenance(seed: int) -> dict:
             "seed": seed}
 
 
+def leave(code: int) -> None:
+    """End one of torchrun's processes without Python's own shutdown: a thread of torch's that wakes in it aborts the
+    process, with everything written, and torchrun calls the run failed (a third of runs on a busy machine)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def run_program(main) -> None:
     """Run main(). What ends it early is one line on stderr: BadInput, with exit code 2; SIGTERM or a first Ctrl-C, with
     128 + the signal (the second one waits for nothing). Anything else is a bug of ours, and keeps its traceback.
@@ -123,15 +131,22 @@ def run_program(main) -> None:
     signal.signal(signal.SIGINT, stop)
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun ends processes at once that wait for others, and says so
         signal.signal(signal.SIGTERM, stop)
+    code = 0
     try:
         main()
         sys.stdout.flush()
+    except SystemExit as e:
+        code = e.code or 0
     except BadInput as e:
         print(f"{name}: error: {e}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except BrokenPipeError:  # of `| head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as e:
         number = e.args[0] if e.args else signal.SIGINT
         print(f"{name}: stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}", file=sys.stderr)
-        sys.exit(128 + number)
+        code = 128 + number
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        leave(code)
+    if code:
+        sys.exit(code)

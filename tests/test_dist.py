@@ -23,6 +23,7 @@ from compress import load_adapter
 from conftest import ROOT, save_llama, tiny_compressor, tiny_llama
 from data.samples import collate
 from data.tokenizer import Tokenizer
+from run.errors import leave
 from run.files import base_of
 from run.world import World
 from eval import held_out_table
@@ -79,6 +80,7 @@ def worker(folder, out):
         if not world.rank:
             save_file(got, f"{out}/{parallel}{'-recompute' * recompute}.safetensors")
     world.end()
+    leave(0)
 
 
 @pytest.fixture(scope="module")
