@@ -230,6 +230,9 @@ class Compressor(nn.Module):
         c = model_cfg
         if not (isinstance(cfg.eta, int) and 1 <= cfg.eta <= c.n_layer - 2):  # a layer to adapt, and the last
             raise BadInput(f"eta is {cfg.eta!r}, expected 1 … {c.n_layer - 2} for a model of {c.n_layer} layers")
+        if not all(type(x) is int and x >= 0 for x in (cfg.hidden, cfg.recent, cfg.rank)) or type(cfg.tau) is not float:
+            raise BadInput(f"hidden, recent, rank, tau are {cfg.hidden!r:.20}, {cfg.recent!r:.20}, {cfg.rank!r:.20}, "
+                           f"{cfg.tau!r:.20}: expected whole numbers and a fraction")
         for name, known in (("choice", ("head", "token")), ("decay", ("threshold", "sigmoid"))):
             if getattr(cfg, name) not in known:
                 raise BadInput(f"{name} is {getattr(cfg, name)!r}, expected {known[0]!r} or {known[1]!r}")

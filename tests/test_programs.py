@@ -211,6 +211,7 @@ def test_damaged_and_older_adapters_are_refused(saved, tmp_path):
     refused("another version of this program \\(two_pass ", two_pass=False)
     refused("another version of this program \\(choice ", choice=None)
     refused("no usable adapter", hidden="many")
+    refused("no usable adapter", recent=[4])
     refused("no usable adapter", eta=9)
     refused("no usable adapter", choice="layer")
     with pytest.raises(BadInput, match="no such file"):
