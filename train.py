@@ -59,6 +59,7 @@ class TrainConfig:
     batch: int = flag(1, "contexts per step")
     micro: int = flag(1, "contexts per forward pass, in each process; the passes of a step are accumulated")
     context: int = flag(400, "compressible tokens per context")
+    shortest: int = flag(0, "lengths are drawn evenly from here to --context; 0: all contexts are of that length")
     answer: int = flag(40, "tokens of a continuation or a recited passage")
     mix: str = flag("continue=1,recite=2,cloze=2,title=2", "continuations per context, by kind")
     prompts: bool = flag(True, "distil the words of a question, too, not its answer alone")
@@ -97,8 +98,8 @@ class TrainConfig:
 # Flags that --preset sets at once; a flag given as well has the last word.
 PRESETS = {
     "quick": {},
-    "small": dict(reconstruct=4000, steps=2000, batch=2, context=800, rank=64, warmup=50, save_every=50,
-                  eval_contexts=40),
+    "small": dict(reconstruct=700, steps=1400, context=1024, shortest=128, lr=1e-3, warmup=20, eval_contexts=25,
+                  mix="continue=1,recite=2,cloze=3,title=2,fact=2"),
     # eta, rank, lam, lr, batch and bf16 are the paper's; the rest, steps and context included, is our choice
     "paper": dict(weights=str(ROOT / "weights" / "llama-3.1-8b-instruct"), dtype="bf16", reconstruct=2000, steps=10000,
                   batch=32, context=2048, answer=128, mix="continue=1,recite=2,cloze=4,title=4", eta=6, rank=128,
@@ -297,7 +298,7 @@ class Draw:
         with world.one_first():
             folders = prepare(c.sources.split(","), tokenizer, c.shards or SHARDS)
         shards = [Shard(folder, "train", tokenizer) for folder in folders]
-        make = lambda m: Samples(shards, tokenizer, c.context, m, c.answer, c.seed)  # noqa: E731
+        make = lambda m: Samples(shards, tokenizer, c.context, m, c.answer, c.seed, c.shortest)  # noqa: E731
         self.c, self.world, self.replays, self.samples = c, world, make({"replay": 1, "continue": 1}), make(mix)
         self.texts = fingerprint(folders)
 

@@ -123,20 +123,21 @@ class Samples:
     """An endless, addressable stream: `samples(i)` -> Case.
 
     Args: shards: one per source, drawn with equal chance; n_context: compressible tokens per context;
-    mix: queries per context, {kind: how many}; n_answer: tokens of text that goes on or is recited.
+    mix: queries per context, {kind: how many}; n_answer: tokens of text that goes on or is recited; shortest: lengths
+    are drawn evenly from here to n_context, 0: all are n_context.
     """
 
     def __init__(self, shards: list[Shard], tokenizer: Tokenizer, n_context: int, mix: dict[str, int],
-                 n_answer: int = 48, seed: int = 0):
-        self.shards, self.tok, self.n_context = shards, tokenizer, n_context
+                 n_answer: int = 48, seed: int = 0, shortest: int = 0):
+        self.shards, self.tok, self.lengths = shards, tokenizer, range(shortest or n_context, n_context + 1)
         self.mix, self.n_answer, self.seed = mix, n_answer, seed
 
-    def window(self, rng, facts: list[str]) -> tuple[list[int], list[int], list[dict]]:
-        """A context of n_context tokens with the facts in it, the tokens that follow it, and the articles that lie in
-        it as a whole."""
+    def window(self, rng, n: int, facts: list[str]) -> tuple[list[int], list[int], list[dict]]:
+        """A context of n tokens with the facts in it, the tokens that follow it, and the articles that lie in it as a
+        whole."""
         shard, gap = self.shards[rng.randrange(len(self.shards))], self.tok.encode("\n\n", joined=True)
-        need, ids, inside = self.n_context + self.n_answer, [], []
-        room = self.n_context - sum(len(self.tok.encode(" " + s, joined=True)) for s in facts)
+        need, ids, inside = n + self.n_answer, [], []
+        room = n - sum(len(self.tok.encode(" " + s, joined=True)) for s in facts)
         while len(ids) < need:
             i = rng.randrange(len(shard))
             doc = shard.tokens(i)
@@ -147,13 +148,14 @@ class Samples:
                 inside.append(shard.docs[i])
             ids += piece
         for s in facts:
-            ids = put_in(rng, ids, self.n_context, s, self.tok)
-        return ids[:self.n_context], ids[self.n_context:need], inside
+            ids = put_in(rng, ids, n, s, self.tok)
+        return ids[:n], ids[n:need], inside
 
     def __call__(self, i: int) -> Case:
         rng = random.Random(f"{self.seed}/{i}")
         facts = [fact(rng, self.tok) for _ in range(self.mix.get("fact", 0))]
-        ids, following, inside = self.window(rng, [sentence for sentence, _ in facts])
+        n = rng.choice(self.lengths) if len(self.lengths) > 1 else self.lengths[0]  # no draw where there is no choice
+        ids, following, inside = self.window(rng, n, [sentence for sentence, _ in facts])
         text = self.tok.decode(ids)
         out = [query for sentence, query in facts if sentence in text]  # not those that were cut off
         for kind, count in self.mix.items():

@@ -6,6 +6,7 @@ recomputation does twice counts once.
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -197,7 +198,7 @@ def print_plan(a, mix: dict) -> None:
     print(f"{count:,} frozen parameters, {trained:,} trained (rank {c.rank} in "
           f"{Compressor.n_adapted(cfg, comp)} layers; a scorer per {c.choice}, width {c.hidden})")
     print(f"{a.gpus} processes, --parallel {parallel}, {BYTES[a.dtype] * 8} bits; a step: {c.batch} contexts of {n} "
-          f"tokens, {c.batch // a.gpus // c.micro} passes of {c.micro} per process\n")
+          f"tokens{' at most' if c.shortest else ''}, {c.batch // a.gpus // c.micro} passes of {c.micro} per process\n")
     print("bytes in one process, at the fullest moment of a step")
     for name, size in parts.items():
         print(f"  {size / 1e9:8.2f} GB  {name}")
@@ -205,9 +206,10 @@ def print_plan(a, mix: dict) -> None:
     if total > room:
         print("  This cannot fit: " + advice(parts, c, a.gpus, parallel))
     print(f"\nseconds are at {a.utilisation:.0%} of {a.gpu_tflops:.0f} TFLOP/s per GPU")
-    hours = 0
+    hours, mean = 0, replace(c, context=(c.context + (c.shortest or c.context)) // 2)
+    n = mean.context + HEADER
     for phase, steps, kinds in (("reconstruct", c.reconstruct, TEACH), ("distil", c.steps, mix)):
-        t = continuation_tokens(kinds, c)
+        t = continuation_tokens(kinds, mean)
         flops = step_flops(cfg, comp, c.batch * n, c.batch * t, c.batch * t, c.batch, phase, c.scorer_lr > 0)
         seconds = flops / (a.gpus * a.gpu_tflops * 1e12 * a.utilisation)
         hours += steps * seconds / 3600

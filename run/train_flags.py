@@ -55,6 +55,7 @@ def check(c) -> dict[str, int]:
     need(0 <= c.seed < 1 << 32, "seed", "a whole number from 0 to 2^32 - 1 is needed")
     need(1 <= c.micro <= c.batch and c.batch % c.micro == 0, "micro", f"it must divide --batch ({c.batch})")
     need(c.context >= 16, "context", "at least 16 tokens are needed")
+    need(c.shortest == 0 or 16 <= c.shortest <= c.context, "shortest", f"16 … --context ({c.context}), or 0, is needed")
     need(c.answer >= 2, "answer", "at least 2 tokens are needed")
     need(0 < c.keep_low <= c.keep_high < 1, "keep-low", f"0 < keep-low <= keep-high ({c.keep_high}) < 1 is needed")
     need(c.choice in ("head", "token"), "choice", "expected head or token")

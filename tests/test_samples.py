@@ -139,3 +139,10 @@ def test_collate_by_hand():
     batch = collate([a, b], prompts=True)  # question words too, but nothing is predicted across two queries
     assert torch.equal(batch.answers, answers)
     assert batch.supervised.int().tolist() == [[1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 1, 0]]
+
+
+def test_lengths_are_drawn_evenly_between_the_shortest_and_the_longest(tok):
+    stream = Samples([Numbers(4000)], tok, 300, {"continue": 1}, n_answer=20, seed=3, shortest=100)
+    lengths = [stream(i).n for i in range(200)]
+    assert 100 <= min(lengths) < 110 and 290 < max(lengths) <= 300 and 180 < sum(lengths) / 200 < 220
+    assert [stream(i).n for i in range(20)] == lengths[:20]  # a sample's length is its own, not the stream's
