@@ -1,15 +1,14 @@
 """Train a compressor: first what the frozen model looks at, then to answer from the short cache as from the long one.
 
     python train.py                                            # the quick experiment: two CPU cores, ten minutes
-    python train.py --preset small                             # the same model, longer: one GPU, or a night on a CPU
+    python train.py --preset small                             # the same model, two hours of one core
+    python train.py --init-adapter FOLDER --sources my/texts   # go on from an adapter, on texts of a domain
     torchrun --nproc_per_node=8 train.py --preset paper        # an 8B Llama on eight GPUs
-    python train.py --preset paper --plan --gpus 8             # what that takes: bytes, FLOPs, seconds
 
-A run has two phases. In `reconstruct` steps the scorer learns by regression which entries of the cache the model
-attends to while it repeats the context. In `steps` steps the whole is distilled, part 5 of the method: the loss is
-λ·KL(p‖q) + (1−λ)·KL(q‖p), p the model with the whole cache, q with the short one. The order here: what can be set, one
-step as one `forward`, its loss, the processes that share a step, the loop. A run that was cut off goes on where it was
-when the same command is given again.
+In `reconstruct` steps the scorer learns by regression which entries of the cache the model attends to while it repeats
+the context. In `steps` steps the whole is distilled, part 5 of the method: the loss is λ·KL(p‖q) + (1−λ)·KL(q‖p), p the
+model with the whole cache, q with the short one. The order here: what can be set, one step as one `forward`, its loss,
+the processes that share a step, the loop. A run that was cut off goes on with the same command.
 """
 import json
 import math
@@ -31,14 +30,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from compress import (DEMO, DEMO_QUESTIONS, Compressor, CompressorConfig, attention_received, decay, kept_count,
-                      open_text, show_answers)
+                      load_adapter, open_text, show_answers)
 from data.fetch import fetch
 from data.prepare import SHARDS, Shard, fingerprint, prepare
 from data.samples import Batch, Samples, collate
 from eval import held_out_table
 from model import Llama
 from run.errors import BadInput, provenance, run_program
-from run.files import ROOT, base_of, save_adapter, save_state
+from run.files import ROOT, base_of, read_about, save_adapter, save_state
 from run.folders import Signals, alone_in, append_line, dtype_of, find_run_folder, resume, show, write_config
 from run.models import open_model, pick_dtype
 from run.plan import choose_parallel, out_of_memory, print_plan, profile, speed
@@ -84,6 +83,7 @@ class TrainConfig:
     clip: float = flag(1.0, "largest gradient norm, of the adapters and of the scorer")
     chunk: int = flag(128, "rows of logits made at a time in the loss")
     eval_contexts: int = flag(8, "held-out documents per kind in the final table; 0: no table")
+    init_adapter: str = flag("", "folder of an adapter to go on from, whose shape is taken; empty: a new compressor")
     seed: int = flag(0, "of initialisation, data order, and kept fractions")
     out: str = flag("", "folder of the run; an unfinished one is taken up again. Empty: out/PRESET, or the next free")
     save_every: int = flag(25, "steps between states that a run can be taken up from; also the most that can be lost")
@@ -100,11 +100,10 @@ PRESETS = {
     "quick": {},
     "small": dict(reconstruct=700, steps=1400, context=1024, shortest=128, lr=1e-3, warmup=20, eval_contexts=25,
                   mix="continue=1,recite=2,cloze=3,title=2,fact=2"),
-    # eta, rank, lam, lr, batch and bf16 are the paper's; the rest, steps and context included, is our choice
+    # rank, lr, batch and bf16 are the paper's, as are eta and lam above; the rest, steps and context too, is our choice
     "paper": dict(weights=str(ROOT / "weights" / "llama-3.1-8b-instruct"), dtype="bf16", reconstruct=2000, steps=10000,
-                  batch=32, context=2048, answer=128, mix="continue=1,recite=2,cloze=4,title=4", eta=6, rank=128,
-                  hidden=4096, lam=0.6, lr=5e-5, teach_lr=2e-4, warmup=200, chunk=256, recompute=True, save_every=50,
-                  eval_contexts=100),
+                  batch=32, context=2048, answer=128, mix="continue=1,recite=2,cloze=4,title=4", rank=128, hidden=4096,
+                  lr=5e-5, teach_lr=2e-4, warmup=200, chunk=256, recompute=True, save_every=50, eval_contexts=100),
 }
 
 
@@ -367,7 +366,7 @@ def train(c: TrainConfig, draw: Draw, comp: Compressor, model: Llama, out: Path,
 
 
 def demonstrate(comp: Compressor, model: Llama, tokenizer) -> None:
-    """Three questions about a text of our own, answered from the whole cache and from shorter ones."""
+    """Three questions about a text of our own, answered from three caches."""
     with torch.no_grad():
         ctx = open_text(comp, model, tokenizer, DEMO.read_text(encoding="utf-8"))
         caches = [comp.compress(model, ctx, keep) for keep in (1, 0.25, 0.1)]
@@ -399,7 +398,8 @@ def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
             return print(f"{out}: this run is finished, see {out / 'adapter'}; for another, give a new --out")
     # whatever can be wrong with the flags is found before a file is written
     torch.manual_seed(c.seed)
-    comp = Compressor(model.cfg, c.compressor()).to(model.device)
+    comp = (load_adapter(c.init_adapter, model, tokenizer).requires_grad_(True) if c.init_adapter else
+            Compressor(model.cfg, c.compressor()).to(model.device))
     draw = Draw(c, mix, tokenizer, world)
     if a.profile:
         return profile(c, model, about, world, lambda folder: train(c, draw, comp, model, folder, world))
@@ -432,11 +432,12 @@ def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
 def main() -> None:
     a = parse_args(TrainConfig, PRESETS)
     c, mix, about = a.config, check(a.config), provenance(a.config.seed)
+    about |= {"from": read_about(Path(c.init_adapter) / "adapter.json")} if c.init_adapter else {}
     if a.plan:
         return print_plan(a, mix)
     world = World.start(a.device)
     if c.batch % (world.world_size * c.micro):
-        raise BadInput(f"--batch {c.batch} cannot be shared by {world.world_size} processes with --micro {c.micro}; "
+        raise BadInput(f"--batch {c.batch} cannot be shared by {world.world_size} processes with --micro {c.micro}: "
                        f"expected a multiple of {world.world_size * c.micro}")
     try:
         run(a, c, mix, about, world)

@@ -44,12 +44,12 @@ def parse_args() -> argparse.Namespace:
     return a
 
 
-def find_adapter(path) -> Path:
-    """The adapter that --adapter names: its folder, or that of the run that trained it."""
+def find_adapter(path, name: str = "--adapter") -> Path:
+    """The adapter that the flag `name` gives: its folder, or that of the run that trained it."""
     for folder in (Path(path), Path(path) / "adapter"):
         if (folder / "adapter.json").exists():
             return folder
-    raise BadInput(f"--adapter {path}: no adapter.json in it, nor in {Path(path) / 'adapter'}; expected a folder that "
+    raise BadInput(f"{name} {path}: no adapter.json in it, nor in {Path(path) / 'adapter'}; expected a folder that "
                    "train.py has written, adapter/ below its --out (an unfinished run has none)")
 
 

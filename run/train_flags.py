@@ -2,7 +2,9 @@
 import argparse
 from dataclasses import fields
 
+from run.compress_flags import find_adapter
 from run.errors import BadInput
+from run.files import read_about
 from data.samples import KINDS
 from run.models import add_model_flags
 
@@ -28,8 +30,16 @@ def parse_args(TrainConfig, PRESETS: dict) -> argparse.Namespace:
     p.add_argument("--gpu-memory", type=float, default=80.0, help="of one GPU, in 10^9 bytes, for --plan")
     p.add_argument("--gpu-tflops", type=float, default=312.0, help="of one GPU, for --plan; an A100 has 312 in bf16")
     p.add_argument("--utilisation", type=float, default=0.4, help="share of --gpu-tflops that --plan counts on")
-    p.set_defaults(**PRESETS[p.parse_known_args()[0].preset])
+    known, shape = p.parse_known_args()[0], {}
+    if known.init_adapter:  # its shape is what the flags are by default
+        folder = find_adapter(known.init_adapter, "--init-adapter")
+        shape = {"init_adapter": str(folder)} | read_about(folder / "adapter.json").get("config", {})
+    p.set_defaults(**PRESETS[known.preset] | shape)
     a = p.parse_args()
+    for name in shape.keys() & vars(a).keys() - {"init_adapter"}:
+        if getattr(a, name) != shape[name]:
+            p.error(f"--{name} is {getattr(a, name)}, but {a.init_adapter} has {shape[name]}; leave the flag out")
+    a.init_adapter = shape.get("init_adapter", "")
     for name in ("gpus", "gpus_per_host", "gpu_memory", "gpu_tflops", "utilisation"):
         if not getattr(a, name) > 0:
             p.error(f"--{name.replace('_', '-')} is {getattr(a, name)}: a number above 0 is needed")
@@ -60,7 +70,7 @@ def check(c) -> dict[str, int]:
     need(0 < c.keep_low <= c.keep_high < 1, "keep-low", f"0 < keep-low <= keep-high ({c.keep_high}) < 1 is needed")
     need(c.choice in ("head", "token"), "choice", "expected head or token")
     need(c.decay in ("threshold", "sigmoid"), "decay", "expected threshold or sigmoid")
-    need(c.scorer_lr > 0 or c.reconstruct and c.decay == "threshold" and not c.soft, "scorer-lr",
+    need(c.scorer_lr > 0 or (c.reconstruct or c.init_adapter) and c.decay == "threshold" and not c.soft, "scorer-lr",
          "with --reconstruct 0, --soft or --decay sigmoid the scorer learns by distillation; give 1e-3, for example")
     need(0 <= c.lam <= 1, "lam", "expected 0 … 1")
     need(c.parallel in ("auto", "ddp", "fsdp"), "parallel", "expected auto, ddp or fsdp")

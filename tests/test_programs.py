@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load, load_file, save_file
 
 from compress import highlight, kept_shares, load_adapter
 from conftest import ROOT, save_llama, tiny_compressor, tiny_llama
@@ -327,6 +327,23 @@ def test_train_learns_on_a_tiny_model(tiny, tiny_run, tmp_path):
     _, err = run("train.py", *tiny_run, "--steps", "1", "--out", tmp_path / "run", "--eval-contexts", "0", code=2)
     assert "holds another run (--batch was 4, now 1)" in err
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 80, "the first run's log is untouched"
+
+
+def test_a_run_goes_on_from_an_adapter_and_has_its_shape(tiny, tiny_run, tmp_path):
+    """With rates of nearly 0 the second run's adapter is the first's, scorer and routes; its shape needs no flags."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    short = "--steps", "2", "--eval-contexts", "0"
+    run("train.py", *tiny_run, *short, "--reconstruct", "2", "--tau", "0.25", "--out", first)
+    flags = [*tiny_run]
+    for name in ("--eta", "--rank", "--hidden"):
+        del flags[(i := flags.index(name)):i + 2]
+    run("train.py", *flags, *short, "--reconstruct", "0", "--init-adapter", first, "--lr", "1e-9", "--out", second)
+    was, now = (load_file(x / "adapter" / "adapter.safetensors") for x in (first, second))
+    assert was["b_q"].abs().max() > 1e-4 and all(torch.allclose(now[k], was[k], atol=1e-7) for k in was)
+    meta = read_json(second / "adapter" / "adapter.json")
+    assert meta["config"]["tau"] == 0.25 and meta["from"]["train"]["reconstruct"] == 2
+    assert "--rank is 8, but" in one_line_error("train.py", *flags, "--init-adapter", first, "--rank", "8")
+    assert "no adapter.json in it" in one_line_error("train.py", *flags, "--init-adapter", tmp_path)
 
 
 def test_train_refuses_bad_input(tiny):
