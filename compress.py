@@ -41,7 +41,7 @@ class CompressorConfig:
     choice: str = "head"       # each head keeps tokens of its own; or "token": all heads keep the same ones
     eta: int = 6               # the scorer reads the hidden state after this many layers
     hidden: int = 1024         # width of the scorer's hidden layer
-    recent: int = 4            # last tokens that every head keeps (`head` only), so that none is empty
+    recent: int = 4            # last tokens that every head keeps (`head` only), but at most an eighth of K (LOG.md)
     decay: str = "threshold"   # or "sigmoid", the paper's: what a score does to attention
     tau: float = 0.5           # nats of score over which `threshold` goes from dropped to kept
     rank: int = 32             # of the adapters on W_Q and W_O
@@ -95,11 +95,11 @@ class Choice:
         return self.kept.float().mean(2)
 
 
-def select(scores, candidates, k, recent: int = 0, check: bool = True) -> Choice:
+def select(scores, candidates, k, recent=0, check: bool = True) -> Choice:
     """Part 2. The k·l·g best-scored entries of a row, all heads together; of equal ones the earlier layer, head, token.
 
     Args: scores (B, l, g, N) fp32; candidates (B, N) bool, the compressible tokens; k (B,) int64, kept tokens per head
-    on average; recent: of them, the last ones that every head keeps; check: look at the scores.
+    on average; recent: of them, the last ones that every head keeps, a number or (B,) int64; check: look at the scores.
     Errors: BadInput, with check, for a score that is not a finite number.
     """
     B, l, g, N = scores.shape
@@ -273,7 +273,8 @@ class Compressor(nn.Module):
         return self.scorer(ctx.h, ctx.lengths)                # (B, l, g, N) fp32
 
     def choose(self, scores, ctx: Context, k, check: bool = True) -> Choice:
-        return select(scores, ctx.candidates, k, self.cfg.recent if self.cfg.choice == "head" else 0, check)
+        recent = (k // 8).clamp(1, self.cfg.recent) if self.cfg.choice == "head" else 0  # a recent of 0 stays 0
+        return select(scores, ctx.candidates, k, recent, check)
 
     def routes(self, choice: Choice, n, k, dtype):
         """Part 4. layer index -> Route, or None for a layer without adapters. n, k: (B,) candidates, and kept of them.

@@ -67,7 +67,7 @@ class TrainConfig:
     choice: str = flag("head", "each head keeps tokens of its own under one budget; or token: all heads keep the same")
     eta: int = flag(6, "the scorer reads the hidden state after this many layers")
     hidden: int = flag(1024, "width of the scorer's hidden layer")
-    recent: int = flag(4, "last tokens that every head keeps, with --choice head")
+    recent: int = flag(4, "last tokens that every head keeps, at most an eighth of K, with --choice head")
     decay: str = flag("threshold", "what a score does to attention: threshold, or the paper's sigmoid")
     tau: float = flag(0.5, "nats of score over which threshold goes from dropped to kept")
     rank: int = flag(32, "of the adapters on W_Q and W_O")

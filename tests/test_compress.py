@@ -146,6 +146,17 @@ def test_3_select_takes_exactly_the_top_of_the_budget(l, g):
         assert which.theta[i] == pytest.approx(float(inside.min() + outside.max()) / 2)
 
 
+def test_3_recent_tokens_are_at_most_an_eighth_of_what_is_kept(model):
+    """Rows of one batch that keep 40, 16, and 5 tokens per head: 4, 2, and 1 of them are each head's last ones."""
+    comp, k = tiny_compressor(model, recent=4), torch.tensor([40, 16, 5])
+    ctx = comp.read(model, torch.randint(97, (3, 60)))
+    scores = -torch.arange(60.0).expand(3, 6, 2, 60)  # the last tokens are the worst
+    fixed = comp.choose(scores, ctx, k).fixed & ctx.candidates[:, None, None]
+    assert fixed.sum(-1).flatten().tolist() == [4, 2, 1]
+    comp.cfg.recent = 0
+    assert not (comp.choose(scores, ctx, k).fixed & ctx.candidates[:, None, None]).any()
+
+
 def test_3_a_worked_budget():
     """Five tokens, two heads, K = 2, one recent: four entries. Head 1 looks at everything, head 2 at the last alone."""
     scores = torch.tensor([[[[-1.0, -2.0, -1.5, -3.0, -0.5], [-9.0, -8.0, -9.0, -7.0, -6.0]]]])

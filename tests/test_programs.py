@@ -83,7 +83,7 @@ def test_compress_save_load_ask(tiny, tmp_path):
                  "--question", "Why?", "--question", "And then?", "--save", cache, *SMALL)
     assert f"adapter: {adapter} " in out  # the folder of a run is as good as that of its adapter
     n, k, least, most = map(int, re.search(r"(\d+) compressible -> (\d+) kept .*\((\d+) to (\d+)\)", out).groups())
-    assert k == -(-n // 10) and 4 <= least < k < most  # four recent tokens in every head
+    assert k == -(-n // 10) and 3 == least < k < most  # recent tokens in every head: 30 // 8
     before, after = (int(x.replace(",", "")) for x in re.search(r"bytes +([\d,]+) -> ([\d,]+)", out).groups())
     assert after < 0.2 * before
     short = re.findall(r"short  (.*)", out)
