@@ -80,4 +80,4 @@ def write_page(path, shown: dict) -> None:
     spelt \\u003c; what the page makes of it are text nodes, never markup."""
     text = json.dumps(shown, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace('"SHOWN"', text, 1)
-    write_atomic(path, lambda tmp: tmp.write_text(page, encoding="utf-8"))
+    write_atomic(path, lambda tmp: tmp.write_text(page, encoding="utf-8", errors="replace"))  # odd bytes of a question

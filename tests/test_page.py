@@ -26,8 +26,8 @@ from test_programs import write_model
 
 # what ends scripts, starts markup or asks for something, in a text that is shown; é and 😀 are several tokens
 HOSTILE = """</script><script>window.hacked = 1</script><b>bold</b>
-<img src="http://127.0.0.1:9/x" onerror="hacked = 2"> "quotes" 'and' `ticks` ${hacked = 3} &lt;&amp; <!-- \\u003c/script>
-café 😀 naïve\ttab "SHOWN" \u202egnirts \u2028 \ufffd
+<img src="http://127.0.0.1:9/x" onerror="hacked = 2"> "quotes" 'and' `ticks` ${hacked = 3} &lt;&amp;
+<!-- \\u003c/script> café 😀 naïve\ttab "SHOWN" \u202egnirts \u2028 \ufffd
 """ + "The mill on the river was built by Ada Stone, and nobody knows when. " * 6
 QUESTION = "<i>Who</i> built </script> it? 😀"
 
@@ -282,7 +282,9 @@ def test_a_page_is_small_and_written_whole_or_not_at_all(tmp_path, monkeypatch):
         {"map": base64.b64encode(bytes(2000 * 90)).decode()} for _ in range(2)]}
     write_page(tmp_path / "p.html", shown)
     assert (tmp_path / "p.html").stat().st_size < 600_000 and shown_in(tmp_path / "p.html") == shown
+    write_page(tmp_path / "p.html", {"questions": ["\udcff"]})  # what a command line makes of a byte that is no UTF-8
     before = (tmp_path / "p.html").read_bytes()
+    assert shown_in(tmp_path / "p.html") == {"questions": ["?"]}
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
     with pytest.raises(Exception, match="what was there before is still there"):
         write_page(tmp_path / "p.html", shown | {"n": 1})
