@@ -5,8 +5,8 @@ The five parts of the method (arXiv 2503.10337), four of them here and the fifth
   2. select, gather    the best-scored entries of all heads together stay: one budget, shared
   3. decay             attention to an entry gets β, a function of its score: how the loss reaches the scorer
   4. routes            while the context is encoded, kept tokens go through LoRA-adapted W_Q and W_O
-`compress` puts them together; `attention_received` is what the scorer is taught to foresee. As a program, this file
-compresses a text and answers questions about it:
+`compress` puts them together; `attention_received` is what the scorer is taught to foresee. As a program (run/ask.py)
+this file compresses a text and answers questions about it:
 
     python compress.py --keep 0.1 --question "Who built the lighthouse?"
 
@@ -15,9 +15,7 @@ width. Scores, choices and β are (B, l, g, N): l = L and g = G where each head 
 stays in all heads or in none (`token`, the paper's way). Layers count from 1 in text: index i is layer i + 1.
 """
 import math
-import os
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +28,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import NEG, Cache, Llama, Part, Route, answer, whole_cache
-from run.compress_flags import find_adapter, highlight, parse_args, read_text
+from run.compress_flags import find_adapter
 from run.errors import BadInput, read_json, run_program
-from run.files import ROOT, cache_header, load_cache, newest_adapter, read_adapter, save_cache
-from run.models import open_model
+from run.files import ROOT, newest_adapter, read_adapter
 
 
 @dataclass
@@ -377,13 +374,6 @@ def open_compressor(path, model: Llama, tokenizer, seed: int = 0) -> tuple[Compr
     return comp, folder
 
 
-def kept_shares(cache: Cache, n: int) -> list[float]:
-    """Of all heads, the share that keeps each of a context's n tokens (of a cache of one row)."""
-    parts = [p for layer in cache.layers for p in layer]
-    at = torch.cat([p.positions[0].expand(p.k.shape[1], -1).flatten() for p in parts]).cpu().long()
-    return (torch.bincount(at[at >= 0], minlength=n) / sum(p.k.shape[1] for p in parts)).tolist()
-
-
 def show_answers(model: Llama, tokenizer, caches: dict[str, Cache], questions: list[str], *how) -> None:
     """Every question, and below it a line with each cache's answer. how: as in model.answer."""
     replies, seconds = {}, []
@@ -398,48 +388,6 @@ def show_answers(model: Llama, tokenizer, caches: dict[str, Cache], questions: l
     print(f"\nanswers took {', '.join(seconds)} s")
 
 
-@torch.no_grad()
-def main() -> None:
-    a = parse_args()
-    kept_count(torch.tensor([1]), a.keep, a.tokens)  # what can be wrong is looked at before the weights are loaded
-    if a.load is not None:
-        cache_header(a.load)
-    else:
-        text = read_text(DEMO if a.context is None else a.context)
-        if a.adapter is not None:
-            read_json(find_adapter(a.adapter) / "adapter.json")
-    model, tokenizer = open_model(a)
-
-    how = a.max_new_tokens, a.temperature, a.seed
-    if a.load is not None:
-        cache = load_cache(a.load, model, tokenizer)
-        print(f"{a.load}: {cache.entries().float().mean():.0f} of {int(cache.next_position[0])} tokens per head, "
-              f"{cache.nbytes():,} bytes")
-        return show_answers(model, tokenizer, {"saved": cache}, a.question, *how)
-
-    comp, _ = open_compressor(a.adapter, model, tokenizer, a.seed)
-    if comp.cfg.choice == "head" and a.tokens is not None and a.tokens < comp.cfg.recent:
-        raise BadInput(f"--tokens {a.tokens}: every head keeps the last {comp.cfg.recent} tokens; give at least that")
-    t0 = time.perf_counter()
-    ctx = open_text(comp, model, tokenizer, text)
-    full = comp.full(model, ctx)
-    t1 = time.perf_counter()
-    cache = comp.compress(model, ctx, a.keep, a.tokens)
-    t2 = time.perf_counter()
-
-    n, protected = int(ctx.candidates.sum()), int(ctx.protected.sum())
-    shares, kept = kept_shares(cache, n + protected)[protected:], cache.entries().float() - protected  # (1, L, G)
-    print("\n" + highlight(tokenizer, ctx.tokens[0, protected:].tolist(), shares, sys.stdout.isatty()) + "\n")
-    print(f"tokens   {n} compressible -> {kept.mean():.0f} kept per head on average ({kept.min():.0f} to "
-          f"{kept.max():.0f}), {n / max(float(kept.mean()), 1):.1f} x fewer; {protected} protected in all heads")
-    print(f"bytes    {full.nbytes():,} -> {cache.nbytes():,} as stored, the header included")
-    print(f"seconds  {t1 - t0:.2f} to read the text, {t2 - t1:.2f} to compress it")
-    if a.save is not None:
-        save_cache(a.save, cache, model, tokenizer)
-        print(f"saved    {a.save} ({os.path.getsize(a.save):,} bytes)")
-    questions = a.question or (["What is this text about?"] if a.context else DEMO_QUESTIONS)
-    show_answers(model, tokenizer, {"full": full, "short": cache}, questions, *how)
-
-
 if __name__ == "__main__":
+    from run.ask import main  # which needs eval.py, for baselines, which needs this file
     run_program(main)

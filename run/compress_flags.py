@@ -1,4 +1,4 @@
-"""The edges of compress.py: what it can be told, what it refuses before weights are loaded, how a text is shown."""
+"""The edges of compress.py: what it can be told, what it refuses before weights are loaded."""
 import argparse
 import os
 import sys
@@ -15,10 +15,15 @@ def parse_args() -> argparse.Namespace:
     size = p.add_mutually_exclusive_group()
     size.add_argument("--keep", type=float, help="kept fraction of the compressible tokens; default 0.1")
     size.add_argument("--tokens", type=int, help="kept tokens, as an absolute number, per head on average")
-    p.add_argument("--question", action="append", metavar="TEXT", help="asked of both caches; repeatable")
+    p.add_argument("--question", action="append", metavar="TEXT", help="asked of every cache; repeatable")
+    p.add_argument("--method", metavar="NAME", help="answer from a training-free cache as well, of as many tokens: "
+                   "kvzip, random and others (an unknown name lists them)")
+    p.add_argument("--html", metavar="FILE", help="write a page of its own to look at: which heads keep which token, "
+                   "and the answers, at several kept fractions")
     p.add_argument("--adapter", metavar="DIR", help="trained compressor, or the folder of the run that trained it; "
                    "default: the newest in adapters/ and out/")
-    p.add_argument("--save", metavar="FILE", help="write the short cache to this safetensors file")
+    p.add_argument("--save", metavar="FILE", help="write the short cache (never that of --method) to this safetensors "
+                   "file")
     p.add_argument("--load", metavar="FILE", help="ask a saved cache: no document, no prefill")
     p.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens; default 64")
     p.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy decoding")
@@ -27,16 +32,19 @@ def parse_args() -> argparse.Namespace:
     a = p.parse_args()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise BadInput("this program is one process; start it without torchrun (train.py and eval.py can be shared)")
-    if a.load is not None and any(x is not None for x in (a.context, a.keep, a.tokens, a.adapter, a.save)):
-        p.error("--load asks a cache as it is: no --context, --keep, --tokens, --adapter or --save goes with it")
+    made = (a.context, a.keep, a.tokens, a.adapter, a.save, a.method, a.html)
+    if a.load is not None and any(x is not None for x in made):
+        p.error("--load asks a cache as it is: no --context, --keep, --tokens, --adapter, --save, --method or --html "
+                "goes with it")
     if a.load is not None and not a.question:
         p.error("--load needs at least one --question")
     if not all(q.strip() for q in a.question or ()):
         p.error("--question is empty; ask something")
     if a.max_new_tokens < 1:
         p.error(f"--max-new-tokens is {a.max_new_tokens}: at least 1 is needed")
-    if a.save is not None and (not a.save or Path(a.save).is_dir()):
-        p.error(f"--save {a.save!r}: expected the name of a file")
+    for flag, path in (("--save", a.save), ("--html", a.html)):
+        if path is not None and (not path or Path(path).is_dir()):
+            p.error(f"{flag} {path!r}: expected the name of a file")
     if not 0 <= a.temperature < float("inf"):
         p.error(f"--temperature is {a.temperature}: 0, or a number above it, is needed")
     if a.keep is None and a.tokens is None:
@@ -63,19 +71,3 @@ def read_text(path) -> str:
     if not text.strip():
         raise BadInput(f"{path}: the context is empty; there is nothing to compress")
     return text.strip()
-
-
-def highlight(tokenizer, ids: list[int], shares: list[float], colour: bool) -> str:
-    """The text of ids, brighter where more heads keep it: dim, plain, bold, reverse; without a terminal, [ and ] stand
-    around what more heads keep than on average."""
-    mean = sum(shares) / max(1, len(shares))
-    steps = (mean / 2, mean, min(2 * mean, (mean + 1) / 2))
-    marks = [("\033[2m", "\033[0m"), ("", ""), ("\033[1m", "\033[0m"), ("\033[7m", "\033[0m")] if colour else [
-        ("", ""), ("", ""), ("[", "]"), ("[", "]")]
-    out, i, mark = "", 0, [marks[sum(share > step for step in steps)] for share in shares]
-    while i < len(ids):
-        j = i
-        while j < len(ids) and mark[j] == mark[i]:
-            j += 1
-        out, i = out + mark[i][0] + tokenizer.decode(ids[i:j]) + mark[i][1], j
-    return out

@@ -13,13 +13,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 
-from compress import highlight, kept_shares, load_adapter
+from compress import load_adapter
 from conftest import ROOT, save_llama, tiny_compressor, tiny_llama
 from run.errors import BadInput, read_json, run_program, write_json
 from run.files import base_of, load_cache, newest_adapter, save_adapter, save_cache
 from run.world import World
 from data.tokenizer import Tokenizer
-from model import Cache, Part, load_llama
+from model import load_llama
+from run.ask import METHODS
+from run.ask import main as ask_main
+from run.page import kept_map
 from test_tokenizer import write_tokenizer
 from train import Draw, TrainConfig
 from train import main as train_main
@@ -56,7 +59,7 @@ def run(program, *args, code=0, stdin=None):
 
 def one_line_error(program, *args) -> str:
     """What a program says when it exits with 2: run in this process, which is twenty times faster than starting one."""
-    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    module = importlib.import_module({"compress.py": "run.ask"}.get(program, program[:-3].replace("/", ".")))
     stderr = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
         patch.setattr(sys, "argv", [program, *map(str, args)])
@@ -91,25 +94,6 @@ def test_compress_save_load_ask(tiny, tmp_path):
                    *SMALL)
     assert len(short) == 2 and re.findall(r"saved  (.*)", again) == short
     assert f"{k + 9} of {n + 9} tokens per head" in again
-
-
-def test_kept_shares_and_how_they_are_shown():
-    """Two layers of two heads, five tokens: the first is kept by all four, the second by three, the last by none."""
-    def part(heads, *positions):
-        at = torch.tensor([positions], dtype=torch.int32).view(1, -1, len(positions[0]))
-        return Part(torch.zeros(1, heads, at.shape[2], 4), torch.zeros(1, heads, at.shape[2], 4), at)
-    cache = Cache([[part(2, [0, 1])], [part(1, [0, 1, 2, 3]), part(1, [0, -1])]], torch.tensor([5]))
-    shares = kept_shares(cache, 5)
-    assert shares == [1, 0.75, 0.25, 0.25, 0]
-
-    class Letters:
-        decode = staticmethod(lambda ids: "".join("abcde"[i] for i in ids))
-    assert highlight(Letters, list(range(5)), shares, False) == "[ab]cde"
-    dim, bold, full, off = "\033[2m", "\033[1m", "\033[7m", "\033[0m"
-    assert highlight(Letters, list(range(5)), shares, True) == f"{full}a{off}{full}b{off}cd{dim}e{off}".replace(
-        f"{off}{full}", "")
-    assert highlight(Letters, list(range(5)), [1.0] * 5, False) == "abcde"
-    assert bold in highlight(Letters, list(range(5)), [1, 0.5, 0.25, 0.25, 0], True)
 
 
 @torch.no_grad()
@@ -233,12 +217,19 @@ def test_compress_refuses_bad_input(tiny, tmp_path, monkeypatch):
             (("--context", empty / "x"), "cannot be read"),
             (("--keep", "0.1", "--tokens", "3"), "not allowed with"),
             (("--kep", "0.1"), "unrecognized arguments"), (("--load", "x"), "needs at least one --question"),
-            (("--load", "x", "--keep", "0.5", "--question", "q"), "--load asks"), (("--device", "toaster"), "be used")):
+            (("--load", "x", "--keep", "0.5", "--question", "q"), "--load asks"), (("--device", "toaster"), "be used"),
+            (("--method", "magic"), "'magic' is unknown, expected one of random, random:token, streaming, "),
+            (("--method", "question"), "is unknown"), (("--html", ""), "expected the name of a file"),
+            (("--html", tmp_path), "--html"), (("--load", "x", "--method", "kvzip", "--question", "q"), "--load asks"),
+            (("--load", "x", "--html", "y", "--question", "q"), "--load asks")):
         assert message in one_line_error("compress.py", *base, *args), args
     assert "no such folder" in one_line_error("compress.py", "--weights", tmp_path / "nowhere")
     long = tmp_path / "long.txt"
     long.write_text("word " * 2000)
     assert "positions; use a shorter text" in one_line_error("compress.py", *base, "--context", long, *SMALL)
+    long.write_text("word " * 780)
+    message = one_line_error("compress.py", *base, "--context", long, "--method", "kvzip", *SMALL)
+    assert re.search(r"kvzip reads the text twice: .* \d+ more than the model's 4096 positions; use a shorter", message)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert "one process; start it without torchrun" in one_line_error("compress.py", *base)
 
@@ -251,6 +242,41 @@ def test_adapter_and_cache_are_looked_at_before_the_weights(saved, tmp_path):
     assert "adapter.json: " in one_line_error("compress.py", *none, "--adapter", tmp_path)
     assert "nowhere: no such file" in one_line_error("compress.py", *none, "--load", tmp_path / "nowhere",
                                                        "--question", "q")
+
+
+@pytest.mark.parametrize("choice", ["head", "token"])
+def test_a_training_free_cache_beside_ours(tiny, tmp_path, capsys, monkeypatch, choice):
+    """Every method there is: its own entries of the plain cache, as many on average as ours; what is saved is ours."""
+    model, tok = load_llama(tiny), Tokenizer(tiny)
+    save_adapter(tmp_path / "a", tiny_compressor(model, recent=4, choice=choice), model, tok, {})
+    (tmp_path / "doc.txt").write_text("The quick brown fox jumps over the lazy dog, again and again. " * 5)
+    seen = {}
+    monkeypatch.setattr("run.ask.show_answers", lambda model, tok, caches, *_: seen.update(caches))
+
+    def ask(*args):
+        monkeypatch.setattr(sys, "argv", ["compress.py", *map(str, (
+            "--weights", tiny, "--adapter", tmp_path / "a", "--context", tmp_path / "doc.txt", *SMALL, *args))])
+        seen.clear()
+        ask_main()
+        return capsys.readouterr().out
+    for method in METHODS:
+        out = ask("--keep", "0.2", "--method", method, "--save", tmp_path / "cache")
+        assert list(seen) == ["full", "short", method]
+        k, size = re.search(rf"\n{method}, a training-free choice: (\d+) kept .*\nbytes +([\d,]+)\n", out).groups()
+        assert k == re.search(r"compressible -> (\d+) kept", out)[1]
+        assert int(size.replace(",", "")) == seen[method].nbytes()
+        ours, theirs, full = (kept_map(seen[x], seen["full"].next_position[0]) for x in ("short", method, "full"))
+        assert ours.sum() == theirs.sum() < full.sum() and not ours.equal(theirs)
+        assert kept_map(load_cache(tmp_path / "cache", model, tok), full.shape[2]).equal(ours)
+        plain = seen["full"].layers[-1][0].k  # which routing changes in ours
+        for part in seen[method].layers[-1][:1]:
+            at = part.positions[0, 0].long()
+            assert torch.equal(part.k[0, 0], plain[0, 0, at[at >= 0]])
+    ask("--tokens", "30", "--method", "random")
+    kept = [int(seen[x].entries().float().mean()) - 9 for x in ("short", "random")]
+    assert kept == [30, 30]
+    out = ask("--tokens", "5000", "--method", "kvzip")
+    assert seen["kvzip"] is seen["full"] and "x fewer" in out
 
 
 def test_what_the_adapter_cannot_do_is_one_line(tiny, saved, tmp_path):
