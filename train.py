@@ -1,7 +1,7 @@
 """Train a compressor: first what the frozen model looks at, then to answer from the short cache as from the long one.
 
     python train.py                                            # the quick experiment: two CPU cores, ten minutes
-    python train.py --preset small                             # the same model, longer: one GPU, or a night on a CPU
+    python train.py --preset small                             # the same model, longer: one GPU, or hours on a CPU
     torchrun --nproc_per_node=8 train.py --preset paper        # an 8B Llama on eight GPUs
     python train.py --preset paper --plan --gpus 8             # what that takes: bytes, FLOPs, seconds
 

@@ -80,7 +80,7 @@ def test_4_decay_and_its_gradient():
         return torch.autograd.grad(beta.sum(), scores)[0][0, 0, 0].tolist()
     soft = decay(scores, choice, "threshold", 0.5, soft=True)
     assert soft[0, 0, 0].tolist() == near(-0.201, -0.974, -0.474, -2.579, 0), "soft: log σ((s − θ)/τ); recent ones 0"
-    assert soft[0, 0, 0].softmax(-1).tolist() == near(0.283, 0.131, 0.215, 0.026, 0.346), "what attention makes of 0.2 each"
+    assert soft[0, 0, 0].softmax(-1).tolist() == near(0.283, 0.131, 0.215, 0.026, 0.346), "attention, once 0.2 each"
     assert slope(soft) == near(0.365, 1.245, 0.755, 1.848, 0), "dβ/ds = (1 − σ((s − θ)/τ))/τ"
     hard = decay(scores, choice, "threshold", 0.5)
     assert hard[0, 0].tolist() == [[0, NEG, 0, NEG, 0], [NEG, NEG, NEG, NEG, 0]], "hard: there, or not there"
@@ -158,7 +158,8 @@ def each_head_its_own(scores, candidates, k, recent=0, check=True):
 
 
 def padded_to_the_longest(k, v, stay, beta=None):
-    index = (~stay).to(torch.uint8).argsort(dim=-1, stable=True)[..., :int(stay.sum(-1).max())].expand(k.shape[0], -1, -1)
+    longest = int(stay.sum(-1).max())
+    index = (~stay).to(torch.uint8).argsort(dim=-1, stable=True)[..., :longest].expand(k.shape[0], -1, -1)
     row, head = torch.arange(k.shape[0])[:, None, None], torch.arange(k.shape[1])[:, None]
     real = stay.expand(-1, k.shape[1], -1).gather(2, index)
     return [Part(k[row, head, index], v[row, head, index], torch.where(real, index, -1),  # noqa: F821
