@@ -45,15 +45,15 @@ def test_1_scores():
 
 
 def test_2_shared_budget():
-    every = torch.ones(1, 5, dtype=torch.bool)
-    choice = select(SCORES, every, torch.tensor([2]), recent=1)
+    every, scores = torch.ones(1, 5, dtype=torch.bool), SCORES.mT.contiguous().mT  # as the scorer's: not contiguous
+    choice = select(scores, every, torch.tensor([2]), recent=1)
     assert choice.kept.int().sum() == 4, "K = 2 for each of two heads on average: four entries"
     assert choice.kept[0, 0, 1, 4], "the recent token stays in every head, whatever its score"
     assert choice.kept.int().tolist() == KEPT.int().tolist(), "the best of both heads together, not of each"
     assert choice.theta.flatten().tolist() == near(-1.75), "between −1.5, the last that stays, and −2, the next"
     assert choice.fixed.int().tolist() == RECENT.int().tolist(), "fixed: what no score could have moved"
     every[0, 0] = False  # the first token is protected: it stays anyway, and takes no part
-    choice = select(SCORES, every, torch.tensor([2]), recent=1)
+    choice = select(scores, every, torch.tensor([2]), recent=1)
     assert choice.kept[0, 0].int().tolist() == [[0, 1, 1, 0, 1], [0, 0, 0, 0, 1]], "only candidates use up the budget"
     assert choice.fixed[0, 0, 0].int().tolist() == [1, 0, 0, 0, 1]
 
