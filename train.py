@@ -186,7 +186,7 @@ class Distiller(nn.Module):
 
     def distil(self, m, totals, ctx, teacher, soft: bool):
         """Shapes of the quick experiment's pass, B = 1, SmolLM2: context (1, 424), h (1, 424, 576), scores and β
-        (1, 30, 3, 424), keys of a layer (1, 3, 424, 64); continuations (1, ~330), of which R ≈ 320 are supervised:
+        (1, 30, 3, 424), keys of a layer (1, 3, 424, 64); continuations (1, ~300), of which R ≈ 290 are supervised:
         student and teacher (R, 576), their logits (R, 49152), a chunk at a time."""
         model, comp, b = self.model[0], self.compressor, m.batch
         with torch.set_grad_enabled(self.learn_scores):

@@ -1,7 +1,7 @@
 """Draw the figures of results/*.json (needs matplotlib):
 
     python results/plots.py                      # of every result that is there, results/*.png
-    python results/plots.py --heads ADAPTER      # results/heads.png: how the budget spreads over heads
+    python results/plots.py --heads ADAPTER      # results/heads.png: which heads hold how much
 
 `eval.py --plot --out FILE.json` draws the same for one result.
 """
@@ -208,21 +208,28 @@ def budget_shares(comp, model, cases, keep: float):
 
 @torch.no_grad()
 def head_map(comp, model, cases, path: Path, keeps=(0.25, 0.05)) -> Path:
-    """Each head's share of the budget, mean over the documents, heads against layers; says how much shares vary."""
+    """How much of a document each head keeps (its share of the budget, times keep), heads against layers, mean over
+    the documents; says which heads hold most, and how much shares depend on the document."""
     if comp.cfg.choice != "head":
         raise BadInput("--heads: under this adapter all heads keep the same tokens; it was trained with --choice token")
-    fig, axes = plt.subplots(len(keeps), 1, figsize=(9, 2.2 * len(keeps)), layout="constrained")
+    G = model.cfg.n_kv_head
+    fig, axes = plt.subplots(len(keeps), 1, figsize=(9, len(keeps) * (0.7 + 0.28 * G)), sharex=True,
+                             layout="constrained")
     for keep, ax in zip(keeps, axes):
         shares = budget_shares(comp, model, cases, keep)
-        print(f"keep {keep:g}: a head's share varies by {shares.std(0).mean():.2f} of an equal share between "
-              f"{len(cases)} documents, and by {shares.mean(0).std():.2f} between heads (standard deviations)")
-        image = ax.imshow(shares.mean(0).T, cmap="viridis", vmin=0, aspect="auto")
-        ax.set(title=f"keep {keep:g}: entries that a head holds, 1 is an equal share", ylabel="key-value head")
-        for axis, size, each in ((ax.xaxis, shares.shape[1], 3), (ax.yaxis, shares.shape[2], 1)):
+        mean, vary = shares.mean(0), shares.std(0)
+        most = np.argsort(-mean, axis=None)[:max(1, mean.size // 10)]
+        print(f"keep {keep:g}: {len(most)} of {mean.size} heads hold {mean.flat[most].sum() / mean.sum():.0%} of the "
+              f"budget: " + ", ".join(f"{i // G + 1}.{i % G + 1}" for i in most) + " (layer.head)")
+        print(f"    between {len(cases)} documents a head's share varies by {vary.mean():.2f} of an equal share, these "
+              f"heads' by {vary.flat[most].mean():.2f}; between heads by {mean.std():.2f} (standard deviations)")
+        image = ax.imshow(mean.T * keep, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        ax.set(title=f"keep {keep:g} ({1 / keep:g}×), mean over {len(cases)} documents", ylabel="head")
+        for axis, size, each in ((ax.xaxis, len(mean), 3), (ax.yaxis, G, 1)):
             axis.set_ticks(range(0, size, each), range(1, size + 1, each))
-        fig.colorbar(image, ax=ax)
     axes[-1].set_xlabel("layer")
-    fig.suptitle(f"mean over {len(cases)} held-out documents", fontsize=9)
+    fig.colorbar(image, ax=axes, label="part of the document\nthat a head keeps", format="{x:.0%}",
+                 ticks=[0, 0.25, 0.5, 0.75, 1])
     return save(fig, path)
 
 

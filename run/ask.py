@@ -41,8 +41,6 @@ def main() -> None:
         return show_answers(model, tokenizer, {"saved": cache}, a.question, *how)
 
     comp, folder = open_compressor(a.adapter, model, tokenizer, a.seed)
-    if comp.cfg.choice == "head" and a.tokens is not None and a.tokens < comp.cfg.recent:
-        raise BadInput(f"--tokens {a.tokens}: every head keeps the last {comp.cfg.recent} tokens; give at least that")
     document = case(tokenizer, tokenizer.encode(text), [])
     n, protected = document.n, document.n_protect
     over = n + protected + replay_overhead(tokenizer) + min(n, 256) - model.cfg.max_positions

@@ -1,4 +1,4 @@
-"""The three READMEs name files, functions, flags and commands that exist, and their Python examples run as written."""
+"""The three READMEs, and exercises.md, name files, functions, flags and commands that exist, and their Python examples run as written."""
 import io
 import re
 import shlex
@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "results"))
 import plots  # noqa: E402
 
 PAGES = ("README.md", "results/README.md", "run/README.md")
+ALL = (*PAGES, "exercises.md")
 PARSERS = {"train.py": lambda: train_flags.parse_args(TrainConfig, PRESETS), "compress.py": compress_flags.parse_args,
            "eval.py": lambda: eval_flags.parse_args(METHODS, DEFAULT_METHODS), "data/prepare.py": prepare.main,
            "results/plots.py": plots.main}
@@ -63,12 +64,12 @@ def test_readme_is_short():
     assert len(text_of("README.md")) <= 12_000
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ALL)
 def test_lines_are_short_outside_tables_and_code(page):
     assert not [line for line in prose(page).splitlines() if len(line) > 120 and not line.startswith("|")]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ALL)
 def test_every_file_named_exists(page):
     named = set(re.findall(r"`([\w./-]+(?:\.py|\.md|\.txt|/))`", text_of(page))) - MADE
     named |= {path for path in re.findall(r"\]\(([^)#]+)\)", text_of(page)) if not path.startswith("http")}
@@ -77,7 +78,7 @@ def test_every_file_named_exists(page):
     assert named
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ALL)
 def test_every_function_and_test_named_exists(page):
     names = re.findall(r"`((?:compress|model|train|eval|data\.\w+|run\.\w+)\.(?!py`)[A-Za-z_.]+)`", text_of(page))
     for name in names:
@@ -92,7 +93,7 @@ def test_every_function_and_test_named_exists(page):
     assert names or page != "README.md"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ALL)
 def test_every_flag_named_in_the_text_exists(page):
     known = set().union(*map(flags_of, PARSERS)) | THEIRS
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"<!--.*?-->", "", prose(page))))
