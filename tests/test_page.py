@@ -154,8 +154,8 @@ def test_what_is_in_a_page_is_what_caches_keep(page):
             assert kept.sum() == k * shown["layers"] * shown["heads"]
             # in our `token` choice all heads are alike; with `head` (and random under either) they are not
             assert (kept == kept[:, :1, :1]).all() == (choice == "token" and m == 0)
-            if choice == "head" and k >= 4:
-                assert kept[-4:].all(), "recent tokens"
+            if choice == "head":
+                assert kept[-min(4, max(1, k // 8)):].all(), "recent tokens"
         assert method["bytes"] == sorted(method["bytes"], reverse=True) and len(set(method["bytes"])) == 7
         assert [len(a) for a in method["answers"]] == [1] * 7
     assert "".join(text for text, _ in shown["units"]) == HOSTILE.strip()
