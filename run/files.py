@@ -40,7 +40,8 @@ def base_of(model: Llama, tokenizer) -> dict:
         if spread:
             dist.broadcast_object_list(found)
         model.fingerprint, = found
-    plain = {"bias": "", "head_norm": False, "sliding_window": None}  # a Llama, as adapters from before these take it
+    # a Llama, as adapters from before these take it
+    plain = {"bias": "", "head_norm": False, "sliding_window": None, "sliding_layers": ()}
     architecture = {key: x for key, x in asdict(model.cfg).items() if key not in plain or x != plain[key]}
     return {"architecture": architecture, "tokenizer": tokenizer.fingerprint, "weights": model.fingerprint}
 
