@@ -334,7 +334,7 @@ def open_text(comp: Compressor, model: Llama, tokenizer, text: str) -> Context:
     """A text as the user's turn of a chat, read up to layer η; the chat header before it is protected."""
     if not text.strip():
         raise BadInput("the context is empty; there is nothing to compress")
-    ids = torch.tensor([tokenizer.header + tokenizer.encode(text.strip())], device=model.device)
+    ids = torch.tensor([tokenizer.header + tokenizer.document(text.strip())], device=model.device)
     protect = torch.arange(ids.shape[1], device=model.device)[None] < max(1, len(tokenizer.header))
     return comp.read(model, ids, protect=protect)
 
@@ -373,6 +373,8 @@ def open_compressor(path, model: Llama, tokenizer, seed: int = 0) -> tuple[Compr
     comp, meta = load_adapter(folder, model, tokenizer), read_json(folder / "adapter.json")
     steps = [str(meta.get("train", {}).get(name, "?")) for name in ("reconstruct", "steps")]
     print(f"adapter: {folder} ({' + '.join(steps)} steps, {meta.get('created', '')})")
+    if meta.get("system") != tokenizer.system:
+        print(f"warning: {folder} was trained with --system {meta.get('system')!r:.50}: expect less", file=sys.stderr)
     return comp, folder
 
 
