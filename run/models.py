@@ -159,7 +159,7 @@ def load_checked(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama
             raise BadInput(f"{found[name]} holds numbers that are not finite, or not in {dtype}; download it again")
     if cfg.sliding_layers:
         print(f"note: {folder}: a sliding window of {cfg.sliding_window} tokens in {len(cfg.sliding_layers)} of "
-              f"{cfg.n_layer} layers; of longer texts they see no more", file=sys.stderr)
+              f"{cfg.n_layer} layers; there, no token looks further back", file=sys.stderr)
     return model
 
 
