@@ -82,7 +82,7 @@ class Config:
                 first, kinds = j.get("max_window_layers", 28), j.get("layer_types")
                 c["sliding_window"], c["sliding_layers"] = window, [
                     i for i in range(min(c["n_layer"], 1000)) if family == "mistral" or (  # run.models refuses more
-                        i >= first if kinds is None else kinds[i] == "sliding_attention")]
+                        i >= first if kinds is None else kinds[i:i + 1] == ["sliding_attention"])]
             return cls(head_norm=family == "qwen3", **c)
 
 

@@ -169,7 +169,10 @@ def open_model(a: argparse.Namespace, shard=None):
     keep_freed_memory()
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, expected one with config.json, model.safetensors and tokenizer.json")
-    tokenizer = Tokenizer(folder, a.system)
+    tokenizer, ids = Tokenizer(folder, a.system), read_config(folder / "config.json").vocab_size
+    if tokenizer.n_vocab > ids:
+        raise BadInput(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {ids}; they do not belong "
+                       "together")
     try:
         model = load_checked(folder, device, pick_dtype(a.dtype, device), shard)
     except RuntimeError as e:
@@ -177,7 +180,4 @@ def open_model(a: argparse.Namespace, shard=None):
             raise
         raise BadInput(f"{folder}: the model does not fit into {device} ({str(e).splitlines()[0]}); try --dtype bf16, "
                        "or another --device. Only train.py spreads a model over GPUs (--parallel fsdp)") from None
-    if tokenizer.n_vocab > model.cfg.vocab_size:
-        raise BadInput(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {model.cfg.vocab_size}; they "
-                       "do not belong together")
     return model, tokenizer
