@@ -373,8 +373,6 @@ def open_compressor(path, model: Llama, tokenizer, seed: int = 0) -> tuple[Compr
     comp, meta = load_adapter(folder, model, tokenizer), read_json(folder / "adapter.json")
     steps = [str(meta.get("train", {}).get(name, "?")) for name in ("reconstruct", "steps")]
     print(f"adapter: {folder} ({' + '.join(steps)} steps, {meta.get('created', '')})")
-    if meta.get("system") != tokenizer.system:
-        print(f"warning: {folder} was trained with --system {meta.get('system')!r:.50}: expect less", file=sys.stderr)
     return comp, folder
 
 

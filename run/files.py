@@ -83,6 +83,8 @@ def read_adapter(folder, model: Llama, tokenizer) -> tuple[dict, dict[str, torch
     folder = Path(folder)
     meta = read_about(folder / "adapter.json")
     check_base(folder / "adapter.json", meta.get("base", {}), model, tokenizer)
+    if meta.get("system") != tokenizer.system:
+        print(f"warning: {folder} was trained with --system {meta.get('system')!r:.50}: expect less", file=sys.stderr)
     with reading(folder / "adapter.safetensors"):
         with safe_open(folder / "adapter.safetensors", "pt") as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}

@@ -49,7 +49,7 @@ KINDS_OF_MODEL = {
 
 
 class Tok:
-    fingerprint = "t"
+    fingerprint, system = "t", None
 
 
 @pytest.fixture(scope="module", params=KINDS_OF_MODEL, ids=str)

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save_file
 
-from compress import highlight, kept_shares, load_adapter, open_compressor
+from compress import highlight, kept_shares, load_adapter
 from conftest import ROOT, save_llama, tiny_compressor, tiny_llama
 from run.errors import BadInput, read_json, run_program, write_json
 from run.files import base_of, load_cache, newest_adapter, save_adapter, save_cache
@@ -378,7 +378,7 @@ def test_the_system_prompt_belongs_to_a_run_and_its_adapter(tiny_run, tmp_path, 
     for system, lines in ((asked, []), (None, [f"warning: {out / 'adapter'} was trained with --system 'Be brief.': "
                                                "expect less"])):
         capsys.readouterr()
-        open_compressor(out, model, Tokenizer(tiny_run[1], system))
+        load_adapter(out / "adapter", model, Tokenizer(tiny_run[1], system))
         assert capsys.readouterr().err.splitlines() == lines
 
 
