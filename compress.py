@@ -332,7 +332,7 @@ def open_text(comp: Compressor, model: Llama, tokenizer, text: str) -> Context:
     """A text as the user's turn of a chat, read up to layer η; the chat header before it is protected."""
     if not text.strip():
         raise BadInput("the context is empty; there is nothing to compress")
-    ids = torch.tensor([tokenizer.header + tokenizer.encode(text.strip())], device=model.device)
+    ids = torch.tensor([tokenizer.header + tokenizer.document(text.strip())], device=model.device)
     protect = torch.arange(ids.shape[1], device=model.device)[None] < max(1, len(tokenizer.header))
     return comp.read(model, ids, protect=protect)
 

@@ -2,7 +2,7 @@
 
 In order: the configuration (from a Hugging Face config.json), the cache, rotary positions, attention, the block, the
 whole model, public weights, generating text. Mistral and Qwen are Llamas with a few switches: biases of projections, a
-norm of each head's queries and keys, heads of any width, other rotary scaling.
+norm of each head's queries and keys, heads of any width, other rotary scaling, a sliding window.
 
 Three things differ from the plainest Llama, because the compressor needs them:
   - heads of the cache may hold different tokens, and different numbers of them; a number per entry, `bias`, is added to
@@ -53,7 +53,8 @@ class Config:
     tied: bool = True        # the output head is the embedding matrix
     bias: str = ""           # the projections that have one, of "qkvo"
     head_norm: bool = False  # every head's queries and keys are normalised before they are rotated
-    sliding_window: int | None = None  # tokens that attention sees, if fewer than there were positions: then as many
+    sliding_window: int | None = None  # positions that a token sees, its own included, …
+    sliding_layers: list | tuple = ()  # … in these layers, from 0 on; in all others, all
 
     @classmethod
     def from_json(cls, path) -> "Config":
@@ -71,15 +72,17 @@ class Config:
             c["n_kv_head"], c["tied"] = c["n_kv_head"] or c["n_head"], c["tied"] or False
             c["head_dim"] = c["head_dim"] or (128 if family == "qwen3" else c["n_embd"] // c["n_head"])
             c["bias"] = "qkv" if family == "qwen2" else "qkvo" if j.get("attention_bias") else ""
-            # transformers 5 moved both rope settings into rope_parameters
-            rope = expect(j.get("rope_scaling") or j.get("rope_parameters") or {}, dict)
+            rope = expect(j.get("rope_scaling") or j.get("rope_parameters") or {}, dict)  # the latter: transformers 5
             c["rope_theta"] = j.get("rope_theta") or rope.get("rope_theta", 10000.0)
             c["rope_scaling"] = s = scaling_from_json(rope, c["max_positions"])
             if s and s.get("rope_type") == "yarn":  # Qwen's own advice leaves max_position_embeddings as it was
                 c["max_positions"] = max(c["max_positions"], int(s["factor"] * s["original_max_position_embeddings"]))
             window = j.get("sliding_window", 4096) if family == "mistral" or j.get("use_sliding_window") else None
             if window is not None and window < c["max_positions"]:
-                c["sliding_window"] = c["max_positions"] = window
+                first, kinds = j.get("max_window_layers", 28), j.get("layer_types")
+                c["sliding_window"], c["sliding_layers"] = window, [
+                    i for i in range(min(c["n_layer"], 1000)) if family == "mistral" or (  # run.models refuses more
+                        i >= first if kinds is None else kinds[i:i + 1] == ["sliding_attention"])]
             return cls(head_norm=family == "qwen3", **c)
 
 
@@ -129,6 +132,7 @@ class Cache:
     layers: list[list[Part]]
     next_position: torch.Tensor   # (B,) int64, where a continuation starts: the *original* context length
     free: int | None = None       # slots still to be appended to, at the end of every part; None: not a buffer
+    appended: tuple = ()          # of one (B, 1, A) int64, where what was appended stands, for a sliding window
 
     def with_room(self, extra: int, ragged: bool = False) -> "Cache":
         """A copy that `extra` tokens can be appended to; ragged: some of them may be padding."""
@@ -142,7 +146,7 @@ class Cache:
         """The rows `index` (a list), each as often as it is named: one context for several questions."""
         i = torch.as_tensor(index, device=self.next_position.device)
         layers = [[p.map(lambda x: x[i]) for p in parts] for parts in self.layers]
-        return Cache(layers, self.next_position[i], self.free)
+        return Cache(layers, self.next_position[i], self.free, tuple(x[i] for x in self.appended))
 
     def extend(self, part: Part, k, v):
         """What new tokens see of a part: its keys, values and biases, then their own. A buffer stores them, too."""
@@ -153,8 +157,13 @@ class Cache:
         part.k[:, :, start:end], part.v[:, :, start:end] = k, v
         return part.k[:, :, :end], part.v[:, :, :end], None if part.bias is None else part.bias[..., :end]
 
-    def mark_appended(self, T: int, lengths=None) -> None:
+    def places(self, part: Part, at):
+        """Where the keys that `extend` gives stand: (B, 1 or g, S); at: (B, 1, T), those of the new tokens."""
+        return torch.cat([x.expand(-1, part.positions.shape[1], -1) for x in (part.positions, *self.appended, at)], 2)
+
+    def mark_appended(self, T: int, lengths=None, at=None) -> None:
         """After all layers have appended T tokens to a buffer; lengths: (B,), how many of them are no padding."""
+        self.appended = () if at is None else (torch.cat([*self.appended, at], 2),)
         if lengths is not None:
             padding = torch.arange(T, device=lengths.device) >= lengths[:, None, None]          # (B, 1, T)
             for part in (p for parts in self.layers for p in parts if p.bias is not None):
@@ -205,23 +214,24 @@ def rope_frequencies(cfg: Config) -> torch.Tensor:
 
 def rotate(x, rope):
     """Apply rotary positions to x (B, heads, T, d): Hugging Face's order, the pair of dimension i is i + d/2."""
-    cos, sin = rope  # (B, 1, T, d) each
+    cos, sin, _ = rope  # (B, 1, T, d) each
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def attend(q, k, v, own=None, bias=None):
+def attend(q, k, v, own=None, bias=None, far=None):
     """softmax(q·kᵀ/√d + bias)·v with G ≤ H: (B, H, T, d), (B, G, S, d), (B, G, S, d) -> (B, H, T, d).
-
     The last T keys are the queries' own, those before them are seen by every query.
     own: (B or 1, 1, T, T) bool, who sees whom among the own; None: causal.
     bias: (B, 1 or G, S) fp32, or None. Its gradient is summed over layers in fp32.
+    far: for a sliding window, where the keys stand, (B, 1 or G, S), and up to where a query sees nothing, (B, 1, T).
     """
     if q.shape[2] == 1:  # decoding: the query heads that share a key head become rows of one product; keys read once
         rows = q.reshape(k.shape[0], k.shape[1], -1, q.shape[3])                       # (B, G, H/G, d)
+        bias = bias if far is None else torch.where(far[0] <= far[1], NEG, 0.0 if bias is None else bias)
         bias = None if bias is None else bias[:, :, None].to(q.dtype)
         return F.scaled_dot_product_attention(rows, k, v, attn_mask=bias).view(q.shape)
-    blocks = q.device.type == "cpu" and q.dtype == torch.bfloat16  # where they are faster (LOG.md)
-    return (attend_in_blocks if blocks else attend_by_kernel)(q, k, v, own, bias)
+    blocks = far is not None or q.device.type == "cpu" and q.dtype == torch.bfloat16  # where they are faster (LOG.md)
+    return attend_in_blocks(q, k, v, own, bias, far) if blocks else attend_by_kernel(q, k, v, own, bias)
 
 
 def attend_by_kernel(q, k, v, own=None, bias=None):
@@ -244,7 +254,7 @@ def attend_by_kernel(q, k, v, own=None, bias=None):
     return F.scaled_dot_product_attention(q, k, v, **how)[..., :d]
 
 
-def attend_in_blocks(q, k, v, own=None, bias=None, watch=None, block: int = 128):
+def attend_in_blocks(q, k, v, own=None, bias=None, far=None, watch=None, block: int = 128):
     """`attend`, spelled out, some queries at a time, without the keys that come after them: in bf16 on a CPU twice as
     fast as SDPA (LOG.md). watch: called as watch(weights (B, G, H/G, t, s) fp32, first) with the weights of t queries,
     the first of them query `first`, over the keys that the last of them may see."""
@@ -258,6 +268,8 @@ def attend_in_blocks(q, k, v, own=None, bias=None, watch=None, block: int = 128)
             logits[..., before + i:] += logits.new_full((t, t), NEG).triu(1)
         else:
             logits[..., before:].masked_fill_(~own[:, :, None, i:upto, :upto], NEG)
+        if far is not None:
+            logits.masked_fill_((far[0][:, :, None, :before + upto] <= far[1][..., i:upto, None])[:, :, None], NEG)
         if bias is not None:
             logits = logits + bias[:, :, None, None, :before + upto]
         weights = logits.softmax(-1, dtype=None if watch is None else torch.promote_types(q.dtype, torch.float32))
@@ -284,8 +296,9 @@ class Route:
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, layer: int):
         super().__init__()
+        self.window = cfg.sliding_window if layer in cfg.sliding_layers else None
         self.cfg, inner, kv = cfg, cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
         self.wq = nn.Linear(cfg.n_embd, inner, bias="q" in cfg.bias)
         self.wk = nn.Linear(cfg.n_embd, kv, bias="k" in cfg.bias)
@@ -305,15 +318,17 @@ class Attention(nn.Module):
         q = self.wq(x) if route is None else self.wq(x) + route.q(x)          # before the norm: it is part of W_Q
         q = rotate(self.q_norm(self.heads(q)), rope)                           # (B, H, T, d)
         see = attend if watch is None else partial(attend_in_blocks, watch=partial(watch, layer))
+        at = None if self.window is None else rope[2]
         if cache is None:
-            y = see(q, k, v, own)
+            y = see(q, k, v, own, far=None if at is None else (at, at - self.window))
         else:
             parts, ys = cache.layers[layer], []
             cut = lambda x: [x] if len(parts) == 1 else x.split(  # noqa: E731
                 [p.k.shape[1] * x.shape[1] // k.shape[1] for p in parts], 1)
             for part, *qkv in zip(parts, cut(q), cut(k), cut(v)):
                 keys, values, bias = cache.extend(part, *qkv[1:])
-                ys.append(see(qkv[0], keys, values, own, bias))
+                far = None if at is None else (cache.places(part, at), at - self.window)
+                ys.append(see(qkv[0], keys, values, own, bias, far))
             y = ys[0] if len(ys) == 1 else torch.cat(ys, 1)
         y = y.transpose(1, 2).flatten(2)                                       # (B, T, H·d)
         return self.wo(y) if route is None else self.wo(y) + route.o(y), k, v
@@ -331,9 +346,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, layer: int):
         super().__init__()
-        self.attn_norm, self.attn = RMSNorm(cfg.n_embd, cfg.norm_eps), Attention(cfg)
+        self.attn_norm, self.attn = RMSNorm(cfg.n_embd, cfg.norm_eps), Attention(cfg, layer)
         self.mlp_norm, self.mlp = RMSNorm(cfg.n_embd, cfg.norm_eps), MLP(cfg)
 
     def forward(self, h, rope, own=None, cache=None, layer=0, route=None, watch=None, kv_only=False):
@@ -354,7 +369,7 @@ class Llama(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         if not cfg.tied:
             self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -368,22 +383,22 @@ class Llama(nn.Module):
 
     def rope(self, positions, last: int | None = None):
         """cos and ∓sin of every position's angles: (B, T) -> two (B, 1, T, d) in the model's dtype. A pair (a, b) turns
-        to (a·cos − b·sin, b·cos + a·sin), so sin is negative in the first half.
-
+        to (a·cos − b·sin, b·cos + a·sin), so sin is negative in the first half. Third, if some lie beyond a sliding
+        window, the positions (B, 1, T); else None.
         last: the largest position, from a caller who knows it; asking a GPU for it means waiting for the GPU.
         """
-        if positions.numel():
-            last = int(positions.max()) if last is None else last
-            if last >= self.cfg.max_positions:
-                kind = "of its sliding window" if self.cfg.sliding_window else "positions"
-                raise BadInput(f"{last + 1} tokens are more than the model's {self.cfg.max_positions} {kind}; use a "
-                               "shorter text")
+        if last is None:
+            last = int(positions.max()) if positions.numel() else 0
+        if last >= self.cfg.max_positions:
+            raise BadInput(f"{last + 1} tokens are more than the model's {self.cfg.max_positions} positions; use a "
+                           "shorter text")
         if self.frequencies is None or self.frequencies.device != positions.device:
             self.frequencies = rope_frequencies(self.cfg).to(positions.device)
         angle = positions[:, None, :, None].float() * self.frequencies
         scale = (self.cfg.rope_scaling or {}).get("attention_factor", 1.0)    # YaRN's: softmax a little sharper
         cos, sin = angle.cos() * scale, angle.sin() * scale
-        return torch.cat([cos, cos], -1).to(self.dtype), torch.cat([-sin, sin], -1).to(self.dtype)
+        return (torch.cat([cos, cos], -1).to(self.dtype), torch.cat([-sin, sin], -1).to(self.dtype),
+                positions[:, None] if last >= (self.cfg.sliding_window or math.inf) else None)
 
     def block(self, layer: int, h, *args, **kwargs):
         """One layer, through Block.forward: h, k, v. Where memory is short, what its backward needs is not kept."""
@@ -407,12 +422,13 @@ class Llama(nn.Module):
         at = offsets(tokens, segments)
         if lengths is not None:
             at = at.minimum(lengths[:, None] - 1)  # padding takes no position of its own
-        rope = self.rope(at if cache is None else at + cache.next_position[:, None], last)
+        at = at if cache is None else at + cache.next_position[:, None]
+        rope = self.rope(at, last)
         own, h = None if segments is None else own_mask(tokens, segments), self.embed(tokens)
         for layer in range(self.cfg.n_layer):
             h, _, _ = self.block(layer, h, rope, own, cache, layer, watch=watch)
         if cache is not None and cache.free is not None:
-            cache.mark_appended(tokens.shape[1], lengths)
+            cache.mark_appended(tokens.shape[1], lengths, at[:, None] if self.cfg.sliding_window else None)
         return self.norm(h)
 
     def logits(self, h):
@@ -421,17 +437,14 @@ class Llama(nn.Module):
 
     def run_layers(self, h, first: int = 0, last: int | None = None, route=None, store=lambda layer, k, v: (k, v)):
         """Run layers first … last−1 over a whole context, causally, and collect its keys and values.
-
         h: (B, N, D), the hidden states before layer `first`; padding, if any, is on the right. route(layer): the
         layer's Route or None. store(layer, k, v): keys and values (B, G, N, d) come, what it returns is collected.
-        Returns: h after layer last−1, and what was collected. Of the model's last layer, no cache sees more than keys
-        and values, and nothing else is computed.
-        """
+        Returns: h after layer last−1, and what was collected; of the model's last layer only keys and values are
+        computed, for no cache sees more."""
         rope = self.rope(torch.arange(h.shape[1], device=h.device)[None], last=h.shape[1] - 1)
         stored = []
         for layer in range(first, self.cfg.n_layer if last is None else last):
-            h, k, v = self.block(layer, h, rope, route=route and route(layer),
-                                 kv_only=layer == self.cfg.n_layer - 1)
+            h, k, v = self.block(layer, h, rope, route=route and route(layer), kv_only=layer == self.cfg.n_layer - 1)
             stored.append(store(layer, k, v))
         return h, stored
 
@@ -443,7 +456,6 @@ class Llama(nn.Module):
 
 def whole_cache(kvs, lengths=None, bias=None) -> Cache:
     """The cache in which every head holds all N tokens of its context.
-
     Args: kvs: (k, v) of every layer, (B, G, N, d) each; lengths: (B,) int64, the real tokens of each row, None: all;
     bias: (B, L or 1, G or 1, N) fp32, for entries that are decayed, or that a head is to do without.
     """
@@ -461,8 +473,7 @@ def whole_cache(kvs, lengths=None, bias=None) -> Cache:
 
 def offsets(tokens, segments=None):
     """How far each token stands from the start of its row, or of its segment: (B, T) int64."""
-    T = tokens.shape[1]
-    i = torch.arange(T, device=tokens.device).expand(tokens.shape[0], T)
+    i = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
     if segments is None:
         return i
     new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)  # the first token of each segment
@@ -471,7 +482,6 @@ def offsets(tokens, segments=None):
 
 def own_mask(tokens, segments=None):
     """Who sees whom among the new tokens: causal, within a segment. (B or 1, 1, T, T) bool.
-
     Two continuations, x and y, of a cache of three entries, in one row; what is masked is the right part:
 
              cached   x0 x1 y0 y1
@@ -518,7 +528,6 @@ def weight_files(folder: Path) -> list[Path]:
 def load_llama(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama:
     """A frozen model from a folder with config.json and model.safetensors, or shards with an index. It is taken to be
     sound: run.models.load_checked looks at what strangers made.
-
     The model is made without memory ("meta"), and each tensor is copied into place as it is read, so the peak is one
     model and one tensor. shard: called with the model while it has no memory; it may spread parameters over processes
     by rows (FSDP2), and then each process reads its own rows of the files and no others.
@@ -542,28 +551,23 @@ def load_llama(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama:
 
 def pad_right(rows: list[list[int]], device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """Lists of ids -> tokens (B, T) int64, padded on the right with 0, and lengths (B,)."""
-    lengths = torch.tensor([len(r) for r in rows], device=device)
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for i, r in enumerate(rows):
-        tokens[i, :len(r)] = torch.tensor(r)
-    return tokens.to(device), lengths
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(r, dtype=torch.long) for r in rows], batch_first=True)
+    return tokens.to(device), torch.tensor([len(r) for r in rows], device=device)
 
 
 @torch.no_grad()
 def generate(model: Llama, cache: Cache, prompts: list[list[int]], max_new_tokens: int = 64, stop_ids=frozenset(),
              temperature: float = 0.0, seed: int = 0) -> Iterator[list[int | None]]:
     """Continue each prompt after its row of the cache; yields one new token per row, None for a row that has ended.
-
     The cache is copied first and stays as it was. Prompts may differ in length; none may be empty. temperature 0 is
     greedy. A stop token ends its row and is not yielded. Generation also ends at the model's last position.
     """
     tokens, lengths = pad_right(prompts, model.device)
-    sizes = [len(p) for p in prompts]
-    if min(sizes) == 0:
+    if not all(prompts):
         raise BadInput("an empty prompt cannot be continued; ask something")
     left = model.cfg.max_positions - int((cache.next_position + lengths).max())
     max_new_tokens = min(max_new_tokens, left + 1)  # the last token needs no position: nothing follows it
-    cache = cache.with_room(tokens.shape[1] + max(0, max_new_tokens), ragged=len(set(sizes)) > 1)
+    cache = cache.with_room(tokens.shape[1] + max(0, max_new_tokens), ragged=len({*map(len, prompts)}) > 1)
     rng = torch.Generator(model.device).manual_seed(seed)
     h = model(tokens, cache, lengths=lengths)
     last = h[torch.arange(len(prompts)), lengths - 1]                      # (B, D), each row's last real token
@@ -590,10 +594,6 @@ def generate(model: Llama, cache: Cache, prompts: list[list[int]], max_new_token
 def answer(model: Llama, tokenizer, cache: Cache, questions: list[str], max_new_tokens: int = 64,
            temperature: float = 0.0, seed: int = 0) -> list[str]:
     """Text answers to questions about one cached context (a cache of one row), in one ragged batch."""
-    out = [[] for _ in questions]
-    for step in generate(model, cache.rows([0] * len(questions)), [tokenizer.ask(q) for q in questions],
-                         max_new_tokens, tokenizer.stop_ids, temperature, seed):
-        for ids, t in zip(out, step):
-            if t is not None:
-                ids.append(t)
-    return [tokenizer.decode(ids).strip() for ids in out]
+    steps = [*generate(model, cache.rows([0] * len(questions)), [tokenizer.ask(q) for q in questions], max_new_tokens,
+                       tokenizer.stop_ids, temperature, seed)]
+    return [tokenizer.decode([s[i] for s in steps if s[i] is not None]).strip() for i in range(len(questions))]

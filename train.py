@@ -381,7 +381,7 @@ def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
         a.weights = a.weights or fetch()
     a.device, default = str(world.device), f"out/{a.preset}"
     if a.dtype == "auto":  # all processes must come to the same, and a run that goes on to what it was
-        a.dtype = world.on_rank0(lambda: dtype_of({"train": asdict(c)}, c.out, default, defaults) or
+        a.dtype = world.on_rank0(lambda: dtype_of({"train": asdict(c), "system": a.system}, c.out, default, defaults) or
                                  {torch.float32: "fp32", torch.bfloat16: "bf16"}[pick_dtype("auto", world.device)])
     c.parallel = world.broadcast(choose_parallel(c.parallel, a.weights, a.dtype, world.world_size, world.device))
     model, tokenizer = open_model(a, world.shard if c.parallel == "fsdp" else None)
@@ -389,7 +389,7 @@ def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
     for block in model.layers if c.compile else ():
         block.mlp.compile()
     # base_of brings sharded weights together, so all processes call it; later calls remember
-    wanted = {"train": asdict(c), "dtype": str(model.dtype)[6:], "base": base_of(model, tokenizer)}
+    wanted = {"train": asdict(c), "system": a.system, "dtype": str(model.dtype)[6:], "base": base_of(model, tokenizer)}
     if a.profile:  # so many steps of each phase that there is, and one before them
         c = replace(c, reconstruct=min(c.reconstruct, a.profile + 1), steps=min(c.steps, a.profile + 1))
     else:
@@ -411,7 +411,7 @@ def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
         train(c, draw, comp, model, out, world)
         comp.requires_grad_(False)
         if not world.rank:
-            save_adapter(out / "adapter", comp, model, tokenizer, {"train": asdict(c), **about})
+            save_adapter(out / "adapter", comp, model, tokenizer, {"train": asdict(c), "system": a.system, **about})
         print(f"adapter saved in {out / 'adapter'} after {time.perf_counter() - start:.0f} s")
         cells = []
         if c.eval_contexts:

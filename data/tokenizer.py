@@ -214,8 +214,8 @@ def chat_template(folder: Path, config: dict) -> str:
 
 
 class Tokenizer:
-    """`encode(text) -> ids`, `decode(ids) -> text`, and the pieces of a chat: `header`, `ask(question)`, `end` (of an
-    answer), `stop_ids`. A model without a chat template is asked in plain text.
+    """`encode(text) -> ids`, `decode(ids) -> text`, and the pieces of a chat: `header`, `document(text)`,
+    `ask(question)`, `end` (of an answer), `stop_ids`. A model without a chat template is asked in plain text.
 
     Args: folder: where tokenizer.json lies; system: a system prompt, in place of the one that the template brings
     along (Mistral's, with the day's date in it, is left out). Errors: BadInput for anything that is not understood.
@@ -250,6 +250,7 @@ class Tokenizer:
             self.set_chat(folder, spec, read_json(path) if path.exists() else {}, system)
 
     def set_chat(self, folder: Path, spec: dict, config: dict, system: str | None) -> None:
+        self.system, self.before, self.joined = system, "", False  # the latter two: how a document follows the header
         bos, eos = (t["content"] if isinstance(t, dict) else t for t in map(config.get, ("bos_token", "eos_token")))
         template = chat_template(folder, config)
         ends = {eos, "<|endoftext|>", "<|end_of_text|>", "</s>"}
@@ -294,8 +295,10 @@ class Tokenizer:
                     ids += self.encode(section.replace("{}", system or ""), joined)
             return ids
 
-        begin = [mark(bos)] if "bos_token" in template and bos else []
-        self.header = begin + marked(alone if system is None else with_system, bool(begin) and self.bpe.first)
+        begin, layout = [mark(bos)] if "bos_token" in template and bos else [], alone if system is None else with_system
+        self.header = begin + marked(layout, bool(begin) and self.bpe.first)
+        self.before = " " * (layout.endswith("[INST]") and "[INST] " in template)
+        self.joined = self.bpe.first or layout.endswith("\n") or "[INST]" not in self.special  # it follows text
         self.turn = marked(turn, True)
         self.end = [mark(end)]
         self.stop_ids.add(self.end[0])
@@ -305,6 +308,10 @@ class Tokenizer:
         joined: it goes on from other text (SentencePiece begins a text with a blank of its own)."""
         return self.bpe.encode(text, joined)
 
+    def document(self, text: str) -> list[int]:
+        """Ids of a text that follows the header."""
+        return self.encode(self.before + text, self.joined)
+
     def decode(self, ids) -> str:
         """Text of ids; what is no UTF-8 (a character cut in two), or no token (a padded vocabulary), becomes U+FFFD."""
         return b"".join(self.pieces.get(i, b"\xff") for i in ids).decode("utf-8", errors="replace")
@@ -312,6 +319,6 @@ class Tokenizer:
     def ask(self, question: str) -> list[int]:
         """What follows a document in the user's turn: the question, and the opening of the model's turn.
 
-        header + document + ask(question) + answer + end is one conversation; header + document are compressed.
+        header + document(text) + ask(question) + answer + end is one conversation; header + document are compressed.
         """
         return self.encode("\n\n" + question, joined=True) + self.turn

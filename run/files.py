@@ -40,7 +40,8 @@ def base_of(model: Llama, tokenizer) -> dict:
         if spread:
             dist.broadcast_object_list(found)
         model.fingerprint, = found
-    plain = {"bias": "", "head_norm": False, "sliding_window": None}  # a Llama, as adapters from before these take it
+    # a Llama, as adapters from before these take it
+    plain = {"bias": "", "head_norm": False, "sliding_window": None, "sliding_layers": ()}
     architecture = {key: x for key, x in asdict(model.cfg).items() if key not in plain or x != plain[key]}
     return {"architecture": architecture, "tokenizer": tokenizer.fingerprint, "weights": model.fingerprint}
 
@@ -82,6 +83,8 @@ def read_adapter(folder, model: Llama, tokenizer) -> tuple[dict, dict[str, torch
     folder = Path(folder)
     meta = read_about(folder / "adapter.json")
     check_base(folder / "adapter.json", meta.get("base", {}), model, tokenizer)
+    if meta.get("system") != tokenizer.system:
+        print(f"warning: {folder} was trained with --system {meta.get('system')!r:.50}: expect less", file=sys.stderr)
     with reading(folder / "adapter.safetensors"):
         with safe_open(folder / "adapter.safetensors", "pt") as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}

@@ -64,7 +64,8 @@ def differs(out: Path, wanted: dict, defaults: dict) -> str:
             return f"it has a setting {key}, which is of another version"
         if have[key] != wanted["train"][key]:
             return f"--{key.replace('_', '-')} was {have[key]}, now {wanted['train'][key]}"
-    for part, name in (("dtype", f"--dtype, {found.get('dtype')}"), ("base", "base model")):
+    for part, name in (("system", f"--system, {found.get('system')!r:.50}"),
+                       ("dtype", f"--dtype, {found.get('dtype')}"), ("base", "base model")):
         if part in wanted and found.get(part) != wanted[part]:
             return f"another {name}"
     return ""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from run.errors import BadInput, reading
+from run.errors import BadInput, expect, read_json, reading
 from data.fetch import fetch
 from data.tokenizer import Tokenizer
 from model import KEYS, Config, Llama, load_llama, our_name, own_rows, rope_frequencies, weight_files
@@ -94,8 +94,9 @@ def read_config(path) -> Config:
     cfg = Config.from_json(path)
     with reading(path, "expected the config.json of a Llama, Mistral or Qwen"):
         scaling = cfg.rope_scaling or {}
-        for name, x in ({"sliding_window": None} | vars(cfg) | scaling).items():  # it first: it sets max_positions
-            if name in ("rope_scaling", "rope_type", "bias", "head_norm") or name == "sliding_window" and x is None:
+        for name, x in (vars(cfg) | scaling).items():
+            if name in ("rope_scaling", "rope_type", "bias", "head_norm", "sliding_layers") or (
+                    name == "sliding_window" and x is None):
                 continue
             most = 1000 if name == "n_layer" else 1 << 24
             if name == "tied":
@@ -106,6 +107,11 @@ def read_config(path) -> Config:
                 good, want = type(x) is int and 0 < x <= most, f"a whole number from 1 to {most}"
             if not good:
                 raise ValueError(f"{KEYS.get(name, name)} is {x!r:.50}, expected {want}")
+        j = read_json(path)
+        known = ("full_attention", "sliding_attention")[:2 if j.get("use_sliding_window") else 1]
+        kinds = j.get("layer_types") if j["model_type"].startswith("qwen") else None  # nobody reads the others'
+        if kinds is not None and (len(expect(kinds, list)) != cfg.n_layer or any(x not in known for x in kinds)):
+            raise ValueError(f"layer_types is {kinds!r:.50}, expected {cfg.n_layer} times {' or '.join(known)}")
         if cfg.n_head % cfg.n_kv_head or cfg.head_dim % 2:
             raise ValueError(f"{cfg.n_head} heads, {cfg.n_kv_head} key-value heads of width {cfg.head_dim}: expected a "
                              "multiple, and an even width")
@@ -151,9 +157,9 @@ def load_checked(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama
         rows, _ = own_rows(w)
         if rows.numel() and not torch.stack([rows.min(), rows.max()]).isfinite().all():  # either is NaN if one is
             raise BadInput(f"{found[name]} holds numbers that are not finite, or not in {dtype}; download it again")
-    if cfg.sliding_window:
-        print(f"note: {folder}: a sliding window of {cfg.sliding_window} tokens; longer texts are refused",
-              file=sys.stderr)
+    if cfg.sliding_layers:
+        print(f"note: {folder}: a sliding window of {cfg.sliding_window} tokens in {len(cfg.sliding_layers)} of "
+              f"{cfg.n_layer} layers; there, no token looks further back", file=sys.stderr)
     return model
 
 
@@ -163,7 +169,10 @@ def open_model(a: argparse.Namespace, shard=None):
     keep_freed_memory()
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, expected one with config.json, model.safetensors and tokenizer.json")
-    tokenizer = Tokenizer(folder, a.system)
+    tokenizer, ids = Tokenizer(folder, a.system), read_config(folder / "config.json").vocab_size
+    if tokenizer.n_vocab > ids:
+        raise BadInput(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {ids}; they do not belong "
+                       "together")
     try:
         model = load_checked(folder, device, pick_dtype(a.dtype, device), shard)
     except RuntimeError as e:
@@ -171,7 +180,4 @@ def open_model(a: argparse.Namespace, shard=None):
             raise
         raise BadInput(f"{folder}: the model does not fit into {device} ({str(e).splitlines()[0]}); try --dtype bf16, "
                        "or another --device. Only train.py spreads a model over GPUs (--parallel fsdp)") from None
-    if tokenizer.n_vocab > model.cfg.vocab_size:
-        raise BadInput(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {model.cfg.vocab_size}; they "
-                       "do not belong together")
     return model, tokenizer

@@ -151,13 +151,14 @@ def test_a_folder_belongs_to_one_run(tmp_path):
         a_step(folder)
         assert find(wanted(micro=2), out) == (folder, False)
     for other, why in ((wanted(lr=2.0), "--lr was 1.0, now 2.0"), (wanted() | {"dtype": "bfloat16"}, "another --dtype"),
-                       (wanted() | {"base": {"weights": "b"}}, "another base model")):
+                       (wanted() | {"base": {"weights": "b"}}, "another base model"),
+                       (wanted() | {"system": "Be brief."}, "another --system, None")):
         with pytest.raises(BadInput, match=why):
             find(other, named)
         assert find(other, "")[0].name == "quick-2"
     for name in ("named", "quick"):
         write_json(tmp_path / name / "result.json", {})
-    assert find(wanted(), named) == (tmp_path / "named", True)
+    assert find(wanted(), named) == find(wanted() | {"system": None}, named) == (tmp_path / "named", True)
     assert find(wanted(), "") == (tmp_path / "quick-2", False)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "letter.txt").write_text("Dear")

@@ -9,15 +9,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress import Compressor, kept_count
+from compress import Compressor, attention_received, kept_count
 from conftest import save_llama, tiny_compressor, tiny_llama
-from model import Llama, generate, load_llama, rope_frequencies
+from model import Llama, generate, load_llama, pad_right, rope_frequencies
 from run import files, models
 from run.errors import BadInput
 from run.files import base_of, check_base, load_cache, newest_adapter, read_adapter, save_adapter, save_cache
 from run.models import load_checked, open_model, read_config
 from run.plan import HEADER, continuation_tokens, memory, step_flops
 from test_compress import chosen, context, continuation, logits, masked
+from test_model import greedy_by_hand
 from test_plan import KINDS, MIX, SMOLLM, Peak, one_pass
 from test_tokenizer import tiny_tokenizer_json
 from test_train import gradients, sample
@@ -33,18 +34,22 @@ KINDS_OF_MODEL = {
     "llama 3, tied": ("Llama", {"rope_scaling": LLAMA3, "tie_word_embeddings": True}),
     "llama, linear": ("Llama", {"rope_scaling": {"type": "linear", "factor": 4.0}, "num_key_value_heads": 4}),
     "mistral": ("Mistral", {"sliding_window": None}),
-    "mistral, wide heads, window": ("Mistral", {"head_dim": 20, "sliding_window": 400}),
+    "mistral, wide heads, window": ("Mistral", {"head_dim": 20, "sliding_window": 24}),
+    "mistral, a longer window": ("Mistral", {"sliding_window": 400}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2, yarn, mha": ("Qwen2", {"rope_scaling": {"type": "yarn"} | YARN, "num_key_value_heads": 4}),
     "qwen2, yarn, spelled out": ("Qwen2", {"rope_scaling": YARN | {"beta_fast": 16.0, "beta_slow": 2.0,
                                                                    "attention_factor": 1.3}}),
+    "qwen2, window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 3}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3, window, by name": ("Qwen3", {"head_dim": 16, "use_sliding_window": True, "sliding_window": 17,
+                                         "layer_types": ["sliding_attention", "full_attention"] * 3}),
     "qwen3, tied, yarn, biases": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True, "rope_scaling": YARN,
                                             "attention_bias": True})}
 
 
 class Tok:
-    fingerprint = "t"
+    fingerprint, system = "t", None
 
 
 @pytest.fixture(scope="module", params=KINDS_OF_MODEL, ids=str)
@@ -138,30 +143,122 @@ def write(folder, **changes):
     return folder
 
 
-@pytest.mark.parametrize("changes, positions", [
-    ({"model_type": "mistral"}, 512), ({"model_type": "mistral", "sliding_window": 100}, 100),
-    ({"model_type": "mistral", "sliding_window": None}, 512), ({"sliding_window": 100}, 512),
-    ({"model_type": "qwen2", "sliding_window": 100}, 512), ({"model_type": "mistral", "sliding_window": 600}, 512),
-    ({"model_type": "qwen3", "sliding_window": 100, "use_sliding_window": True}, 100),
-    ({"model_type": "qwen2", "rope_scaling": {"type": "yarn", "factor": 4.0}}, 2048)], ids=str)
-def test_positions_end_with_the_sliding_window_and_yarn_adds_some(tmp_path, changes, positions):
-    assert read_config(write(tmp_path, **changes) / "config.json").max_positions == positions
+WINDOW = {"sliding_window": 100, "use_sliding_window": True}
+NAMED = ["full_attention"] * 5 + ["sliding_attention"]
 
 
-def test_a_text_longer_than_the_window_is_refused(tmp_path, capsys):
-    """Up to that length, attention with and without a window is the same; it is said once that there is one."""
+@pytest.mark.parametrize("changes, layers", [
+    ({"model_type": "mistral"}, []), ({"model_type": "mistral", "sliding_window": None}, []),
+    ({"model_type": "mistral", "sliding_window": 100}, [0, 1, 2, 3, 4, 5]), ({"sliding_window": 100}, []),
+    ({"model_type": "mistral", "sliding_window": 512}, []), ({"model_type": "qwen2", "sliding_window": 100}, []),
+    ({"model_type": "mistral", "sliding_window": 100, "layer_types": NAMED}, [0, 1, 2, 3, 4, 5]),
+    ({"model_type": "qwen3", **WINDOW}, []), ({"model_type": "qwen2", "max_window_layers": 4, **WINDOW}, [4, 5]),
+    ({"model_type": "qwen2", "max_window_layers": 0, "layer_types": NAMED, **WINDOW}, [5]), (WINDOW, [])], ids=str)
+def test_the_layers_with_a_window_are_those_of_transformers(tmp_path, changes, layers):
+    cfg = read_config(write(tmp_path, **changes) / "config.json")
+    assert [*cfg.sliding_layers] == layers and (cfg.sliding_window == 100 or not layers) and cfg.max_positions == 512
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    if changes.get("model_type", "llama").startswith("qwen"):
+        assert [i for i, kind in enumerate(theirs.layer_types) if kind == "sliding_attention"] == layers
+
+
+def test_yarn_adds_positions(tmp_path):
+    changes = {"model_type": "qwen2", "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    assert read_config(write(tmp_path, **changes) / "config.json").max_positions == 2048
+
+
+# A sliding window -----------------------------------------------------------------------------------------------------
+
+def sliding(window=10, **changes) -> Llama:
+    return tiny_llama(sliding_window=window, sliding_layers=[1, 2, 4, 5], **changes)
+
+
+@torch.no_grad()
+def test_a_window_that_nothing_reaches_beyond_is_said_once_and_costs_nothing(tmp_path, capsys):
+    """Up to its length attention is what it is without one, to the bit, by the same kernels; one token more is not."""
     model = load_checked(write(tmp_path, model_type="mistral", sliding_window=100))
-    assert capsys.readouterr().err.count("sliding window of 100 tokens") == 1
-    model.prefill(torch.zeros(1, 100, dtype=torch.long))
-    with pytest.raises(BadInput, match="101 tokens are more than the model's 100 of its sliding window"):
-        model.prefill(torch.zeros(1, 101, dtype=torch.long))
+    assert capsys.readouterr().err.count("sliding window of 100 tokens in 6 of 6 layers") == 1
     load_checked(write(tmp_path, model_type="mistral", sliding_window=512))
     assert capsys.readouterr().err == "", "a window that no text can reach is not worth a line"
+    plain, tokens = tiny_llama(), torch.arange(101)[None] % 97
+    assert torch.equal(model(tokens[:, :100]), plain(tokens[:, :100])) and model.rope(tokens[:, :97])[2] is None
+    a, b = (m(tokens[:, 90:100], m.prefill(tokens[:, :90])) for m in (model, plain))
+    assert torch.equal(a, b)
+    a, b = model(tokens), plain(tokens)
+    assert torch.allclose(a[:, :100], b[:, :100], atol=1e-5)
+    assert (a[:, 100] - b[:, 100]).abs().max() > 1e-3, "it no longer sees the first"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("choice", ["head", "token"])
+def test_of_a_short_cache_a_window_shows_what_lies_in_it(choice):
+    """By positions, not by how many entries are left: against the same weights without a window, that get the same
+    keys, step by step, with a bias of −1e9 on those that stand ten or more positions back."""
+    model, plain = sliding(), tiny_llama()
+    comp = tiny_compressor(model, choice=choice)
+    cache, cont = comp.compress(model, context(model, comp), keep=0.5), continuation(model, t=14)
+    together, room = logits(model, cache, cont), cache.with_room(15)
+    steps = torch.cat([logits(model, room, cont[:, i:i + 1]) for i in range(14)], 1)
+    assert torch.allclose(steps, together, atol=1e-4)
+    half = cache.with_room(14)
+    halves = [logits(model, half, x) for x in (cont[:, :6], cont[:, 6:])]
+    assert torch.allclose(torch.cat(halves, 1), together, atol=1e-4)
+    for t in range(14):
+        layers = []
+        for layer, (parts, found) in enumerate(zip(cache.layers, room.layers)):
+            layers.append([])
+            for part, grown in zip(parts, found):
+                own = torch.arange(40, 40 + t).expand(*part.positions.shape[:2], -1)
+                at = torch.cat([part.positions, own], 2)
+                there = at > 40 + t - 10 if layer in (1, 2, 4, 5) else at >= 0
+                entries = slice(0, at.shape[2])
+                layers[-1].append(replace(grown, k=grown.k[:, :, entries], v=grown.v[:, :, entries], positions=at,
+                                          bias=torch.where(there, 0.0, -1e9)))
+        want = logits(plain, replace(cache, layers=layers, next_position=cache.next_position + t), cont[:, t:t + 1])
+        assert torch.allclose(want[:, 0], together[:, t], atol=1e-4), t
+    swapped = logits(model, room.rows([1, 0]), cont[[1, 0], :1])
+    assert torch.allclose(swapped, logits(model, room, cont[:, :1])[[1, 0]], atol=1e-4)
+    assert (logits(plain, cache, cont) - together).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_a_ragged_batch_under_a_window_is_its_rows():
+    """Contexts and prompts of different lengths: padding stands nowhere, and answers are those of one long pass."""
+    model, g = sliding(window=7), torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, 97, (n,), generator=g).tolist() for n in (20, 5, 13)]
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5]]
+    steps = list(generate(model, model.prefill(*pad_right(rows)), prompts, 12))
+    for i, (row, prompt) in enumerate(zip(rows, prompts)):
+        assert [s[i] for s in steps] == greedy_by_hand(model, torch.tensor([row + prompt]), 12)
+    cont, cache = torch.randint(0, 97, (1, 14), generator=g), model.prefill(torch.tensor([rows[0]]))
+    alone = torch.cat([model(part, cache) for part in cont.split([9, 5], 1)], 1)  # two continuations in a row
+    assert torch.allclose(model(cont, cache, torch.tensor([[0] * 9 + [1] * 5])), alone, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_no_token_sees_receives_no_attention():
+    """The scorer's target: of 40 tokens, in layers with a window of 10 positions, the last nine alone are seen."""
+    model = sliding()
+    cache = model.prefill(torch.arange(40)[None])
+    got = attention_received(model, cache, torch.arange(12)[None])
+    assert (got[:, [1, 2, 4, 5], :, :31] == 0).all() and (got[:, [1, 2, 4, 5], :, 31:] > 0).all()
+    assert (got[:, [0, 3]] > 0).all()
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes, why", [
     ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, expected a whole number"),
     ({"model_type": "mistral", "sliding_window": "x"}, "config.json: not as expected"),
+    ({"model_type": "mistral", "sliding_window": 1.5}, "sliding_window is 1.5, expected a whole number"),
+    ({"model_type": "qwen2", **WINDOW, "layer_types": NAMED[1:]}, "layer_types .* expected 6 times full_attention or"),
+    ({"model_type": "qwen2", **WINDOW, "layer_types": NAMED * 2}, "layer_types .* expected 6 times full_attention or"),
+    ({"model_type": "qwen3", **WINDOW, "layer_types": ["chunked_attention"] * 6}, "layer_types is .*chunked"),
+    ({"model_type": "qwen3", "layer_types": NAMED}, "layer_types is .*, expected 6 times full_attention;"),
+    ({"model_type": "qwen3", **WINDOW, "layer_types": 5}, "config.json: not as expected"),
+    ({"model_type": "qwen3", **WINDOW, "max_window_layers": None}, "config.json: not as expected"),
+    ({"model_type": "qwen3", **WINDOW, "max_window_layers": 0, "num_hidden_layers": 1 << 60}, "num_hidden_layers"),
     ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "type 'longrope' is not supported"),
     ({"rope_scaling": {"type": 5}}, "5 where str was expected"),
     ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor is '2', expected a number above 0"),
@@ -178,6 +275,7 @@ def test_what_is_not_supported_is_one_line(tmp_path, changes, why):
 
 def test_a_tokenizer_with_ids_beyond_the_model_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(models, "load_checked", lambda *x: pytest.fail("the weights are loaded before it is said"))
     (write(tmp_path) / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json()))
     a = argparse.Namespace(weights=str(tmp_path), device="cpu", dtype="fp32", system=None)
     with pytest.raises(BadInput, match="the tokenizer has [0-9]+ ids, the model 97; they do not belong together"):

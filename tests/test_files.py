@@ -16,7 +16,7 @@ from run.files import base_of, load_state, newest_adapter, read_adapter, save_ad
 
 
 class Tok:
-    fingerprint = "t"
+    fingerprint, system = "t", None
 
 
 # errors -------------------------------------------------------------------------------------------------------------

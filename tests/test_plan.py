@@ -76,7 +76,7 @@ def one_pass(cfg: Config, c: TrainConfig, asked: int, phase: str, *watch) -> Non
         totals = Totals(*torch.ones(5))
         blocks = attend_in_blocks  # what a GPU does is planned: fused kernels, but where weights are watched
         patch.setattr("model.attend_in_blocks", lambda *x, watch=None: blocks(*x, watch=watch) if watch else
-                      attend_by_kernel(*x))
+                      attend_by_kernel(*x[:5]))
         for mode in watch:
             if isinstance(mode, Peak):
                 mode.live = {p.untyped_storage()._cdata: 0 for p in (*model.parameters(), *distil.parameters())}

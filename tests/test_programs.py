@@ -405,6 +405,23 @@ def test_a_typo_leaves_no_folder_behind_and_any_may_be_corrected(tiny_run, texts
     assert json.loads(out.getvalue().splitlines()[-1])["context"] == 64  # --json: all of it in one line
 
 
+def test_the_system_prompt_belongs_to_a_run_and_its_adapter(tiny_run, tmp_path, monkeypatch, capsys):
+    """Another one is refused when the run is taken up again, and warned of, in one line, when the adapter is used."""
+    out, asked = tmp_path / "x", "Be brief."
+    flags = (*tiny_run, "--reconstruct", "1", "--steps", "1", "--eval-contexts", "0", "--out", out)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--system", asked])
+    train_main()
+    assert read_json(out / "config.json")["system"] == read_json(out / "adapter" / "adapter.json")["system"] == asked
+    for other in ((), ("--system", "Be long.")):
+        assert "holds another run (another --system, 'Be brief.')" in one_line_error("train.py", *flags, *other)
+    model = load_llama(tiny_run[1])
+    for system, lines in ((asked, []), (None, [f"warning: {out / 'adapter'} was trained with --system 'Be brief.': "
+                                               "expect less"])):
+        capsys.readouterr()
+        load_adapter(out / "adapter", model, Tokenizer(tiny_run[1], system))
+        assert capsys.readouterr().err.splitlines() == lines
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tiny_run, tmp_path):
     for which in ("--lr", "--teach-lr", "--scorer-lr"):
         message = one_line_error("train.py", *tiny_run, "--reconstruct", "5", "--steps", "30", which, "1e37",

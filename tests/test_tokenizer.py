@@ -324,43 +324,29 @@ SYSTEMS = (None, "Be brief.")
     ("smollm2", "smollm2", SYSTEMS), ("qwen2", "qwen2", SYSTEMS), ("qwen2.5", "qwen2", SYSTEMS),
     ("qwen3", "qwen2", SYSTEMS), ("llama3", "llama3", SYSTEMS), ("llama3.1", "llama3", SYSTEMS),
     ("nemo", "tekken", SYSTEMS), ("mistral-v7", "tekken", SYSTEMS[1:]),
-    # with a system prompt, a SentencePiece document has a blank of its own after the prompt's empty line: below
-    ("llama2", "llama2", (None,)), ("mistral-v0.2", "llama2", (None,)), ("mistral-v0.3", "mistral", (None,)),
+    # SentencePiece: where a document follows a special token it begins with a blank, where it follows text it does not
+    ("llama2", "llama2", SYSTEMS), ("mistral-v0.2", "llama2", (None,)), ("mistral-v0.3", "mistral", SYSTEMS),
+    ("qwen3", "mistral", SYSTEMS), ("nemo", "mistral", SYSTEMS), ("mistral-v7", "mistral", SYSTEMS[1:]),
+    # older files of Mistral put that blank after every special token
+    ("mistral-v0.3", "legacy", SYSTEMS), ("qwen3", "legacy", SYSTEMS), ("mistral-v0.2", "legacy", (None,)),
 ])
 def test_chats_are_the_templates(tmp_path, template, kind, systems):
     """Our pieces laid end to end have the ids that the model's own chat template gives."""
+    def change(spec):
+        if kind == "legacy":
+            spec.update(normalizer=json.loads(trained("llama2"))["normalizer"], pre_tokenizer=None)
     bos = "<|begin_of_text|>" if kind == "llama3" else "<s>"
-    folder = folder_of(tmp_path, kind, TEMPLATES[template], bos_token=bos)
+    folder = folder_of(tmp_path, "mistral" if kind == "legacy" else kind, TEMPLATES[template], change, bos_token=bos)
     reference = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token=bos, eos_token="</s>",
                                         chat_template=TEMPLATES[template])
     for system in systems:
         t = Tokenizer(folder, system)
-        got = t.header + t.encode("The house at the café") + t.ask("Who built it?")
+        got = t.header + t.document("The house at the café") + t.ask("Who built it?")
         messages = [{"role": "system", "content": system}] * (system is not None) + [
             {"role": "user", "content": "The house at the café\n\nWho built it?"}]
         assert got == reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert t.end == [t.special["<|eot_id|>" if kind == "llama3" else "</s>" if "[INST]" in TEMPLATES[template]
                                    else "<|im_end|>"]] and {*t.end} <= t.stop_ids
-
-
-@pytest.mark.parametrize("template, kind, legacy", [("llama2", "llama2", False), ("mistral-v0.3", "mistral", False),
-                                                    ("mistral-v0.3", "mistral", True), ("qwen3", "mistral", False),
-                                                    ("qwen3", "mistral", True)])
-def test_a_system_prompt_before_a_sentencepiece_document(tmp_path, template, kind, legacy):
-    """The header is the template's; the document behind it begins with the blank that SentencePiece begins texts with.
-    Older files of Mistral put that blank after every special token too."""
-    def change(spec):
-        if legacy:
-            spec.update(normalizer=json.loads(trained("llama2"))["normalizer"], pre_tokenizer=None)
-    folder = folder_of(tmp_path, kind, TEMPLATES[template], change)
-    reference = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>",
-                                        eos_token="</s>", chat_template=TEMPLATES[template])
-    t = Tokenizer(folder, "Be brief.")
-    want = reference.apply_chat_template([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}],
-                                         add_generation_prompt=True, return_dict=False)
-    assert t.header == want[:len(t.header)] and t.decode(t.header)[-1] == "\n"
-    assert t.turn == want[-len(t.turn):] and t.decode(t.encode("The house") + t.ask("Who?")[:-len(t.turn)]) == (
-        " The house\n\nWho?")
 
 
 def test_a_system_prompt_never_becomes_a_special_token(tmp_path):
