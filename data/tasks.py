@@ -189,7 +189,7 @@ def squad(tok: Tokenizer, path, n: int, seed: int, pack: int = 1) -> list[Case]:
             documents.append((title, text, [q for p in part for q in p["qas"]]))
     n = clamp(n, sum(len(d[2]) for d in documents), "questions")
     asked = spread([d[2] for d in documents], n, random.Random(f"{seed}/squad"))
-    return [case(tok, tok.encode(text), [squad_query(tok, *q) for q in qas], f"{title}/{i}")
+    return [case(tok, tok.document(text), [squad_query(tok, *q) for q in qas], f"{title}/{i}")
             for i, ((title, text, _), qas) in enumerate(zip(documents, asked)) if qas]
 
 
@@ -203,7 +203,7 @@ def squad_answers(tok: Tokenizer, path, n: int, seed: int, n_context: int, per_c
             part, ids = [], []
             for p in ps[i:] + ps[:i]:
                 tried = rng.sample([*part, p], len(part) + 1)
-                tried_ids = tok.encode("\n\n".join(x["context"] for x in tried))
+                tried_ids = tok.document("\n\n".join(x["context"] for x in tried))
                 if len(tried_ids) > n_context:
                     break
                 part, ids = tried, tried_ids
@@ -321,7 +321,7 @@ def niah(tok: Tokenizer, path, n: int, seed: int, lengths, depths) -> list[Case]
         body = [s for _, s in sorted(body + [(d * used - 0.5, NEEDLE.format(key, value)) for d, key, value in needles])]
         queries = [Query(f"{kind}/{length}/{d}", tok.ask(NEEDLE_QUESTION.format(key))
                          + tok.encode(NEEDLE_ANSWER.format(key)), gold=[value]) for d, key, value in needles]
-        cases.append(case(tok, tok.encode(NEEDLE_INTRO + " ".join(body)), queries, f"niah/{i}"))
+        cases.append(case(tok, tok.document(NEEDLE_INTRO + " ".join(body)), queries, f"niah/{i}"))
     return cases
 
 
@@ -330,7 +330,7 @@ def summary(tok: Tokenizer, path, n: int, seed: int) -> list[Case]:
     lines = read_lines(path)
     n = clamp(n, len(lines), "documents")
     chosen = random.Random(f"{seed}/summary").sample(lines, n)
-    return [case(tok, tok.encode(text_of(where, x, "document", "report")),
+    return [case(tok, tok.document(text_of(where, x, "document", "report")),
                  [Query("all", tok.ask(SUMMARY_PROMPT), gold=[text_of(where, x, "summary")])], where)
             for where, x in chosen]
 
@@ -362,14 +362,14 @@ def choice(tok: Tokenizer, path, n: int, seed: int) -> list[Case]:
         raise BadInput(f"{path}: no question in it")
     n = clamp(n, sum(map(len, documents.values())), "questions")
     asked = spread(list(documents.values()), n, random.Random(f"{seed}/choice"))
-    return [case(tok, tok.encode(text), queries, f"choice/{i}")
+    return [case(tok, tok.document(text), queries, f"choice/{i}")
             for i, (text, queries) in enumerate(zip(documents, asked)) if queries]
 
 
 def cost(tok: Tokenizer, path, n: int, lengths) -> list[Case]:
     """n documents of each length (compressible tokens), all alike; n are the repeats of the timing."""
     text = "\n".join(essays() if path is None else [plain_text(path)])
-    ids = tok.encode(text)[:max(lengths)]
+    ids = tok.document(text)[:max(lengths)]
     if len(ids) < max(lengths):
         raise BadInput(f"{path or 'the essays'}: {len(ids)} tokens, {max(lengths)} are asked for by --lengths")
     ask = tok.ask("What does the author say about work, and why? Answer in one sentence.")

@@ -41,7 +41,7 @@ def main() -> None:
         return show_answers(model, tokenizer, {"saved": cache}, a.question, *how)
 
     comp, folder = open_compressor(a.adapter, model, tokenizer, a.seed)
-    document = case(tokenizer, tokenizer.encode(text), [])
+    document = case(tokenizer, tokenizer.document(text), [])
     n, protected = document.n, document.n_protect
     over = n + protected + replay_overhead(tokenizer) + min(n, 256) - model.cfg.max_positions
     if a.method is not None and "kvzip" in a.method and over > 0:
