@@ -131,11 +131,12 @@ class Cache:
     free: int | None = None       # slots still to be appended to, at the end of every part; None: not a buffer
 
     def with_room(self, extra: int, ragged: bool = False) -> "Cache":
-        """A copy that `extra` tokens can be appended to; ragged: some of them may be padding."""
+        """A copy that `extra` tokens can be appended to; ragged: some may be padding. A bias hides free slots."""
         def grow(p: Part) -> Part:
-            bias = p.k.new_zeros(p.positions.shape, dtype=torch.float32) if ragged and p.bias is None else p.bias
-            return Part(F.pad(p.k, (0, 0, 0, extra)), F.pad(p.v, (0, 0, 0, extra)), p.positions,
-                        None if bias is None else F.pad(bias, (0, extra)))
+            k, v, bias = F.pad(p.k, (0, 0, 0, extra)), F.pad(p.v, (0, 0, 0, extra)), p.bias
+            if bias is None and (ragged or by_products(k)):
+                bias = k.new_zeros(p.positions.shape, dtype=torch.float32)
+            return Part(k, v, p.positions, None if bias is None else F.pad(bias, (0, extra), value=NEG))
         return Cache([[grow(p) for p in parts] for parts in self.layers], self.next_position, free=extra)
 
     def rows(self, index) -> "Cache":
@@ -151,6 +152,9 @@ class Cache:
             return torch.cat([part.k, k], 2), torch.cat([part.v, v], 2), bias
         start, end = part.k.shape[2] - self.free, part.k.shape[2] - self.free + k.shape[2]
         part.k[:, :, start:end], part.v[:, :, start:end] = k, v
+        if part.bias is not None:
+            part.bias[..., start:end] = 0
+            end += -end % 64 if k.shape[2] == 1 else 0  # hidden ones, too: products are compiled for each new length
         return part.k[:, :, :end], part.v[:, :, :end], None if part.bias is None else part.bias[..., :end]
 
     def mark_appended(self, T: int, lengths=None) -> None:
@@ -219,9 +223,18 @@ def attend(q, k, v, own=None, bias=None):
     if q.shape[2] == 1:  # decoding: the query heads that share a key head become rows of one product; keys read once
         rows = q.reshape(k.shape[0], k.shape[1], -1, q.shape[3])                       # (B, G, H/G, d)
         bias = None if bias is None else bias[:, :, None].to(q.dtype)
+        if by_products(k):
+            logits = (k @ (rows * q.shape[3] ** -0.5).transpose(2, 3)).transpose(2, 3).contiguous()
+            weights = (logits if bias is None else logits + bias).softmax(-1, dtype=torch.float32)
+            return (weights.to(v.dtype) @ v).view(q.shape)                             # (B, H, 1, d)
         return F.scaled_dot_product_attention(rows, k, v, attn_mask=bias).view(q.shape)
     blocks = q.device.type == "cpu" and q.dtype == torch.bfloat16  # where they are faster (LOG.md)
     return (attend_in_blocks if blocks else attend_by_kernel)(q, k, v, own, bias)
+
+
+def by_products(k) -> bool:
+    """Whether one query attends by plain products: faster than SDPA in bf16 on a CPU, if keys are many (LOG.md)."""
+    return k.device.type == "cpu" and k.dtype == torch.bfloat16 and k.shape[:3].numel() >= 2500
 
 
 def attend_by_kernel(q, k, v, own=None, bias=None):
@@ -359,7 +372,6 @@ class Llama(nn.Module):
         if not cfg.tied:
             self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.recompute = False  # in passes with a gradient: keep only each block's input, compute the rest again
-        self.frequencies = None
         self.fingerprint = None  # of the weights; run.files.base_of fills it in
 
     head_weight = property(lambda self: self.embed.weight if self.cfg.tied else self.head.weight)  # (V, D)
@@ -378,9 +390,7 @@ class Llama(nn.Module):
                 kind = "of its sliding window" if self.cfg.sliding_window else "positions"
                 raise BadInput(f"{last + 1} tokens are more than the model's {self.cfg.max_positions} {kind}; use a "
                                "shorter text")
-        if self.frequencies is None or self.frequencies.device != positions.device:
-            self.frequencies = rope_frequencies(self.cfg).to(positions.device)
-        angle = positions[:, None, :, None].float() * self.frequencies
+        angle = positions[:, None, :, None].float() * rope_frequencies(self.cfg).to(positions.device)
         scale = (self.cfg.rope_scaling or {}).get("attention_factor", 1.0)    # YaRN's: softmax a little sharper
         cos, sin = angle.cos() * scale, angle.sin() * scale
         return torch.cat([cos, cos], -1).to(self.dtype), torch.cat([-sin, sin], -1).to(self.dtype)
@@ -542,14 +552,11 @@ def load_llama(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama:
 
 def pad_right(rows: list[list[int]], device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """Lists of ids -> tokens (B, T) int64, padded on the right with 0, and lengths (B,)."""
-    lengths = torch.tensor([len(r) for r in rows], device=device)
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for i, r in enumerate(rows):
-        tokens[i, :len(r)] = torch.tensor(r)
-    return tokens.to(device), lengths
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(r, dtype=torch.long) for r in rows], batch_first=True)
+    return tokens.to(device), torch.tensor([len(r) for r in rows], device=device)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model: Llama, cache: Cache, prompts: list[list[int]], max_new_tokens: int = 64, stop_ids=frozenset(),
              temperature: float = 0.0, seed: int = 0) -> Iterator[list[int | None]]:
     """Continue each prompt after its row of the cache; yields one new token per row, None for a row that has ended.
@@ -558,15 +565,13 @@ def generate(model: Llama, cache: Cache, prompts: list[list[int]], max_new_token
     greedy. A stop token ends its row and is not yielded. Generation also ends at the model's last position.
     """
     tokens, lengths = pad_right(prompts, model.device)
-    sizes = [len(p) for p in prompts]
-    if min(sizes) == 0:
+    if lengths.min() == 0:
         raise BadInput("an empty prompt cannot be continued; ask something")
     left = model.cfg.max_positions - int((cache.next_position + lengths).max())
     max_new_tokens = min(max_new_tokens, left + 1)  # the last token needs no position: nothing follows it
-    cache = cache.with_room(tokens.shape[1] + max(0, max_new_tokens), ragged=len(set(sizes)) > 1)
+    cache = cache.with_room(tokens.shape[1] + max(0, max_new_tokens), ragged=bool((lengths < tokens.shape[1]).any()))
     rng = torch.Generator(model.device).manual_seed(seed)
-    h = model(tokens, cache, lengths=lengths)
-    last = h[torch.arange(len(prompts)), lengths - 1]                      # (B, D), each row's last real token
+    last = model(tokens, cache, lengths=lengths)[torch.arange(len(prompts)), lengths - 1]  # (B, D), each row's last
     alive = [True] * len(prompts)
     for i in range(max_new_tokens):
         logits = model.logits(last)                                        # (B, V)
@@ -590,10 +595,6 @@ def generate(model: Llama, cache: Cache, prompts: list[list[int]], max_new_token
 def answer(model: Llama, tokenizer, cache: Cache, questions: list[str], max_new_tokens: int = 64,
            temperature: float = 0.0, seed: int = 0) -> list[str]:
     """Text answers to questions about one cached context (a cache of one row), in one ragged batch."""
-    out = [[] for _ in questions]
-    for step in generate(model, cache.rows([0] * len(questions)), [tokenizer.ask(q) for q in questions],
-                         max_new_tokens, tokenizer.stop_ids, temperature, seed):
-        for ids, t in zip(out, step):
-            if t is not None:
-                ids.append(t)
-    return [tokenizer.decode(ids).strip() for ids in out]
+    steps = list(generate(model, cache.rows([0] * len(questions)), [tokenizer.ask(q) for q in questions],
+                          max_new_tokens, tokenizer.stop_ids, temperature, seed))
+    return [tokenizer.decode([s[i] for s in steps if s[i] is not None]).strip() for i in range(len(questions))]
