@@ -290,10 +290,10 @@ class Route:
     b_o: torch.Tensor   # (D, r); α = r, so no scale
 
     def q(self, x):     # (B, T, D) -> (B, T, H·d)
-        return self.mask * F.linear(F.linear(x, self.a_q), self.b_q)
+        return F.linear(self.mask * F.linear(x, self.a_q), self.b_q)
 
     def o(self, y):     # (B, T, H·d) -> (B, T, D)
-        return self.mask * F.linear(F.linear(y, self.a_o), self.b_o)
+        return F.linear(self.mask * F.linear(y, self.a_o), self.b_o)
 
 
 class Attention(nn.Module):

@@ -200,7 +200,8 @@ def ragged(model) -> Cache:
     g, full = torch.Generator().manual_seed(2), model.prefill(torch.randint(0, 97, (1, 12)))
     counts = torch.tensor([[3 + (2 * layer + layer % 2 * head) % 8 for head in range(2)] for layer in range(6)])
     stay = torch.rand(6, 2, 12, generator=g).argsort(-1) < counts[..., None]
-    return Cache([gather(p.k, p.v, s[None]) for (p,), s in zip(full.layers, stay)], full.next_position)
+    store = gather(stay[None])
+    return Cache([store(layer, p.k, p.v) for layer, (p,) in enumerate(full.layers)], full.next_position)
 
 
 @torch.no_grad()
