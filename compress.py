@@ -18,6 +18,7 @@ import math
 import signal
 import time
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -118,30 +119,33 @@ def select(scores, candidates, k, recent=0, check: bool = True) -> Choice:
     return Choice(kept.view_as(scores), fixed, ((last + after) / 2)[..., None, None])
 
 
-def gather(k, v, stay, beta=None) -> list[Part]:
-    """One layer's entries that stay, as the parts of a short cache.
+def gather(stay, beta=None):
+    """A choice -> store(layer, k, v), which makes the parts of a short cache of a layer's keys and values (B, G, N, d).
 
-    k, v: (B, G, N, d); stay: (B, G or 1, N) bool; beta: (B, G or 1, N) fp32, or None. Heads that hold equally many and
-    lie side by side share a part. Rows of a batch that keep fewer than others are padded.
+    stay: (B, L or 1, G or 1, N) bool; beta: as large, fp32, or None. Heads that hold equally many and lie side by side
+    share a part. Rows of a batch that keep fewer than others are padded.
     """
-    counts = stay.sum(-1)                                                                  # (B, G or 1)
-    order = (~stay).to(torch.uint8).argsort(dim=-1, stable=True)                           # those that stay come first
-    widths, least, parts, first = counts.amax(0).tolist(), counts.amin(0).tolist(), [], 0
-    row, head = (torch.arange(n, device=k.device) for n in k.shape[:2])
-    while first < len(widths):
-        end, width = first + 1, widths[first]
-        while end < len(widths) and widths[end] == width:
-            end += 1
-        index = order[:, first:end, :width]                                                # (B, g or 1, S)
-        real = torch.arange(width, device=k.device) < counts[:, first:end, None]
-        bias = None if beta is None else beta.expand_as(stay)[:, first:end].gather(2, index)
-        if bias is not None or min(least[first:end]) < width:
-            bias = torch.where(real, 0.0 if bias is None else bias, NEG)
-        heads = head[first:end] if len(widths) > 1 else head                               # one choice serves all
-        keys, values = (x[row[:, None, None], heads[:, None], index] for x in (k, v))      # (B, g, S, d)
-        parts.append(Part(keys, values, torch.where(real, index, -1).to(torch.int32), bias))
-        first = end
-    return parts
+    counts = stay.sum(-1)                                                                  # (B, l, g)
+    order = stay.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)             # those that stay come first
+    real = torch.arange(stay.shape[-1], device=stay.device) < counts[..., None]
+    positions = torch.where(real, order, -1).to(torch.int32)
+    widths, least = counts.amax(0).tolist(), counts.amin(0).tolist()
+
+    def store(layer, k, v) -> list[Part]:
+        layer, parts = layer if len(widths) > 1 else 0, []                                 # one choice serves all
+        row, head = (torch.arange(n, device=k.device)[:, None] for n in k.shape[:2])
+        for width, same in groupby(range(stay.shape[2]), widths[layer].__getitem__):
+            heads = [*same]
+            own = slice(heads[0], heads[-1] + 1)
+            at, bias = positions[:, layer, own, :width], None                              # (B, g or 1, S)
+            if beta is not None:
+                bias = beta[:, layer, own].gather(2, order[:, layer, own, :width])
+            if beta is not None or min(least[layer][own]) < width:
+                bias = torch.where(at < 0, NEG, 0.0 if beta is None else bias)
+            index = row[..., None], head[own] if stay.shape[2] > 1 else head, at.clamp(min=0)
+            parts.append(Part(k[index], v[index], at.clone(), bias))                       # (B, g, S, d)
+        return parts
+    return store
 
 
 # ------------------------------------------------------------------------------- 3. how the loss hears of the scores
@@ -314,18 +318,14 @@ class Compressor(nn.Module):
         choice, beta = self.choose(own, ctx, k), None
         if self.cfg.decay == "sigmoid" and scores is None:
             beta = decay(own, choice, "sigmoid", self.cfg.tau) * (choice.kept & (k < n)[:, None, None, None])
-        stay = choice.kept | ctx.protected[:, None, None]     # (B, l, g, N)
-        pick = lambda x, layer: x[:, layer if x.shape[1] > 1 else 0]  # noqa: E731
-        store = lambda layer, keys, values: gather(  # noqa: E731
-            keys, values, pick(stay, layer), None if beta is None else pick(beta, layer))
+        store = gather(choice.kept | ctx.protected[:, None, None], beta)
         return Cache(self.encode(model, ctx, choice, k, store), ctx.lengths)
 
 
 def drop_from(full: Cache, ctx: Context, choice: Choice) -> Cache:
     """The chosen entries of an uncompressed cache and the protected ones: what training-free methods do."""
-    stay = (choice.kept | ctx.protected[:, None, None]).expand(-1, len(full.layers), -1, -1)
-    return Cache([gather(part.k, part.v, stay[:, layer]) for layer, (part,) in enumerate(full.layers)],
-                 full.next_position)
+    store = gather(choice.kept | ctx.protected[:, None, None])
+    return Cache([store(layer, part.k, part.v) for layer, (part,) in enumerate(full.layers)], full.next_position)
 
 
 def open_text(comp: Compressor, model: Llama, tokenizer, text: str) -> Context:

@@ -1,13 +1,11 @@
 """A Llama in one file: the frozen model that KV-Distill compresses for, its key-value cache, and generation.
 
-In order: the configuration (from a Hugging Face config.json), the cache, rotary positions, attention, the block, the
-whole model, public weights, generating text. Mistral and Qwen are Llamas with a few switches: biases of projections, a
-norm of each head's queries and keys, heads of any width, other rotary scaling, a sliding window.
+Mistral and Qwen are Llamas with a few switches: biases of projections, a norm of each head's queries and keys, heads of
+any width, other rotary scaling, a sliding window.
 
 Three things differ from the plainest Llama, because the compressor needs them:
-  - heads of the cache may hold different tokens, and different numbers of them; a number per entry, `bias`, is added to
-    every attention logit towards it: 0 for most, the decay β where one is kept, a large negative number for what is
-    not there;
+  - heads of the cache may hold different tokens, and different numbers of them; an entry's `bias` is added to every
+    attention logit towards it: 0 for most, the decay β where one is kept, NEG for what is not there;
   - attention takes an optional `Route`: a low-rank addition to W_Q and W_O for the tokens that will be kept;
   - a caller may watch the weights of attention go by (to learn what the model attends to).
 
@@ -135,11 +133,12 @@ class Cache:
     appended: tuple = ()          # of one (B, 1, A) int64, where what was appended stands, for a sliding window
 
     def with_room(self, extra: int, ragged: bool = False) -> "Cache":
-        """A copy that `extra` tokens can be appended to; ragged: some of them may be padding."""
+        """A copy that `extra` tokens can be appended to; ragged: some may be padding. A bias hides free slots."""
         def grow(p: Part) -> Part:
-            bias = p.k.new_zeros(p.positions.shape, dtype=torch.float32) if ragged and p.bias is None else p.bias
-            return Part(F.pad(p.k, (0, 0, 0, extra)), F.pad(p.v, (0, 0, 0, extra)), p.positions,
-                        None if bias is None else F.pad(bias, (0, extra)))
+            k, v, bias = F.pad(p.k, (0, 0, 0, extra)), F.pad(p.v, (0, 0, 0, extra)), p.bias
+            if bias is None and (ragged or by_products(k)):
+                bias = k.new_zeros(p.positions.shape, dtype=torch.float32)
+            return Part(k, v, p.positions, None if bias is None else F.pad(bias, (0, extra), value=NEG))
         return Cache([[grow(p) for p in parts] for parts in self.layers], self.next_position, free=extra)
 
     def rows(self, index) -> "Cache":
@@ -155,11 +154,15 @@ class Cache:
             return torch.cat([part.k, k], 2), torch.cat([part.v, v], 2), bias
         start, end = part.k.shape[2] - self.free, part.k.shape[2] - self.free + k.shape[2]
         part.k[:, :, start:end], part.v[:, :, start:end] = k, v
+        if part.bias is not None:
+            part.bias[..., start:end] = 0
+            end += -end % 64 if k.shape[2] == 1 else 0  # hidden ones, too: products are compiled for each new length
         return part.k[:, :, :end], part.v[:, :, :end], None if part.bias is None else part.bias[..., :end]
 
-    def places(self, part: Part, at):
-        """Where the keys that `extend` gives stand: (B, 1 or g, S); at: (B, 1, T), those of the new tokens."""
-        return torch.cat([x.expand(-1, part.positions.shape[1], -1) for x in (part.positions, *self.appended, at)], 2)
+    def places(self, part: Part, at, S: int):
+        """Where the S keys that `extend` gives stand: (B, 1 or g, S); at: (B, 1, T), those of the new tokens."""
+        x = torch.cat([x.expand(-1, part.positions.shape[1], -1) for x in (part.positions, *self.appended, at)], 2)
+        return F.pad(x, (0, S - x.shape[2]))  # free slots are hidden anyway
 
     def mark_appended(self, T: int, lengths=None, at=None) -> None:
         """After all layers have appended T tokens to a buffer; lengths: (B,), how many of them are no padding."""
@@ -220,8 +223,7 @@ def rotate(x, rope):
 
 def attend(q, k, v, own=None, bias=None, far=None):
     """softmax(q·kᵀ/√d + bias)·v with G ≤ H: (B, H, T, d), (B, G, S, d), (B, G, S, d) -> (B, H, T, d).
-    The last T keys are the queries' own, those before them are seen by every query.
-    own: (B or 1, 1, T, T) bool, who sees whom among the own; None: causal.
+    The last T keys are the queries' own; own: (B or 1, 1, T, T) bool, who sees whom among them, None: causal.
     bias: (B, 1 or G, S) fp32, or None. Its gradient is summed over layers in fp32.
     far: for a sliding window, where the keys stand, (B, 1 or G, S), and up to where a query sees nothing, (B, 1, T).
     """
@@ -229,9 +231,17 @@ def attend(q, k, v, own=None, bias=None, far=None):
         rows = q.reshape(k.shape[0], k.shape[1], -1, q.shape[3])                       # (B, G, H/G, d)
         bias = bias if far is None else torch.where(far[0] <= far[1], NEG, 0.0 if bias is None else bias)
         bias = None if bias is None else bias[:, :, None].to(q.dtype)
+        if by_products(k):
+            logits = (k @ (rows * q.shape[3] ** -0.5).transpose(2, 3)).transpose(2, 3).contiguous()
+            weights = (logits if bias is None else logits + bias).softmax(-1, dtype=torch.float32)
+            return (weights.to(v.dtype) @ v).view(q.shape)                             # (B, H, 1, d)
         return F.scaled_dot_product_attention(rows, k, v, attn_mask=bias).view(q.shape)
     blocks = far is not None or q.device.type == "cpu" and q.dtype == torch.bfloat16  # where they are faster (LOG.md)
     return attend_in_blocks(q, k, v, own, bias, far) if blocks else attend_by_kernel(q, k, v, own, bias)
+
+
+def by_products(k) -> bool:  # is one query faster by plain products than by SDPA? In bf16 on a CPU, of many keys
+    return k.device.type == "cpu" and k.dtype == torch.bfloat16 and k.shape[:3].numel() >= 2500
 
 
 def attend_by_kernel(q, k, v, own=None, bias=None):
@@ -289,10 +299,10 @@ class Route:
     b_o: torch.Tensor   # (D, r); α = r, so no scale
 
     def q(self, x):     # (B, T, D) -> (B, T, H·d)
-        return self.mask * F.linear(F.linear(x, self.a_q), self.b_q)
+        return F.linear(self.mask * F.linear(x, self.a_q), self.b_q)
 
     def o(self, y):     # (B, T, H·d) -> (B, T, D)
-        return self.mask * F.linear(F.linear(y, self.a_o), self.b_o)
+        return F.linear(self.mask * F.linear(y, self.a_o), self.b_o)
 
 
 class Attention(nn.Module):
@@ -327,7 +337,7 @@ class Attention(nn.Module):
                 [p.k.shape[1] * x.shape[1] // k.shape[1] for p in parts], 1)
             for part, *qkv in zip(parts, cut(q), cut(k), cut(v)):
                 keys, values, bias = cache.extend(part, *qkv[1:])
-                far = None if at is None else (cache.places(part, at), at - self.window)
+                far = None if at is None else (cache.places(part, at, keys.shape[2]), at - self.window)
                 ys.append(see(qkv[0], keys, values, own, bias, far))
             y = ys[0] if len(ys) == 1 else torch.cat(ys, 1)
         y = y.transpose(1, 2).flatten(2)                                       # (B, T, H·d)
@@ -374,7 +384,6 @@ class Llama(nn.Module):
         if not cfg.tied:
             self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.recompute = False  # in passes with a gradient: keep only each block's input, compute the rest again
-        self.frequencies = None
         self.fingerprint = None  # of the weights; run.files.base_of fills it in
 
     head_weight = property(lambda self: self.embed.weight if self.cfg.tied else self.head.weight)  # (V, D)
@@ -387,14 +396,10 @@ class Llama(nn.Module):
         window, the positions (B, 1, T); else None.
         last: the largest position, from a caller who knows it; asking a GPU for it means waiting for the GPU.
         """
-        if last is None:
-            last = int(positions.max()) if positions.numel() else 0
+        last = (int(positions.max()) if positions.numel() else 0) if last is None else last
         if last >= self.cfg.max_positions:
-            raise BadInput(f"{last + 1} tokens are more than the model's {self.cfg.max_positions} positions; use a "
-                           "shorter text")
-        if self.frequencies is None or self.frequencies.device != positions.device:
-            self.frequencies = rope_frequencies(self.cfg).to(positions.device)
-        angle = positions[:, None, :, None].float() * self.frequencies
+            raise BadInput(f"{last + 1} tokens are more than {self.cfg.max_positions} positions; use a shorter text")
+        angle = positions[:, None, :, None].float() * rope_frequencies(self.cfg).to(positions.device)
         scale = (self.cfg.rope_scaling or {}).get("attention_factor", 1.0)    # YaRN's: softmax a little sharper
         cos, sin = angle.cos() * scale, angle.sin() * scale
         return (torch.cat([cos, cos], -1).to(self.dtype), torch.cat([-sin, sin], -1).to(self.dtype),
@@ -439,8 +444,7 @@ class Llama(nn.Module):
         """Run layers first … last−1 over a whole context, causally, and collect its keys and values.
         h: (B, N, D), the hidden states before layer `first`; padding, if any, is on the right. route(layer): the
         layer's Route or None. store(layer, k, v): keys and values (B, G, N, d) come, what it returns is collected.
-        Returns: h after layer last−1, and what was collected; of the model's last layer only keys and values are
-        computed, for no cache sees more."""
+        Returns: h after layer last−1 (not after the model's last: no cache needs it), and what was collected."""
         rope = self.rope(torch.arange(h.shape[1], device=h.device)[None], last=h.shape[1] - 1)
         stored = []
         for layer in range(first, self.cfg.n_layer if last is None else last):
@@ -456,8 +460,8 @@ class Llama(nn.Module):
 
 def whole_cache(kvs, lengths=None, bias=None) -> Cache:
     """The cache in which every head holds all N tokens of its context.
-    Args: kvs: (k, v) of every layer, (B, G, N, d) each; lengths: (B,) int64, the real tokens of each row, None: all;
-    bias: (B, L or 1, G or 1, N) fp32, for entries that are decayed, or that a head is to do without.
+    kvs: (k, v) of every layer, (B, G, N, d) each; lengths: (B,) int64, the real tokens of each row, None: all; bias:
+    (B, L or 1, G or 1, N) fp32, for entries that are decayed, or that a head is to do without.
     """
     (B, _, N, _), device = kvs[0][0].shape, kvs[0][0].device
     positions = torch.arange(N, dtype=torch.int32, device=device).expand(B, 1, N)
@@ -528,9 +532,8 @@ def weight_files(folder: Path) -> list[Path]:
 def load_llama(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama:
     """A frozen model from a folder with config.json and model.safetensors, or shards with an index. It is taken to be
     sound: run.models.load_checked looks at what strangers made.
-    The model is made without memory ("meta"), and each tensor is copied into place as it is read, so the peak is one
-    model and one tensor. shard: called with the model while it has no memory; it may spread parameters over processes
-    by rows (FSDP2), and then each process reads its own rows of the files and no others.
+    The model is made without memory ("meta"), each tensor copied into place as it is read. shard: called with the model
+    while it has no memory; it may spread parameters over processes by rows (FSDP2), and then each reads its own.
     """
     folder = Path(folder)
     with torch.device("meta"):
@@ -555,7 +558,7 @@ def pad_right(rows: list[list[int]], device="cpu") -> tuple[torch.Tensor, torch.
     return tokens.to(device), torch.tensor([len(r) for r in rows], device=device)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model: Llama, cache: Cache, prompts: list[list[int]], max_new_tokens: int = 64, stop_ids=frozenset(),
              temperature: float = 0.0, seed: int = 0) -> Iterator[list[int | None]]:
     """Continue each prompt after its row of the cache; yields one new token per row, None for a row that has ended.
@@ -569,14 +572,12 @@ def generate(model: Llama, cache: Cache, prompts: list[list[int]], max_new_token
     max_new_tokens = min(max_new_tokens, left + 1)  # the last token needs no position: nothing follows it
     cache = cache.with_room(tokens.shape[1] + max(0, max_new_tokens), ragged=len({*map(len, prompts)}) > 1)
     rng = torch.Generator(model.device).manual_seed(seed)
-    h = model(tokens, cache, lengths=lengths)
-    last = h[torch.arange(len(prompts)), lengths - 1]                      # (B, D), each row's last real token
+    last = model(tokens, cache, lengths=lengths)[torch.arange(len(prompts)), lengths - 1]  # (B, D), each row's last
     alive = [True] * len(prompts)
     for i in range(max_new_tokens):
         logits = model.logits(last)                                        # (B, V)
         if not logits.isfinite().all():
-            raise BadInput("the model's logits are no finite numbers: its weights or the adapter are damaged, or "
-                           "--dtype is too narrow; try --dtype fp32")
+            raise BadInput("the logits are not finite: weights or adapter are damaged, or try --dtype fp32")
         if temperature > 0:  # the largest becomes 0: what a low temperature makes of the others is −∞ at worst
             logits = (logits - logits.amax(-1, keepdim=True)) / temperature
             new = torch.multinomial(logits.softmax(-1), 1, generator=rng)[:, 0]
@@ -594,6 +595,6 @@ def generate(model: Llama, cache: Cache, prompts: list[list[int]], max_new_token
 def answer(model: Llama, tokenizer, cache: Cache, questions: list[str], max_new_tokens: int = 64,
            temperature: float = 0.0, seed: int = 0) -> list[str]:
     """Text answers to questions about one cached context (a cache of one row), in one ragged batch."""
-    steps = [*generate(model, cache.rows([0] * len(questions)), [tokenizer.ask(q) for q in questions], max_new_tokens,
-                       tokenizer.stop_ids, temperature, seed)]
+    rows, prompts = cache.rows([0] * len(questions)), [tokenizer.ask(q) for q in questions]
+    steps = [*generate(model, rows, prompts, max_new_tokens, tokenizer.stop_ids, temperature, seed)]
     return [tokenizer.decode([s[i] for s in steps if s[i] is not None]).strip() for i in range(len(questions))]

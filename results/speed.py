@@ -53,6 +53,7 @@ def greedy(logits_of, rows: int, steps: int) -> float:
     return (time.perf_counter() - start) / steps
 
 
+@torch.inference_mode()  # as `generate` does; transformers' generates under no_grad
 def decode(model, cache, steps: int) -> float:
     buffer = cache.with_room(steps)
     return greedy(lambda token: model.logits(model(token, buffer)), len(cache.next_position), steps)

@@ -344,11 +344,12 @@ def test_10_gathered_equals_masked_and_only_what_stays_is_stored(model, choice, 
 def test_10_parts_are_heads_of_equal_length_side_by_side():
     k = torch.arange(4 * 6.0).view(1, 4, 6, 1)                               # entry of head h, token t: 6h + t
     stay = torch.tensor([[[1, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 1]]]).bool()
-    parts = gather(k, -k, stay)
+    parts = gather(stay[:, None])(3, k, -k)                                  # one choice for all layers
     assert [p.k[0, :, :, 0].tolist() for p in parts] == [[[0, 2], [10, 11]], [[12, 13, 14]], [[19, 23]]]
     assert [p.positions[0].tolist() for p in parts] == [[[0, 2], [4, 5]], [[0, 1, 2]], [[1, 5]]]
     assert all(torch.equal(p.v, -p.k) and p.bias is None for p in parts)
-    two = gather(k.expand(2, -1, -1, -1), k.expand(2, -1, -1, -1), torch.cat([stay, stay.roll(1, 1)]))
+    both = torch.cat([stay, stay.roll(1, 1)])
+    two = gather(torch.stack([~both, both], 1))(1, k.expand(2, -1, -1, -1), k.expand(2, -1, -1, -1))  # a layer's own
     assert sum(p.k.shape[2] * p.k.shape[1] for p in two) == 2 + 2 + 3 + 3    # padded to the longer row, head by head
     assert all((p.bias is None) == bool((p.positions >= 0).all()) for p in two)
 

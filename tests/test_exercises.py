@@ -60,15 +60,15 @@ def test_2_shared_budget():
 
 def test_3_ragged_cache():
     k = torch.tensor([[11.0, 12, 13, 14, 15], [21, 22, 23, 24, 25]])[None, ..., None]  # (B, G, N, d): head, token
-    parts = gather(k, -k, KEPT[:, 0])
+    parts = gather(KEPT)(0, k, -k)
     assert [p.k.flatten().tolist() for p in parts] == [[11, 13, 15], [25]], "a part for each length, nothing padded"
     assert [p.v.flatten().tolist() for p in parts] == [[-11, -13, -15], [-25]], "values go with their keys"
     assert [p.positions.flatten().tolist() for p in parts] == [[0, 2, 4], [4]], "where an entry stood in the context"
     assert all(p.bias is None for p in parts), "every entry is there in full: no bias"
-    one, = gather(k, -k, KEPT[:, 0, :1])
+    one, = gather(KEPT[:, :, :1])(0, k, -k)
     assert one.k[0, :, :, 0].tolist() == [[11, 13, 15], [21, 23, 25]], "heads that hold equally many share a part"
-    two = torch.cat([KEPT[:, 0], KEPT[:, 0].flip(1)])  # a second row, in which the heads have changed places
-    first, = gather(k.expand(2, -1, -1, -1), k.expand(2, -1, -1, -1), two)
+    two = torch.cat([KEPT, KEPT.flip(2)])  # a second row, in which the heads have changed places
+    first, = gather(two)(0, k.expand(2, -1, -1, -1), k.expand(2, -1, -1, -1))
     assert first.positions.tolist() == [[[0, 2, 4], [4, -1, -1]], [[4, -1, -1], [0, 2, 4]]], "shorter rows are padded"
     assert first.bias[0, 1].tolist() == [0, NEG, NEG], "and nobody hears the padding"
 
@@ -157,13 +157,16 @@ def each_head_its_own(scores, candidates, k, recent=0, check=True):
     return Choice(torch.zeros_like(scores).bool().scatter(-1, best, True), forced, scores.mean((1, 2, 3), True))
 
 
-def padded_to_the_longest(k, v, stay, beta=None):
+def padded_to_the_longest(stay, beta=None):
     longest = int(stay.sum(-1).max())
-    index = (~stay).to(torch.uint8).argsort(dim=-1, stable=True)[..., :longest].expand(k.shape[0], -1, -1)
-    row, head = torch.arange(k.shape[0])[:, None, None], torch.arange(k.shape[1])[:, None]
-    real = stay.expand(-1, k.shape[1], -1).gather(2, index)
-    return [Part(k[row, head, index], v[row, head, index], torch.where(real, index, -1),  # noqa: F821
-                 torch.where(real, 0.0, NEG))]
+    index = (~stay).to(torch.uint8).argsort(dim=-1, stable=True)[:, 0, :, :longest]
+    real = stay[:, 0].gather(2, index)
+
+    def store(layer, k, v):
+        row, head = torch.arange(k.shape[0])[:, None, None], torch.arange(k.shape[1])[:, None]
+        return [Part(k[row, head, index], v[row, head, index], torch.where(real, index, -1),  # noqa: F821
+                     torch.where(real, 0.0, NEG))]
+    return store
 
 
 def no_gradient_when_hard(scores, choice, kind, tau, soft=False):

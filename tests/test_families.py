@@ -321,7 +321,7 @@ def test_logits_that_are_no_numbers_end_generation_with_one_line(model):
     with torch.no_grad():
         model.norm.weight[3] = torch.nan
     for temperature in (0.0, 1.0):
-        with pytest.raises(BadInput, match="logits are no finite numbers"):
+        with pytest.raises(BadInput, match="logits are not finite"):
             next(generate(model, cache, [[1]], 3, temperature=temperature))
 
 

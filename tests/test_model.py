@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model as model_file
 from compress import gather
 from conftest import ROOT, hf_config, save_llama, tiny_llama
-from model import (NEG, Cache, attend, attend_by_kernel, attend_in_blocks, generate, load_llama, offsets, own_mask,
-                   pad_right, rope_frequencies)
+from model import (NEG, Cache, attend, attend_by_kernel, attend_in_blocks, by_products, generate, load_llama, offsets,
+                   own_mask, pad_right, rope_frequencies)
 from run.errors import BadInput
 from run.models import load_checked
 
@@ -149,6 +150,38 @@ def test_both_ways_to_attend_are_a_softmax_under_a_float_mask(biased, segmented,
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want)), name
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("biased", [None, 1, 2])
+def test_one_query_by_products_is_sdpa(biased, monkeypatch):
+    """What decoding does in bf16 on a CPU where keys are many, in fp32; four query heads to a key head."""
+    q, k, v = torch.randn(3, 8, 1, 12), torch.randn(3, 2, 70, 12), torch.randn(3, 2, 70, 12)
+    bias = None if biased is None else torch.where(torch.rand(3, biased, 70) < 0.4, NEG, torch.randn(3, biased, 70))
+    want = attend(q, k, v, None, bias)
+    monkeypatch.setattr(model_file, "by_products", lambda k: True)
+    got = attend(q, k, v, None, bias)
+    assert torch.allclose(got, want, atol=1e-5) and not torch.equal(got, want), "another way to the same numbers"
+
+
+def test_products_are_for_many_keys_in_bf16():
+    k = torch.zeros(2, 3, 512, 4, dtype=torch.bfloat16)
+    assert by_products(k) and not by_products(k[:1]) and not by_products(k.float())
+
+
+@torch.no_grad()
+def test_one_step_shows_hidden_slots_up_to_a_multiple_of_64(model, monkeypatch):
+    """Across such a multiple, in a ragged cache: step by step is one pass, whatever lies in the free slots."""
+    monkeypatch.setattr(model_file, "by_products", lambda k: True)
+    cache, tokens = ragged(model).rows([0, 0]), torch.randint(0, 97, (2, 70))
+    want, room, lengths = model(tokens, cache), cache.with_room(80), set()
+    for parts in room.layers:
+        for p in parts:
+            p.k[:, :, -80:], p.v[:, :, -80:] = 7, -9
+    monkeypatch.setattr(model_file, "attend", lambda q, k, *rest: lengths.add(k.shape[2]) or attend(q, k, *rest))
+    got = torch.cat([model(tokens[:, i:i + 1], room) for i in range(70)], 1)
+    assert torch.allclose(got, want, atol=1e-4)
+    assert lengths == {64} | {p.k.shape[2] for parts in room.layers for p in parts}, "few: each is compiled for"
+
+
 def test_masks_by_hand():
     """Continuations of two and one tokens, and a padded place."""
     own = own_mask(torch.zeros(1, 4), torch.tensor([[0, 0, 1, -1]]))
@@ -167,7 +200,8 @@ def ragged(model) -> Cache:
     g, full = torch.Generator().manual_seed(2), model.prefill(torch.randint(0, 97, (1, 12)))
     counts = torch.tensor([[3 + (2 * layer + layer % 2 * head) % 8 for head in range(2)] for layer in range(6)])
     stay = torch.rand(6, 2, 12, generator=g).argsort(-1) < counts[..., None]
-    return Cache([gather(p.k, p.v, s[None]) for (p,), s in zip(full.layers, stay)], full.next_position)
+    store = gather(stay[None])
+    return Cache([store(layer, p.k, p.v) for layer, (p,) in enumerate(full.layers)], full.next_position)
 
 
 @torch.no_grad()
@@ -242,7 +276,7 @@ def test_an_empty_prompt_is_refused(model):
 
 
 def test_more_tokens_than_positions_are_refused(model):
-    with pytest.raises(BadInput, match="600 tokens are more than the model's 512 positions"):
+    with pytest.raises(BadInput, match="600 tokens are more than 512 positions"):
         model.prefill(torch.zeros(1, 600, dtype=torch.long))
 
 
