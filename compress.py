@@ -39,7 +39,7 @@ class CompressorConfig:
     choice: str = "head"       # each head keeps tokens of its own; or "token": all heads keep the same ones
     eta: int = 6               # the scorer reads the hidden state after this many layers
     hidden: int = 1024         # width of the scorer's hidden layer
-    recent: int = 4            # last tokens that every head keeps (`head` only), but at most an eighth of K (LOG.md)
+    recent: int = 4            # last tokens that every head keeps (`head` only): K/8 of them, 1 … this many (LOG.md)
     decay: str = "threshold"   # or "sigmoid", the paper's: what a score does to attention
     tau: float = 0.5           # nats of score over which `threshold` goes from dropped to kept
     rank: int = 32             # of the adapters on W_Q and W_O

@@ -75,7 +75,8 @@ class Config:
             c["rope_scaling"] = s = scaling_from_json(rope, c["max_positions"])
             if s and s.get("rope_type") == "yarn":  # Qwen's own advice leaves max_position_embeddings as it was
                 c["max_positions"] = max(c["max_positions"], int(s["factor"] * s["original_max_position_embeddings"]))
-            window = j.get("sliding_window", 4096) if family == "mistral" or j.get("use_sliding_window") else None
+            window = family == "mistral" or family != "llama" and j.get("use_sliding_window")
+            window = j.get("sliding_window", 4096) if window else None
             if window is not None and window < c["max_positions"]:
                 first, kinds = j.get("max_window_layers", 28), j.get("layer_types")
                 c["sliding_window"], c["sliding_layers"] = window, [
@@ -139,7 +140,7 @@ class Cache:
             if bias is None and (ragged or by_products(k)):
                 bias = k.new_zeros(p.positions.shape, dtype=torch.float32)
             return Part(k, v, p.positions, None if bias is None else F.pad(bias, (0, extra), value=NEG))
-        return Cache([[grow(p) for p in parts] for parts in self.layers], self.next_position, free=extra)
+        return Cache([[grow(p) for p in parts] for parts in self.layers], self.next_position, extra, self.appended)
 
     def rows(self, index) -> "Cache":
         """The rows `index` (a list), each as often as it is named: one context for several questions."""
@@ -196,11 +197,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
-def rope_frequencies(cfg: Config) -> torch.Tensor:
+def rope_frequencies(cfg: Config, device=None) -> torch.Tensor:
     """Radians per position of each of the d/2 rotating pairs, fp32 (d/2,). For long contexts, pairs that turn often
     within the length first trained on are kept, and slow ones, or all, slowed down further by `factor`."""
     d, s = cfg.head_dim, cfg.rope_scaling
-    freq = cfg.rope_theta ** -(torch.arange(0, d, 2, dtype=torch.float32) / d)
+    freq = cfg.rope_theta ** -(torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)
     if not s:
         return freq
     kind, turns = s.get("rope_type", "llama3"), s["original_max_position_embeddings"] * freq / (2 * math.pi)
@@ -211,7 +212,7 @@ def rope_frequencies(cfg: Config) -> torch.Tensor:
         at = [d / 2 * math.log(s["original_max_position_embeddings"] / (2 * math.pi * n)) / math.log(cfg.rope_theta)
               for n in (s["beta_fast"], s["beta_slow"])]                       # the pairs that turn n times
         first, last = max(0, math.floor(at[0])), min(d - 1, math.ceil(at[1]))
-        kept = 1 - ((torch.arange(d // 2) - first) / (last - first or 1e-3)).clamp(0, 1)
+        kept = 1 - ((torch.arange(d // 2, device=device) - first) / (last - first or 1e-3)).clamp(0, 1)
     return freq * (kept + (1 - kept) / s["factor"])
 
 
@@ -399,7 +400,7 @@ class Llama(nn.Module):
         last = (int(positions.max()) if positions.numel() else 0) if last is None else last
         if last >= self.cfg.max_positions:
             raise BadInput(f"{last + 1} tokens are more than {self.cfg.max_positions} positions; use a shorter text")
-        angle = positions[:, None, :, None].float() * rope_frequencies(self.cfg).to(positions.device)
+        angle = positions[:, None, :, None].float() * rope_frequencies(self.cfg, positions.device)
         scale = (self.cfg.rope_scaling or {}).get("attention_factor", 1.0)    # YaRN's: softmax a little sharper
         cos, sin = angle.cos() * scale, angle.sin() * scale
         return (torch.cat([cos, cos], -1).to(self.dtype), torch.cat([-sin, sin], -1).to(self.dtype),
@@ -530,8 +531,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def load_llama(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama:
-    """A frozen model from a folder with config.json and model.safetensors, or shards with an index. It is taken to be
-    sound: run.models.load_checked looks at what strangers made.
+    """A frozen model from a folder with config.json and model.safetensors, or shards; taken to be sound (run.models).
     The model is made without memory ("meta"), each tensor copied into place as it is read. shard: called with the model
     while it has no memory; it may spread parameters over processes by rows (FSDP2), and then each reads its own.
     """

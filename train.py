@@ -67,7 +67,7 @@ class TrainConfig:
     choice: str = flag("head", "each head keeps tokens of its own under one budget; or token: all heads keep the same")
     eta: int = flag(6, "the scorer reads the hidden state after this many layers")
     hidden: int = flag(1024, "width of the scorer's hidden layer")
-    recent: int = flag(4, "last tokens that every head keeps, at most an eighth of K, with --choice head")
+    recent: int = flag(4, "last tokens that every head keeps: K/8 of them, 1 … this many; --choice head")
     decay: str = flag("threshold", "what a score does to attention: threshold, or the paper's sigmoid")
     tau: float = flag(0.5, "nats of score over which threshold goes from dropped to kept")
     rank: int = flag(32, "of the adapters on W_Q and W_O")
@@ -389,14 +389,14 @@ def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
     for block in model.layers if c.compile else ():
         block.mlp.compile()
     # base_of brings sharded weights together, so all processes call it; later calls remember
-    wanted = {"train": asdict(c), "system": a.system, "dtype": str(model.dtype)[6:], "base": base_of(model, tokenizer)}
+    wanted = {"train": asdict(c), "system": a.system, "dtype": str(model.dtype)[6:], "base": base_of(model, tokenizer),
+              "from": about.get("from")}
     if a.profile:  # so many steps of each phase that there is, and one before them
         c = replace(c, reconstruct=min(c.reconstruct, a.profile + 1), steps=min(c.steps, a.profile + 1))
     else:
         out, finished = world.on_rank0(lambda: find_run_folder(wanted, c.out, default, defaults))
         if finished:
             return print(f"{out}: this run is finished, see {out / 'adapter'}; for another, give a new --out")
-    # whatever can be wrong with the flags is found before a file is written
     torch.manual_seed(c.seed)
     comp = (load_adapter(c.init_adapter, model, tokenizer).requires_grad_(True) if c.init_adapter else
             Compressor(model.cfg, c.compressor()).to(model.device))

@@ -129,7 +129,7 @@ class Samples:
 
     def __init__(self, shards: list[Shard], tokenizer: Tokenizer, n_context: int, mix: dict[str, int],
                  n_answer: int = 48, seed: int = 0, shortest: int = 0):
-        self.shards, self.tok, self.lengths = shards, tokenizer, range(shortest or n_context, n_context + 1)
+        self.shards, self.tok, self.n_context, self.shortest = shards, tokenizer, n_context, shortest
         self.mix, self.n_answer, self.seed = mix, n_answer, seed
 
     def window(self, rng, n: int, facts: list[str]) -> tuple[list[int], list[int], list[dict]]:
@@ -154,7 +154,7 @@ class Samples:
     def __call__(self, i: int) -> Case:
         rng = random.Random(f"{self.seed}/{i}")
         facts = [fact(rng, self.tok) for _ in range(self.mix.get("fact", 0))]
-        n = rng.choice(self.lengths) if len(self.lengths) > 1 else self.lengths[0]  # no draw where there is no choice
+        n = rng.randint(self.shortest, self.n_context) if self.shortest else self.n_context
         ids, following, inside = self.window(rng, n, [sentence for sentence, _ in facts])
         text = self.tok.decode(ids)
         out = [query for sentence, query in facts if sentence in text]  # not those that were cut off

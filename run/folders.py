@@ -25,7 +25,7 @@ except ImportError:  # Windows
     fcntl = None
 
 # What a resumed run may change: how a step is computed, not what; and what happens around the training.
-FREE = {"micro", "chunk", "parallel", "recompute", "compile", "save_every", "eval_contexts", "out", "shards"}
+FREE = {"init_adapter", "micro", "chunk", "parallel", "recompute", "compile", "save_every", "eval_contexts", "out", "shards"}
 
 
 def set_aside(out, step: int) -> None:
@@ -65,7 +65,7 @@ def differs(out: Path, wanted: dict, defaults: dict) -> str:
         if have[key] != wanted["train"][key]:
             return f"--{key.replace('_', '-')} was {have[key]}, now {wanted['train'][key]}"
     for part, name in (("system", f"--system, {found.get('system')!r:.50}"),
-                       ("dtype", f"--dtype, {found.get('dtype')}"), ("base", "base model")):
+                       ("dtype", f"--dtype, {found.get('dtype')}"), ("base", "base model"), ("from", "--init-adapter")):
         if part in wanted and found.get(part) != wanted[part]:
             return f"another {name}"
     return ""

@@ -135,7 +135,8 @@ def memory(cfg: Config, c, mix: dict, dtype: str, size: int, parallel: str) -> d
     fp32, q, k, v, attention's output, three of the MLP's inner width, and in an adapted block the inputs of the four
     low-rank matrices; of the student's continuation also all keys and values, for every query head and with the bias
     as a column.
-    With --recompute, only what goes into the block. Attention itself keeps no weights: its kernels make them again.
+    With --recompute, only what goes into the block. Attention itself keeps no weights: its kernels make them again (not
+    so, and not counted, where a sliding window bites).
     """
     e, D, F_, V, L = BYTES[dtype], cfg.n_embd, cfg.n_ffn, cfg.vocab_size, cfg.n_layer
     inner, kv = cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim

@@ -1,9 +1,9 @@
 """What a training run can be told: every field a flag, presets, and what is refused before anything is loaded."""
 import argparse
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 from run.compress_flags import find_adapter
-from run.errors import BadInput
+from run.errors import BadInput, expect, reading
 from run.files import read_about
 from data.samples import KINDS
 from run.models import add_model_flags
@@ -33,7 +33,9 @@ def parse_args(TrainConfig, PRESETS: dict) -> argparse.Namespace:
     known, shape = p.parse_known_args()[0], {}
     if known.init_adapter:  # its shape is what the flags are by default
         folder = find_adapter(known.init_adapter, "--init-adapter")
-        shape = {"init_adapter": str(folder)} | read_about(folder / "adapter.json").get("config", {})
+        found, plain = read_about(folder / "adapter.json").get("config", {}), asdict(TrainConfig().compressor())
+        with reading(folder / "adapter.json"):
+            shape = {"init_adapter": str(folder)} | {k: expect(found[k], type(x)) for k, x in plain.items()}
     p.set_defaults(**PRESETS[known.preset] | shape)
     a = p.parse_args()
     for name in shape.keys() & vars(a).keys() - {"init_adapter"}:

@@ -153,7 +153,7 @@ NAMED = ["full_attention"] * 5 + ["sliding_attention"]
     ({"model_type": "mistral", "sliding_window": 512}, []), ({"model_type": "qwen2", "sliding_window": 100}, []),
     ({"model_type": "mistral", "sliding_window": 100, "layer_types": NAMED}, [0, 1, 2, 3, 4, 5]),
     ({"model_type": "qwen3", **WINDOW}, []), ({"model_type": "qwen2", "max_window_layers": 4, **WINDOW}, [4, 5]),
-    ({"model_type": "qwen2", "max_window_layers": 0, "layer_types": NAMED, **WINDOW}, [5]), (WINDOW, [])], ids=str)
+    ({"model_type": "qwen2", "max_window_layers": 0, "layer_types": NAMED, **WINDOW}, [5]), ({"max_window_layers": 0, **WINDOW}, [])], ids=str)
 def test_the_layers_with_a_window_are_those_of_transformers(tmp_path, changes, layers):
     cfg = read_config(write(tmp_path, **changes) / "config.json")
     assert [*cfg.sliding_layers] == layers and (cfg.sliding_window == 100 or not layers) and cfg.max_positions == 512

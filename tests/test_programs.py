@@ -367,6 +367,15 @@ def test_a_run_goes_on_from_an_adapter_and_has_its_shape(tiny, tiny_run, tmp_pat
     assert meta["config"]["tau"] == 0.25 and meta["from"]["train"]["reconstruct"] == 2
     assert "--rank is 8, but" in one_line_error("train.py", *flags, "--init-adapter", first, "--rank", "8")
     assert "no adapter.json in it" in one_line_error("train.py", *flags, "--init-adapter", tmp_path)
+    again = "--init-adapter", f"{second.parent}/./first", "--lr", "1e-9", "--out", second  # a path of another spelling
+    assert "finished" in run("train.py", *flags, *short, "--reconstruct", "0", *again)[0]
+    meta = read_json(first / "adapter" / "adapter.json")
+    write_json(first / "adapter" / "adapter.json", meta | {"seed": 5})  # another adapter in the same place
+    message = one_line_error("train.py", *flags, *short, "--reconstruct", "0", *again)
+    assert "holds another run (another --init-adapter)" in message
+    for broken in ({"recent": [4]}, {"tau": None}):
+        write_json(first / "adapter" / "adapter.json", meta | {"config": meta["config"] | broken})
+        assert "adapter.json: " in one_line_error("train.py", *flags, "--init-adapter", first)
 
 
 def test_train_refuses_bad_input(tiny):
