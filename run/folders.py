@@ -25,7 +25,8 @@ except ImportError:  # Windows
     fcntl = None
 
 # What a resumed run may change: how a step is computed, not what; and what happens around the training.
-FREE = {"init_adapter", "micro", "chunk", "parallel", "recompute", "compile", "save_every", "eval_contexts", "out", "shards"}
+FREE = {"init_adapter", "micro", "chunk", "parallel", "recompute", "compile", "save_every", "eval_contexts", "out",
+        "shards"}
 
 
 def set_aside(out, step: int) -> None:
