@@ -157,7 +157,7 @@ class Cache:
         part.k[:, :, start:end], part.v[:, :, start:end] = k, v
         if part.bias is not None:
             part.bias[..., start:end] = 0
-            end += -end % 64 if k.shape[2] == 1 else 0  # hidden ones, too: products are compiled for each new length
+            end = part.k.shape[2] if k.shape[2] == 1 and by_products(part.k) else end  # see there
         return part.k[:, :, :end], part.v[:, :, :end], None if part.bias is None else part.bias[..., :end]
 
     def places(self, part: Part, at, S: int):
@@ -241,7 +241,7 @@ def attend(q, k, v, own=None, bias=None, far=None):
     return attend_in_blocks(q, k, v, own, bias, far) if blocks else attend_by_kernel(q, k, v, own, bias)
 
 
-def by_products(k) -> bool:  # is one query faster by plain products than by SDPA? In bf16 on a CPU, of many keys
+def by_products(k) -> bool:  # is one query faster so than by SDPA? Compiled for each length: a buffer is seen whole
     return k.device.type == "cpu" and k.dtype == torch.bfloat16 and k.shape[:3].numel() >= 2500
 
 
