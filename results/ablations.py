@@ -1,24 +1,28 @@
-"""Which part of the method is worth what? Each row changes one thing and keeps everything else.
+"""Which part of the method is worth what? Each row changes one thing of `base` and keeps everything else.
 
-    python results/ablations.py                # whatever is missing in results/ablations.json, then results/ablations.md
-    python results/ablations.py --render       # the tables alone
+    python results/ablations.py                # what is missing in results/ablations.json, then results/ablations.md
+    python results/ablations.py choice         # of it, the rows whose names begin so: "choice", "routing/lambda", …
 
-`choice` asks who should stay: a scorer learns in seconds from hidden states and targets that are read once, and its
-choice is taken from the plain cache. Every row is written as soon as it is finished; cut off, the same command goes on.
-Rows are judged on the same held-out documents, so differences are paired, answer by answer.
+`choice` asks who should stay: scorers learn in seconds from hidden states and targets that are read once, and their
+choice is taken from the plain cache. `routing` asks what happens to those that stay, and what the loss should be: one
+taught scorer, and for every row the same STEPS steps of distillation. A row is written when it is finished; cut off,
+the same command goes on. A part's rows are judged on the same held-out answers, so differences are paired.
 """
 import argparse
 import json
+import math
 import random
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -27,59 +31,64 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from compress import Context, Scorer, attention_received, kept_count  # noqa: E402
+from compress import (Compressor, CompressorConfig, Context, Scorer, attention_received, decay,  # noqa: E402
+                      kept_count)
 from data import tasks as T  # noqa: E402
 from data.fetch import fetch  # noqa: E402
 from data.prepare import SHARDS, Shard, prepare  # noqa: E402
-from data.samples import Case, Samples, collate  # noqa: E402
+from data.samples import Samples, collate  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from eval import Judge, choose, kvzip  # noqa: E402
-from model import NEG, Cache, Llama, load_llama, whole_cache  # noqa: E402
+from model import NEG, Cache, Llama, Route, load_llama, whole_cache  # noqa: E402
+from results.tables import fill, markdown, number, paragraph, signed  # noqa: E402
 from run.errors import BadInput, provenance, read_json, run_program, write_atomic  # noqa: E402
 from run.models import keep_freed_memory  # noqa: E402
-from train import rate  # noqa: E402
+from run.records import mean_and_interval  # noqa: E402
+from run.world import World  # noqa: E402
+from train import Distiller, MicroBatch, Totals, rate  # noqa: E402
 
-RESULT, WORK = ROOT / "results" / "ablations.json", ROOT / "out" / "ablations"
-ETAS = 3, 6, 12            # layers after which a scorer may read
-WINDOWS = 300              # of 400 tokens, to teach scorers from
-DOCUMENTS, HELD_OUT = 12, 4321  # held-out documents of each kind, and the seed that draws them
-SEEDS = 0, 1
+RESULT, PAGE = ROOT / "results" / "ablations.json", ROOT / "results" / "ablations.md"
+WORK = ROOT / "out" / "ablations"
+ETAS, WINDOWS = (3, 6, 12), 300    # layers that a scorer may read after; windows of 400 tokens to teach it from
+STEPS = 80                         # of distillation
+KEEPS = {"choice": (0.25, 0.1, 0.05), "routing": (0.5, 0.25, 0.1, 0.05, 0.02)}
+DOCUMENTS, HELD_OUT = 12, 4321     # held-out documents of each kind, and the seed that draws them
+EVERY = {"choice": 1, "routing": 2}  # of these documents every second judges a row of `routing`, which takes longer
 
 
 # ------------------------------------------------------------------------------------------------------ the judge
 
+class Read(Context):
+    """A context whose whole cache may hold more entries behind its own: learned slots, which take no positions."""
+
+    def whole_cache(self, kvs, bias=None) -> Cache:
+        bias = None if bias is None else F.pad(bias, (0, kvs[0][0].shape[2] - bias.shape[-1]))
+        return replace(super().whole_cache(kvs, bias), next_position=self.lengths)
+
+
 @dataclass
 class Document:
     """A text read once by the frozen model, and what it then says about it from its whole cache."""
-    states: dict[int, torch.Tensor]  # hidden states (1, N, D) after the layers of ETAS
+    states: dict[int, torch.Tensor]  # hidden states (1, N, D) by the layer they come after
     kvs: list                        # keys and values of every layer, a pair of (1, G, N, d) each
-    ctx: Context                     # up to layer 6, for what needs one
+    ctx: Read                        # up to layer 6
     judge: Judge | None = None
 
     @classmethod
     @torch.no_grad()
-    def read(cls, model: Llama, ids: list[int], n_protect: int, etas=ETAS, eta: int = 6) -> "Document":
-        tokens = torch.tensor([ids])
-        h, states, kvs = model.embed(tokens), {}, []
+    def read(cls, model: Llama, ids: list[int], n_protect: int, etas=ETAS) -> "Document":
+        tokens, states, kvs = torch.tensor([ids]), {}, []
+        h = model.embed(tokens)
         for first, last in zip((0, *etas), (*etas, model.cfg.n_layer)):
             h, new = model.run_layers(h, first, last)
             states[last], kvs = h, kvs + new
-        candidates = torch.arange(len(ids))[None] >= n_protect
-        ctx = Context(states[eta], kvs[:eta], tokens, torch.tensor([len(ids)]), candidates, False)
-        return cls(states, kvs, ctx)
+        eta, candidates = etas[1], torch.arange(len(ids))[None] >= n_protect
+        return cls(states, kvs, Read(states[eta], kvs[:eta], tokens, torch.tensor([len(ids)]), candidates, False))
 
     def masked(self, choice) -> Cache:
         """The whole cache, with −1e9 on what is dropped: the same function as gathering what stays."""
         stay = choice.kept | self.ctx.protected[:, None, None]
         return self.ctx.whole_cache(self.kvs, torch.where(stay, 0.0, NEG))
-
-
-def judged_documents(model: Llama, tok, cases: list[Case]) -> list[Document]:
-    documents = [Document.read(model, c.context, c.n_protect) for c in cases]
-    for d, c in zip(documents, cases):
-        with torch.no_grad():
-            d.judge = Judge("fidelity", model, tok, c, whole_cache(d.kvs))
-    return documents
 
 
 @torch.no_grad()
@@ -88,7 +97,7 @@ def judge(documents: list[Document], keeps, cache_of) -> dict:
     out = {metric: {f"{keep:g}": [] for keep in keeps} for metric in ("kl", "js", "agree")}
     for i, d in enumerate(documents):
         for keep in keeps:
-            for answer in d.judge(cache_of(d, i, kept_count(d.ctx.candidates.sum(1), keep))):
+            for answer in d.judge.fidelity(cache_of(d, i, kept_count(d.ctx.candidates.sum(1), keep))):
                 for metric, values in out.items():
                     values[f"{keep:g}"].append(round(answer[metric], 5))
     return out
@@ -98,7 +107,7 @@ def judge(documents: list[Document], keeps, cache_of) -> dict:
 
 @dataclass(frozen=True)
 class Taught:
-    """A scorer and how it is taught. Two rows that agree in all of this share it."""
+    """A scorer and how it is taught. Rows that agree in all of this share it."""
     per: str = "head"        # it has a score for each head, for each layer (its heads' mean target), or one per token
     following: bool = True   # is what the text that follows attends to part of the target?
     eta: int = 6
@@ -115,58 +124,54 @@ class Row:
     recent: int = 4
 
 
-CHOICE_KEEPS = 0.25, 0.1, 0.05
 CHOICE = {
     "base": Row("a score per head, one budget, 4 recent tokens, η = 6, 300 windows"),
     "random": Row("random scores", "random"),
-    "kvzip": Row("KVzip: the target itself, no recent tokens", "kvzip", recent=0),
-    "kvzip, 4 recent": Row("KVzip with our 4 recent tokens", "kvzip"),
-    "head, equal": Row("each head its own budget", shared=False),
-    "layer, shared": Row("a score per layer, one budget for all layers", Taught(per="layer")),
-    "layer, equal": Row("a score per layer, each its own budget", Taught(per="layer"), shared=False),
+    "kvzip": Row("KVzip: the target itself, from a second reading", "kvzip", recent=0),
+    "head, equal": Row("a score per head, each its own budget", shared=False),
+    "layer": Row("a score per layer, one budget", Taught(per="layer")),
     "token": Row("a score per token, the paper's way", Taught(per="token"), recent=0),
-    "kvzip, equal": Row("KVzip, each head its own budget", "kvzip", shared=False, recent=0),
-    "recent 0": Row("no recent tokens forced", recent=0),
-    "recent 8": Row("8 recent tokens in every head", recent=8),
-    "recent 16": Row("16 recent tokens in every head", recent=16),
     "replay only": Row("target without the text that follows", Taught(following=False)),
     "no distances": Row("the scorer does not see how much text lies before and after", Taught(distances=False)),
+    "recent 0": Row("no recent tokens forced", recent=0),
+    "recent 8": Row("8 recent tokens in every head", recent=8),
     "eta 3": Row("read after layer 3", Taught(eta=3)),
     "eta 12": Row("read after layer 12", Taught(eta=12)),
     "linear": Row("a linear scorer", Taught(hidden=0)),
     "hidden 256": Row("hidden layer of 256", Taught(hidden=256)),
     "50 windows": Row("taught on 50 windows", Taught(windows=50)),
     "100 windows": Row("taught on 100 windows", Taught(windows=100)),
+    "layer, equal": Row("a score per layer, each its own budget", Taught(per="layer"), shared=False),
+    "recent 16": Row("16 recent tokens in every head", recent=16),
+    "kvzip, 4 recent": Row("KVzip with 4 recent tokens in every head", "kvzip"),
+    "kvzip, equal": Row("KVzip, each head its own budget", "kvzip", shared=False, recent=0),
 }
 
 
-class PlainScorer(Scorer):
-    """`Scorer` without its hidden layer, or without the two distances."""
+class Linear(Scorer):
+    """`Scorer` without a hidden layer."""
 
-    def __init__(self, n_embd: int, hidden: int, n_layer: int, n_kv_head: int, distances: bool):
-        super().__init__(n_embd, hidden or 1, n_layer, n_kv_head)
-        self.linear, self.distances = not hidden, distances
-        if self.linear:
-            self.w1, self.w2 = nn.Identity(), nn.Linear(n_embd + 2, n_layer * n_kv_head)
+    def __init__(self, n_embd: int, n_layer: int, n_kv_head: int):
+        super().__init__(n_embd, 1, n_layer, n_kv_head)
+        self.w1, self.w2 = nn.Identity(), nn.Linear(n_embd + 2, n_layer * n_kv_head)
 
     def forward(self, h, lengths):
         before = torch.arange(h.shape[1]).expand(h.shape[:2])
-        places = torch.stack([(lengths[:, None] - 1 - before).clamp(min=0), before], -1).float().log1p()
-        x = torch.cat([F.rms_norm(h.float(), h.shape[-1:]), places * self.distances], -1)
-        x = x if self.linear else F.gelu(self.w1(x))
+        places = torch.stack([lengths[:, None] - 1 - before, before], -1).float().log1p()
+        x = torch.cat([F.rms_norm(h.float(), h.shape[-1:]), places], -1)
         return self.w2(x).transpose(1, 2).unflatten(1, self.heads)
 
 
 def windows(model: Llama, tok, shards, n: int, n_context: int, etas=ETAS) -> dict:
-    """n windows of equal length, as the first phase of a training reads them: hidden states (n, N, D), and the log of
-    the most attention (n, L, G, N) from the replay and from the text that follows. Kept in WORK; they take minutes."""
+    """n windows of one length, as the first phase of a training reads them: hidden states (n, N, D), and the log of the
+    most attention (n, L, G, N) from the replay and from the text that follows. Kept in WORK, as they take minutes."""
     path = WORK / "windows.safetensors"
     if path.exists():
         return load_file(path)
     samples, out = Samples(shards, tok, n_context, {"replay": 1, "continue": 1}, 40, 0), {}
     for i in tqdm(range(n), desc="windows", mininterval=10):
         case = samples(i)
-        b, d = collate([case]), Document.read(model, case.context, case.n_protect, etas, etas[0])
+        b, d = collate([case]), Document.read(model, case.context, case.n_protect, etas)
         for j, name in enumerate(("replay", "following")):
             best = attention_received(model, whole_cache(d.kvs), b.cont[b.segments == j][None])
             out.setdefault(name, []).append(best[0].clamp(min=1e-6).log().half())
@@ -185,50 +190,257 @@ def target(t: Taught, data: dict, i: int):
     return best.exp().mean(over, keepdim=True).log() if over else best
 
 
-def teach(t: Taught, data: dict, cfg, seed: int) -> tuple[Scorer, float]:
-    """The regression of train.Distiller.reconstruct, a window a step; returns the mean error of the last 20 steps."""
+def taught(t: Taught, seed: int, model: Llama, memo: dict) -> Scorer:
+    """The regression of train.Distiller.reconstruct, a window a step; memo["windows"]: as from `windows`."""
+    if (t, seed) in memo:
+        return memo[t, seed]
     torch.manual_seed(seed)
-    heads = {"head": (cfg.n_layer, cfg.n_kv_head), "layer": (cfg.n_layer, 1), "token": (1, 1)}[t.per]
-    scorer = (Scorer(cfg.n_embd, t.hidden, *heads) if t.hidden and t.distances else
-              PlainScorer(cfg.n_embd, t.hidden, *heads, t.distances))
+    data, c = memo["windows"], model.cfg
+    heads = {"head": (c.n_layer, c.n_kv_head), "layer": (c.n_layer, 1), "token": (1, 1)}[t.per]
+    scorer = Scorer(c.n_embd, t.hidden, *heads) if t.hidden else Linear(c.n_embd, *heads)
     nn.init.constant_(scorer.w2.bias, -4.0)
-    opt, errors = torch.optim.AdamW(scorer.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0), []
+    if not t.distances:
+        with torch.no_grad():
+            scorer.w1.weight[:, -2:] = 0
+        scorer.w1.weight.register_hook(lambda grad: F.pad(grad[:, :-2], (0, 2)))  # and there they stay
+    opt, p = torch.optim.AdamW(scorer.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0), int(data["n_protect"])
     order = random.Random(seed).sample(range(len(data["replay"])), min(t.windows, len(data["replay"])))
-    p = int(data["n_protect"])
     for step, i in enumerate(order):
         h = data[f"h{t.eta}"][i:i + 1]
-        error = F.mse_loss(scorer(h, torch.tensor([h.shape[1]]))[..., p:], target(t, data, i)[..., p:])
-        error.backward()
+        F.mse_loss(scorer(h, torch.tensor([h.shape[1]]))[..., p:], target(t, data, i)[..., p:]).backward()
         nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
         opt.param_groups[0]["lr"] = 1e-3 * rate(step, len(order), 10)
         opt.step()
         opt.zero_grad()
-        errors.append(float(error.detach()))
-    return scorer.requires_grad_(False), sum(errors[-20:]) / len(errors[-20:])
+    memo[t, seed] = scorer.requires_grad_(False)
+    return scorer
 
 
 def choice_row(row: Row, seed: int, model: Llama, tok, documents, memo: dict) -> dict:
-    """One row of part 1, judged. memo: the windows, scorers, and KVzip's scores, for the rows that share them."""
-    made = {}
-    if isinstance(row.scores, Taught):
-        if (row.scores, seed) not in memo:
-            memo[row.scores, seed] = teach(row.scores, memo["data"], model.cfg, seed)
-        scorer, made["error"] = memo[row.scores, seed]
-
+    """One row of `choice`, judged. memo: the windows, scorers, and KVzip's scores, for the rows that share them."""
     def scores(d, i):
         if row.scores == "random":
             shape = 1, model.cfg.n_layer, model.cfg.n_kv_head, d.ctx.tokens.shape[1]
             return torch.rand(shape, generator=torch.Generator().manual_seed(1000 * seed + i))
-        if row.scores == "kvzip":
-            if ("kvzip", i) not in memo:
-                memo["kvzip", i] = kvzip(model, tok, d.ctx, whole_cache(d.kvs))
-            return memo["kvzip", i]
-        return scorer(d.states[row.scores.eta], d.ctx.lengths)
+        if row.scores != "kvzip":
+            return taught(row.scores, seed, model, memo)(d.states[row.scores.eta], d.ctx.lengths)
+        if ("kvzip", i) not in memo:
+            memo["kvzip", i] = kvzip(model, tok, d.ctx, whole_cache(d.kvs))
+        return memo["kvzip", i]
 
     def cache(d, i, k):
         s = scores(d, i)
         return d.masked(choose(s, d.ctx.candidates, k, s[0, ..., 0].numel() if row.shared else 1, row.recent))
-    return made | judge(documents, CHOICE_KEEPS, cache)
+    if isinstance(row.scores, Taught):
+        taught(row.scores, seed, model, memo)  # judging has no gradients
+    return judge(documents, KEEPS["choice"], cache)
+
+
+# ------------------------------------------------------------------------------------------ 2. routing and the loss
+
+class Routing(Compressor):
+    """As shipped, but for the power of ρ and whose share of heads says how strongly a token is routed."""
+
+    def __init__(self, model_cfg, cfg, power: float = 2, where: str = "next"):
+        super().__init__(model_cfg, cfg)
+        self.power, self.where = power, where
+
+    def trained(self) -> list[nn.Parameter]:
+        return self.adapters()
+
+    def share(self, choice, n, k):
+        """(B, l, N): strength by layer, but for the ρ² that `routes` brings."""
+        share = choice.share
+        if self.where == "later":        # of all heads of this and later layers, not of this layer's alone
+            share = share.flip(1).cumsum(1).flip(1) / torch.arange(share.shape[1], 0, -1)[:, None]
+        elif self.where == "everywhere":
+            share = share.mean(1, keepdim=True).expand_as(share)
+        return share * ((n / k).log() / math.log(100)).clamp(max=1)[:, None, None] ** (self.power - 2)
+
+    def routes(self, choice, n, k, dtype):
+        return super().routes(SimpleNamespace(share=self.share(choice, n, k)), n, k, dtype)
+
+
+class Kept(Routing):
+    """A learned embedding tells kept tokens so, after layer η, as strongly as they would be routed; nothing else."""
+
+    def __init__(self, model_cfg, cfg):
+        super().__init__(model_cfg, cfg)
+        self.kept, self.power = nn.Parameter(torch.zeros(model_cfg.n_embd)), 4  # of ρ² in all
+
+    def trained(self):
+        return [self.kept]
+
+    def encode(self, model, ctx, choice, k, store):
+        m = self.share(choice, ctx.candidates.sum(1), k)[:, self.cfg.eta]                      # (B, N)
+        told = replace(ctx, h=ctx.h + (m[..., None] * self.kept).to(ctx.h.dtype))
+        return super().encode(model, told, choice, k, store)
+
+    def routes(self, *_):
+        return lambda layer: None
+
+
+class Adapted(Routing):
+    """Adapters on any of a block's linear maps, where and as strongly as routing has them on W_Q and W_O."""
+
+    def __init__(self, model_cfg, cfg, maps: str):
+        super().__init__(model_cfg, cfg)
+        c, self.maps, n, r = model_cfg, maps.split(), len(self.a_q), cfg.rank
+        inner, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+        sizes = {"attn.wq": (c.n_embd, inner), "attn.wk": (c.n_embd, kv), "attn.wv": (c.n_embd, kv),
+                 "attn.wo": (inner, c.n_embd), "mlp.gate": (c.n_embd, c.n_ffn), "mlp.up": (c.n_embd, c.n_ffn),
+                 "mlp.down": (c.n_ffn, c.n_embd)}
+        self.a = nn.ParameterList(torch.randn(n, r, sizes[x][0]) * sizes[x][0] ** -0.5 for x in self.maps)
+        self.b = nn.ParameterList(torch.zeros(n, sizes[x][1], r) for x in self.maps)
+
+    def trained(self):
+        return [*self.a, *self.b]
+
+    def encode(self, model, ctx, choice, k, store):
+        route, hooks = super().routes(choice, ctx.candidates.sum(1), k, model.dtype), []
+        for i in range(len(self.a_q)):
+            mask = route(self.cfg.eta + i).mask
+            for name, a, b in zip(self.maps, self.a, self.b):
+                def add(_, x, y, mask=mask, a=a[i].to(model.dtype), b=b[i].to(model.dtype)):
+                    return y + mask * F.linear(F.linear(x[0], a), b)
+                hooks.append(model.layers[self.cfg.eta + i].get_submodule(name).register_forward_hook(add))
+        try:
+            return super().encode(model, ctx, choice, k, store)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    routes = Kept.routes
+
+
+class Slots(Routing):
+    """Learned embeddings are read after the context, through adapters on W_Q and W_O of all layers but the last. Their
+    keys and values stay in every head, and as many of the context's entries less. They stand where its last tokens do,
+    so that what is asked stands where it would."""
+    most = 8
+
+    def __init__(self, model_cfg, cfg):
+        super().__init__(model_cfg, cfg)
+        self.slots = nn.Parameter(torch.randn(self.most, model_cfg.n_embd) * 0.1)
+
+    @staticmethod
+    def n_adapted(model_cfg, cfg) -> int:
+        return model_cfg.n_layer - 1
+
+    def trained(self):
+        return [*self.adapters(), self.slots]
+
+    def count(self, k):
+        return (k // 2).clamp(max=self.most)  # where fewer than 16 are kept, half of them
+
+    def choose(self, scores, ctx, k, check=True):
+        return super().choose(scores, ctx, k - self.count(k), check)
+
+    def encode(self, model, ctx, choice, k, store):
+        n, end, full, out = int(self.count(k)), ctx.tokens.shape[1], self.full(model, ctx), []
+        h, rope = self.slots[None, :n].to(model.dtype), model.rope(torch.arange(end - n, end)[None])
+        for layer, (part,) in enumerate(full.layers):
+            last = layer == model.cfg.n_layer - 1
+            route = None if last else Route(h.new_ones(1, n, 1), *(x[layer].to(h.dtype) for x in self.adapters()))
+            h, keys, values = model.block(layer, h, rope, None, full, layer, route, kv_only=last)
+            out.append(store(layer, torch.cat([part.k, keys], 2), torch.cat([part.v, values], 2)))
+        return out
+
+
+@dataclass(frozen=True)
+class Variant:
+    says: str
+    make: type = Routing
+    settings: tuple = ()         # of `make`
+    steps: int = STEPS
+    lam: float = 0.6
+    lr: float = 2e-3
+    scorer: str | None = "head"  # taught so in `choice`, seed 0; None: random
+    scorer_lr: float = 0.0       # through β
+    soft: float = 0.0            # share of soft steps
+    beta: bool = False           # what stays is decayed by its β at inference, too
+    twice: bool = False          # a second seed
+
+
+ROUTING = {
+    "base": Variant("as shipped: W_Q and W_O, m by the next layer, ρ², λ = 0.6", twice=True),
+    "choice alone": Variant("nothing is routed", steps=0),
+    "lambda 1": Variant("forward KL alone", lam=1.0, twice=True),
+    "lambda 0": Variant("reverse KL alone", lam=0.0, twice=True),
+    "kept embedding": Variant("a learned embedding for kept tokens, no routing", Kept, lr=1e-2, twice=True),
+    "slots": Variant("8 learned slots, no routing", Slots, twice=True),
+    "QKVO": Variant("adapters on W_Q, W_K, W_V, W_O", Adapted, ("attn.wq attn.wk attn.wv attn.wo",)),
+    "MLP": Variant("adapters on the MLP", Adapted, ("mlp.gate mlp.up mlp.down",)),
+    "beta at inference": Variant("base, its β at inference, too", beta=True),
+    "strength 1": Variant("routing does not fade", settings=(0,)),
+    "strength rho": Variant("it fades with ρ, not ρ²", settings=(1,)),
+    "KL through beta": Variant("the scorer learns on, through β, hard steps", scorer_lr=1e-3),
+    "KL, soft": Variant("the scorer learns on, half of the steps soft", scorer_lr=1e-3, soft=0.5),
+    "KL alone": Variant("a random scorer learns through β alone, half soft", scorer=None, scorer_lr=1e-3, soft=0.5),
+    "token": Variant("a score per token, routed", scorer="token"),
+    "m later": Variant("m: the share of all later layers' heads", settings=(2, "later")),
+    "m everywhere": Variant("m: the share of all heads", settings=(2, "everywhere")),
+}
+
+
+def lessons(model: Llama, tok, shards, n: int) -> list[tuple]:
+    """What each step needs of the frozen model, read once for all rows: batch, context, the teacher's states."""
+    samples, out = Samples(shards, tok, 300, {"continue": 1, "recite": 1, "cloze": 1, "title": 1}, 40, 1), []
+    for i in tqdm(range(n), desc="lessons", mininterval=10):
+        case, ends = samples(i), map(math.log, (0.01, 0.7))
+        m = MicroBatch.of(collate([case], prompts=True), math.exp(random.Random(f"keep/{i}").uniform(*ends)))
+        d = Document.read(model, case.context, case.n_protect)
+        with torch.no_grad():
+            teacher = model(m.batch.cont, whole_cache(d.kvs), m.batch.segments, last=m.last).flatten(0, 1)[m.at]
+        out.append((m, d.ctx, teacher))
+    return out
+
+
+def distil(v: Variant, comp: Routing, todo: list[tuple], model: Llama, seed: int) -> None:
+    """The second phase of train.train, on steps that are read already, in an order of the seed's."""
+    step_of, rng = Distiller(model, comp, v.lam, 128, v.scorer_lr > 0), random.Random(seed)
+    groups = [{"params": comp.trained(), "peak": v.lr}, {"params": [*comp.scorer.parameters()], "peak": v.scorer_lr}]
+    opt = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0)
+    for step, i in enumerate(tqdm(rng.sample(range(len(todo)), len(todo)), mininterval=10)):
+        m, ctx, teacher = todo[i]
+        step_of.distil(m, Totals.of([m], World(model.device)), ctx, teacher, rng.random() < v.soft)["loss"].backward()
+        for g in opt.param_groups:
+            nn.utils.clip_grad_norm_(g["params"], 1.0)
+            g["lr"] = g["peak"] * rate(step, len(todo), 10)
+        opt.step()
+        opt.zero_grad()
+
+
+def short_cache(v: Variant, comp: Routing, model: Llama, ctx: Context, k) -> Cache:
+    """What the student of a hard step sees."""
+    scores = comp.scores(ctx)
+    choice = comp.choose(scores, ctx, k)
+    bias = decay(scores, choice, comp.cfg.decay, comp.cfg.tau)
+    if v.beta:
+        bias = torch.where(choice.kept, decay(scores, choice, comp.cfg.decay, comp.cfg.tau, soft=True), bias)
+    return ctx.whole_cache(comp.encode(model, ctx, choice, k, lambda layer, keys, values: (keys, values)), bias)
+
+
+def routing_row(v: Variant, seed: int, model: Llama, documents, memo: dict) -> dict:
+    """One row of `routing`, trained and judged. memo: lessons, scorers, and what was trained."""
+    key = replace(v, says="", beta=False, twice=False), seed
+    if key not in memo:
+        torch.manual_seed(seed)
+        cfg = CompressorConfig(choice="token" if v.scorer == "token" else "head")
+        comp = memo[key] = v.make(model.cfg, cfg, *v.settings)
+        if v.scorer:
+            comp.scorer.load_state_dict(taught(Taught(per=v.scorer), 0, model, memo).state_dict())
+        distil(v, comp, memo["lessons"][:v.steps], model, seed)
+    made = judge(documents, KEEPS["routing"], lambda d, i, k: short_cache(v, memo[key], model, d.ctx, k))
+    return {"parameters": sum(p.numel() for p in memo[key].trained())} | made
+
+
+def memory(model: Llama, shards, comp: Compressor) -> dict:
+    """Bytes as stored of a long document's caches, by kept fraction."""
+    ids = torch.tensor([x for i in range(40) for x in shards[0].tokens(i).tolist()][:2048])[None]
+    protect = torch.arange(2048)[None] < 1
+    ctx = comp.read(model, ids, protect=protect)
+    return {f"{keep:g}": comp.compress(model, ctx, keep).nbytes() for keep in (1, 0.5, 0.1, 0.01)}
 
 
 # ----------------------------------------------------------------------------------------------------- the program
@@ -240,39 +452,48 @@ def save(result: dict) -> None:
     write_atomic(RESULT, lambda tmp: tmp.write_text(text, encoding="utf-8"))
 
 
+def missing(result: dict, wanted) -> list[tuple]:
+    """(part, row, seed) that are not there yet: first seeds first, and then as `wanted`, beginnings of names, has it."""
+    every = [("choice", name, seed) for name, row in CHOICE.items() for seed in (0, 1)[:2 - (row.scores == "kvzip")]]
+    every += [("routing", name, seed) for name, v in ROUTING.items() for seed in (0, 1)[:1 + v.twice]]
+    done = {(r["part"], r["row"], r["seed"]) for r in result["rows"]}
+    place = {x: [f"{x[0]}/{x[1]}".startswith(w) for w in wanted] for x in every if x not in done}
+    return sorted((x for x in place if any(place[x])), key=lambda x: (x[2], place[x].index(True)))
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--render", action="store_true", help="only make ablations.md of what is measured")
-    p.parse_args()
-    about = provenance(HELD_OUT)
+    p.add_argument("rows", nargs="*", default=[""], metavar="ROW", help="how the rows' names begin, such as choice/eta")
+    wanted, about = p.parse_args().rows, provenance(HELD_OUT)
     keep_freed_memory()
     folder = fetch()
     tok, model = Tokenizer(folder), load_llama(folder, dtype=torch.bfloat16)
     if not T.SQUAD.is_file():
         raise BadInput(f"{T.SQUAD}: no such file, expected one in SQuAD's layout")
     cases = T.fidelity(tok, DOCUMENTS, HELD_OUT, 400, "wiki,sotu", SHARDS, T.SQUAD)
-    answers = [[q.kind, c.unit, len(q.answer)] for c in cases for q in c.queries]
-    result = read_json(RESULT) if RESULT.exists() else {"model": "SmolLM2-135M-Instruct, bf16", "answers": answers,
-                                                        "documents": len(cases), "rows": []}
+    answers = [[i, c.unit, q.kind, len(q.answer)] for i, c in enumerate(cases) for q in c.queries]
+    result = read_json(RESULT) if RESULT.exists() else {"model": "SmolLM2-135M-Instruct, Q4_1 dequantised, bf16",
+                                                        "answers": answers, "rows": []}
     if result["answers"] != answers:
         raise BadInput(f"{RESULT}: it was judged on other documents; move it away")
-    done = {(r["part"], r["row"], r["seed"]) for r in result["rows"]}
-    documents = judged_documents(model, tok, cases)
     shards = [Shard(f, "train", tok) for f in prepare(["wiki", "sotu"], tok, SHARDS)]
-    memo = {"data": windows(model, tok, shards, WINDOWS, 400)}
-    todo = [("choice", name, seed) for seed in SEEDS for name in CHOICE
-            if ("choice", name, seed) not in done and (seed == 0 or not name.startswith("kvzip"))]
-    for part, name, seed in todo:
-        start = time.perf_counter()
-        row = CHOICE[name]
-        made = choice_row(row, seed, model, tok, documents, memo)
-        seconds = round(time.perf_counter() - start, 1)
-        result["rows"].append({"part": part, "row": name, "seed": seed, "settings": asdict(row), "seconds": seconds,
+    documents, memo = [Document.read(model, c.context, c.n_protect) for c in cases], {}
+    for d, c in zip(documents, cases):
+        with torch.no_grad():
+            d.judge = Judge("fidelity", model, tok, c, whole_cache(d.kvs))
+    for part, name, seed in missing(result, wanted):
+        memo["windows"] = memo.get("windows") or windows(model, tok, shards, WINDOWS, 400)
+        start, some = time.perf_counter(), documents[::EVERY[part]]
+        if part == "choice":
+            made = choice_row(CHOICE[name], seed, model, tok, some, memo)
+        else:
+            memo["lessons"] = memo.get("lessons") or lessons(model, tok, shards, STEPS)
+            made = routing_row(ROUTING[name], seed, model, some, memo)
+        result["rows"].append({"part": part, "row": name, "seed": seed, "seconds": round(time.perf_counter() - start),
                                "commit": about["commit"], **made})
         save(result)
-        w = torch.tensor([a[2] for a in answers]).float()
-        print(part, name, seed, seconds, {k: round(float((torch.tensor(v) * w).sum() / w.sum()), 4)
-                                          for k, v in made["kl"].items()}, flush=True)
+        print(part, name, seed, result["rows"][-1]["seconds"], {k: round(sum(v) / len(v), 3)
+                                                                for k, v in made["kl"].items()}, flush=True)
 
 
 if __name__ == "__main__":
