@@ -16,8 +16,8 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import cache as once
 from pathlib import Path
-from types import SimpleNamespace
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
@@ -36,10 +36,11 @@ from compress import (Compressor, CompressorConfig, Context, Scorer, attention_r
 from data import tasks as T  # noqa: E402
 from data.fetch import fetch  # noqa: E402
 from data.prepare import SHARDS, Shard, prepare  # noqa: E402
-from data.samples import Samples, collate  # noqa: E402
+from data.samples import Case, Samples, collate  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from eval import Judge, choose, kvzip  # noqa: E402
-from model import NEG, Cache, Llama, Route, load_llama, whole_cache  # noqa: E402
+from model import NEG, Cache, Llama, load_llama, whole_cache  # noqa: E402
+from results.ablations_variants import Adapted, Kept, Linear, Read, Routing, Slots  # noqa: E402
 from results.tables import fill, markdown, number, paragraph, signed  # noqa: E402
 from run.errors import BadInput, provenance, read_json, run_program, write_atomic  # noqa: E402
 from run.models import keep_freed_memory  # noqa: E402
@@ -57,14 +58,6 @@ EVERY = {"choice": 1, "routing": 2}  # of these documents every second judges a 
 
 
 # ------------------------------------------------------------------------------------------------------ the judge
-
-class Read(Context):
-    """A context whose whole cache may hold more entries behind its own: learned slots, which take no positions."""
-
-    def whole_cache(self, kvs, bias=None) -> Cache:
-        bias = None if bias is None else F.pad(bias, (0, kvs[0][0].shape[2] - bias.shape[-1]))
-        return replace(super().whole_cache(kvs, bias), next_position=self.lengths)
-
 
 @dataclass
 class Document:
@@ -84,6 +77,10 @@ class Document:
             states[last], kvs = h, kvs + new
         eta, candidates = etas[1], torch.arange(len(ids))[None] >= n_protect
         return cls(states, kvs, Read(states[eta], kvs[:eta], tokens, torch.tensor([len(ids)]), candidates, False))
+
+    @torch.no_grad()
+    def with_judge(self, model: Llama, tok, case: Case) -> "Document":
+        return replace(self, judge=Judge("fidelity", model, tok, case, whole_cache(self.kvs)))
 
     def masked(self, choice) -> Cache:
         """The whole cache, with −1e9 on what is dropped: the same function as gathering what stays."""
@@ -148,20 +145,6 @@ CHOICE = {
 }
 
 
-class Linear(Scorer):
-    """`Scorer` without a hidden layer."""
-
-    def __init__(self, n_embd: int, n_layer: int, n_kv_head: int):
-        super().__init__(n_embd, 1, n_layer, n_kv_head)
-        self.w1, self.w2 = nn.Identity(), nn.Linear(n_embd + 2, n_layer * n_kv_head)
-
-    def forward(self, h, lengths):
-        before = torch.arange(h.shape[1]).expand(h.shape[:2])
-        places = torch.stack([lengths[:, None] - 1 - before, before], -1).float().log1p()
-        x = torch.cat([F.rms_norm(h.float(), h.shape[-1:]), places], -1)
-        return self.w2(x).transpose(1, 2).unflatten(1, self.heads)
-
-
 def windows(model: Llama, tok, shards, n: int, n_context: int, etas=ETAS) -> dict:
     """n windows of one length, as the first phase of a training reads them: hidden states (n, N, D), and the log of the
     most attention (n, L, G, N) from the replay and from the text that follows. Kept in WORK, as they take minutes."""
@@ -217,135 +200,26 @@ def taught(t: Taught, seed: int, model: Llama, memo: dict) -> Scorer:
 
 
 def choice_row(row: Row, seed: int, model: Llama, tok, documents, memo: dict) -> dict:
-    """One row of `choice`, judged. memo: the windows, scorers, and KVzip's scores, for the rows that share them."""
-    def scores(d, i):
-        if row.scores == "random":
-            shape = 1, model.cfg.n_layer, model.cfg.n_kv_head, d.ctx.tokens.shape[1]
-            return torch.rand(shape, generator=torch.Generator().manual_seed(1000 * seed + i))
-        if row.scores != "kvzip":
-            return taught(row.scores, seed, model, memo)(d.states[row.scores.eta], d.ctx.lengths)
-        if ("kvzip", i) not in memo:
-            memo["kvzip", i] = kvzip(model, tok, d.ctx, whole_cache(d.kvs))
-        return memo["kvzip", i]
+    """One row of `choice`, judged. memo: the windows, and scorers for the rows that share them."""
+    scorer = taught(row.scores, seed, model, memo) if isinstance(row.scores, Taught) else None
 
-    def cache(d, i, k):
-        s = scores(d, i)
-        return d.masked(choose(s, d.ctx.candidates, k, s[0, ..., 0].numel() if row.shared else 1, row.recent))
-    if isinstance(row.scores, Taught):
-        taught(row.scores, seed, model, memo)  # judging has no gradients
-    return judge(documents, KEEPS["choice"], cache)
+    @once
+    def scores(i):
+        d = documents[i]
+        if scorer:
+            return scorer(d.states[row.scores.eta], d.ctx.lengths)
+        if row.scores == "kvzip":
+            return kvzip(model, tok, d.ctx, whole_cache(d.kvs))
+        shape = 1, model.cfg.n_layer, model.cfg.n_kv_head, d.ctx.tokens.shape[1]
+        return torch.rand(shape, generator=torch.Generator().manual_seed(1000 * seed + i))
+
+    def cache_of(d, i, k):
+        heads = scores(i)[0, ..., 0].numel() if row.shared else 1
+        return d.masked(choose(scores(i), d.ctx.candidates, k, heads, row.recent))
+    return judge(documents, KEEPS["choice"], cache_of)
 
 
 # ------------------------------------------------------------------------------------------ 2. routing and the loss
-
-class Routing(Compressor):
-    """As shipped, but for the power of ρ and whose share of heads says how strongly a token is routed."""
-
-    def __init__(self, model_cfg, cfg, power: float = 2, where: str = "next"):
-        super().__init__(model_cfg, cfg)
-        self.power, self.where = power, where
-
-    def trained(self) -> list[nn.Parameter]:
-        return self.adapters()
-
-    def share(self, choice, n, k):
-        """(B, l, N): strength by layer, but for the ρ² that `routes` brings."""
-        share = choice.share
-        if self.where == "later":        # of all heads of this and later layers, not of this layer's alone
-            share = share.flip(1).cumsum(1).flip(1) / torch.arange(share.shape[1], 0, -1)[:, None]
-        elif self.where == "everywhere":
-            share = share.mean(1, keepdim=True).expand_as(share)
-        return share * ((n / k).log() / math.log(100)).clamp(max=1)[:, None, None] ** (self.power - 2)
-
-    def routes(self, choice, n, k, dtype):
-        return super().routes(SimpleNamespace(share=self.share(choice, n, k)), n, k, dtype)
-
-
-class Kept(Routing):
-    """A learned embedding tells kept tokens so, after layer η, as strongly as they would be routed; nothing else."""
-
-    def __init__(self, model_cfg, cfg):
-        super().__init__(model_cfg, cfg)
-        self.kept, self.power = nn.Parameter(torch.zeros(model_cfg.n_embd)), 4  # of ρ² in all
-
-    def trained(self):
-        return [self.kept]
-
-    def encode(self, model, ctx, choice, k, store):
-        m = self.share(choice, ctx.candidates.sum(1), k)[:, self.cfg.eta]                      # (B, N)
-        told = replace(ctx, h=ctx.h + (m[..., None] * self.kept).to(ctx.h.dtype))
-        return super().encode(model, told, choice, k, store)
-
-    def routes(self, *_):
-        return lambda layer: None
-
-
-class Adapted(Routing):
-    """Adapters on any of a block's linear maps, where and as strongly as routing has them on W_Q and W_O."""
-
-    def __init__(self, model_cfg, cfg, maps: str):
-        super().__init__(model_cfg, cfg)
-        c, self.maps, n, r = model_cfg, maps.split(), len(self.a_q), cfg.rank
-        inner, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-        sizes = {"attn.wq": (c.n_embd, inner), "attn.wk": (c.n_embd, kv), "attn.wv": (c.n_embd, kv),
-                 "attn.wo": (inner, c.n_embd), "mlp.gate": (c.n_embd, c.n_ffn), "mlp.up": (c.n_embd, c.n_ffn),
-                 "mlp.down": (c.n_ffn, c.n_embd)}
-        self.a = nn.ParameterList(torch.randn(n, r, sizes[x][0]) * sizes[x][0] ** -0.5 for x in self.maps)
-        self.b = nn.ParameterList(torch.zeros(n, sizes[x][1], r) for x in self.maps)
-
-    def trained(self):
-        return [*self.a, *self.b]
-
-    def encode(self, model, ctx, choice, k, store):
-        route, hooks = super().routes(choice, ctx.candidates.sum(1), k, model.dtype), []
-        for i in range(len(self.a_q)):
-            mask = route(self.cfg.eta + i).mask
-            for name, a, b in zip(self.maps, self.a, self.b):
-                def add(_, x, y, mask=mask, a=a[i].to(model.dtype), b=b[i].to(model.dtype)):
-                    return y + mask * F.linear(F.linear(x[0], a), b)
-                hooks.append(model.layers[self.cfg.eta + i].get_submodule(name).register_forward_hook(add))
-        try:
-            return super().encode(model, ctx, choice, k, store)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    routes = Kept.routes
-
-
-class Slots(Routing):
-    """Learned embeddings are read after the context, through adapters on W_Q and W_O of all layers but the last. Their
-    keys and values stay in every head, and as many of the context's entries less. They stand where its last tokens do,
-    so that what is asked stands where it would."""
-    most = 8
-
-    def __init__(self, model_cfg, cfg):
-        super().__init__(model_cfg, cfg)
-        self.slots = nn.Parameter(torch.randn(self.most, model_cfg.n_embd) * 0.1)
-
-    @staticmethod
-    def n_adapted(model_cfg, cfg) -> int:
-        return model_cfg.n_layer - 1
-
-    def trained(self):
-        return [*self.adapters(), self.slots]
-
-    def count(self, k):
-        return (k // 2).clamp(max=self.most)  # where fewer than 16 are kept, half of them
-
-    def choose(self, scores, ctx, k, check=True):
-        return super().choose(scores, ctx, k - self.count(k), check)
-
-    def encode(self, model, ctx, choice, k, store):
-        n, end, full, out = int(self.count(k)), ctx.tokens.shape[1], self.full(model, ctx), []
-        h, rope = self.slots[None, :n].to(model.dtype), model.rope(torch.arange(end - n, end)[None])
-        for layer, (part,) in enumerate(full.layers):
-            last = layer == model.cfg.n_layer - 1
-            route = None if last else Route(h.new_ones(1, n, 1), *(x[layer].to(h.dtype) for x in self.adapters()))
-            h, keys, values = model.block(layer, h, rope, None, full, layer, route, kv_only=last)
-            out.append(store(layer, torch.cat([part.k, keys], 2), torch.cat([part.v, values], 2)))
-        return out
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -381,6 +255,7 @@ ROUTING = {
     "m later": Variant("m: the share of all later layers' heads", settings=(2, "later")),
     "m everywhere": Variant("m: the share of all heads", settings=(2, "everywhere")),
 }
+ROWS = {"choice": CHOICE, "routing": ROUTING}
 
 
 def lessons(model: Llama, tok, shards, n: int) -> list[tuple]:
@@ -421,7 +296,7 @@ def short_cache(v: Variant, comp: Routing, model: Llama, ctx: Context, k) -> Cac
     return ctx.whole_cache(comp.encode(model, ctx, choice, k, lambda layer, keys, values: (keys, values)), bias)
 
 
-def routing_row(v: Variant, seed: int, model: Llama, documents, memo: dict) -> dict:
+def routing_row(v: Variant, seed: int, model: Llama, tok, documents, memo: dict) -> dict:
     """One row of `routing`, trained and judged. memo: lessons, scorers, and what was trained."""
     key = replace(v, says="", beta=False, twice=False), seed
     if key not in memo:
@@ -436,11 +311,66 @@ def routing_row(v: Variant, seed: int, model: Llama, documents, memo: dict) -> d
 
 
 def memory(model: Llama, shards, comp: Compressor) -> dict:
-    """Bytes as stored of a long document's caches, by kept fraction."""
+    """Bytes as stored of a document of 2,048 tokens, by kept fraction; they do not depend on which entries stay."""
     ids = torch.tensor([x for i in range(40) for x in shards[0].tokens(i).tolist()][:2048])[None]
-    protect = torch.arange(2048)[None] < 1
-    ctx = comp.read(model, ids, protect=protect)
+    ctx = comp.read(model, ids, protect=torch.arange(2048)[None] < 1)
     return {f"{keep:g}": comp.compress(model, ctx, keep).nbytes() for keep in (1, 0.5, 0.1, 0.01)}
+
+
+# ----------------------------------------------------------------------------------------------------- the tables
+
+def asked(result: dict, part: str) -> list[tuple]:
+    """(document, unit, kind, tokens) of the answers that judge a part."""
+    return [a for a in result["answers"] if a[0] % EVERY[part] == 0]
+
+
+def estimate(result: dict, part: str, row: str, keep, kind="all", metric="kl", less=None):
+    """A row's mean over answers (by tokens) and seeds, its 95 % interval over documents, and the means of its seeds;
+    with `less`, of what it has more than that row, answer by answer and seed by seed. Empty where it is not there."""
+    at = {(r["row"], r["seed"]): np.array(r[metric][f"{keep:g}"]) for r in result["rows"] if r["part"] == part}
+    found = [x - at[less, seed] if less else x for (name, seed), x in at.items()
+             if name == row and (not less or (less, seed) in at)]
+    mine, units, weights = zip(*[(j, a[1], a[3]) for j, a in enumerate(asked(result, part)) if kind in ("all", a[2])])
+    return found and (*mean_and_interval(units, np.mean(found, 0)[[*mine]], weights),
+                      [np.average(x[[*mine]], weights=weights) for x in found])
+
+
+def table(result: dict, part: str, title: str, columns: list[tuple], less=None, interval=True) -> str:
+    """A line for each measured row; columns: (keep, kind, metric). Of differences those are bold whose interval leaves
+    0 out, if all seeds agree on the sign."""
+    def cell(row, column):
+        mean, (low, high), seeds = estimate(result, part, row, *column, less)
+        bold = "**" if less and (low > 0 and min(seeds) > 0 or high < 0 and max(seeds) < 0) else ""
+        form = signed if less else number
+        return f"{bold}{form(mean)}{bold}" + f" ({form(low)} to {form(high)})" * interval
+
+    return markdown([title, *(f"{metric.upper()} {kind} {keep:g}" for keep, kind, metric in columns)],
+                    [[name if less else f"{name}: {x.says}", *(cell(name, c) for c in columns)]
+                     for name, x in ROWS[part].items() if name != less and estimate(result, part, name, 0.1)])
+
+
+def tables(result: dict, part: str) -> str:
+    kl, squad = ([(keep, kind, "kl") for keep in KEEPS[part]] for kind in ("all", "squad"))
+    more = [(keep, kind, metric) for metric in ("js", "agree") for kind in ("all", "squad") for keep in (0.1, 0.05)]
+    rows, answers = [r for r in result["rows"] if r["part"] == part], asked(result, part)
+    commits, twice = (", ".join(dict.fromkeys(x)) or "none" for x in (
+        (r["commit"] for r in rows), (r["row"] for r in rows if r["seed"])))
+    left = ", ".join(f"{name} (seed {seed})" for _, name, seed in missing(result, [part])) or "none"
+    note = (f"n = {len(answers)} answers to {len({a[0] for a in answers})} documents, "
+            f"{sum(a[2] == 'squad' for a in answers)} of them SQuAD's. Two seeds: {twice}. Missing: {left}. "
+            f"Commit {commits}.")
+    return "\n\n".join([table(result, part, "row: what it changes", kl), paragraph(note),
+                        table(result, part, "minus base, paired", kl, "base"),
+                        table(result, part, "minus base, paired", squad, "base"),
+                        table(result, part, "row", squad + more, interval=False)])
+
+
+def render(result: dict) -> None:
+    """The blocks of ablations.md; what stands between them is written by hand."""
+    whole = result["memory"]["1"]
+    rows = [[f"{1 - float(k):.0%}", f"{n:,}", f"{n / whole:.4f}", k] for k, n in result["memory"].items() if k != "1"]
+    head = ["compression", "bytes as stored", f"of the whole cache's {whole:,}", "promise"]
+    fill(PAGE, {part: tables(result, part) for part in ROWS} | {"memory": markdown(head, rows)})
 
 
 # ----------------------------------------------------------------------------------------------------- the program
@@ -453,7 +383,7 @@ def save(result: dict) -> None:
 
 
 def missing(result: dict, wanted) -> list[tuple]:
-    """(part, row, seed) that are not there yet: first seeds first, and then as `wanted`, beginnings of names, has it."""
+    """(part, row, seed) that are not there yet: first seeds first, then as `wanted`, beginnings of names, has it."""
     every = [("choice", name, seed) for name, row in CHOICE.items() for seed in (0, 1)[:2 - (row.scores == "kvzip")]]
     every += [("routing", name, seed) for name, v in ROUTING.items() for seed in (0, 1)[:1 + v.twice]]
     done = {(r["part"], r["row"], r["seed"]) for r in result["rows"]}
@@ -464,12 +394,12 @@ def missing(result: dict, wanted) -> list[tuple]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("rows", nargs="*", default=[""], metavar="ROW", help="how the rows' names begin, such as choice/eta")
-    wanted, about = p.parse_args().rows, provenance(HELD_OUT)
+    wanted, commit = p.parse_args().rows, provenance(HELD_OUT)["commit"]
+    if not T.SQUAD.is_file():
+        raise BadInput(f"{T.SQUAD}: no such file, expected one in SQuAD's layout")
     keep_freed_memory()
     folder = fetch()
     tok, model = Tokenizer(folder), load_llama(folder, dtype=torch.bfloat16)
-    if not T.SQUAD.is_file():
-        raise BadInput(f"{T.SQUAD}: no such file, expected one in SQuAD's layout")
     cases = T.fidelity(tok, DOCUMENTS, HELD_OUT, 400, "wiki,sotu", SHARDS, T.SQUAD)
     answers = [[i, c.unit, q.kind, len(q.answer)] for i, c in enumerate(cases) for q in c.queries]
     result = read_json(RESULT) if RESULT.exists() else {"model": "SmolLM2-135M-Instruct, Q4_1 dequantised, bf16",
@@ -477,23 +407,22 @@ def main() -> None:
     if result["answers"] != answers:
         raise BadInput(f"{RESULT}: it was judged on other documents; move it away")
     shards = [Shard(f, "train", tok) for f in prepare(["wiki", "sotu"], tok, SHARDS)]
-    documents, memo = [Document.read(model, c.context, c.n_protect) for c in cases], {}
-    for d, c in zip(documents, cases):
-        with torch.no_grad():
-            d.judge = Judge("fidelity", model, tok, c, whole_cache(d.kvs))
+    if "memory" not in result:
+        result["memory"] = memory(model, shards, Compressor(model.cfg, CompressorConfig()))
+    documents, memo = [], {}
     for part, name, seed in missing(result, wanted):
+        documents = documents or [Document.read(model, c.context, c.n_protect).with_judge(model, tok, c) for c in cases]
         memo["windows"] = memo.get("windows") or windows(model, tok, shards, WINDOWS, 400)
-        start, some = time.perf_counter(), documents[::EVERY[part]]
-        if part == "choice":
-            made = choice_row(CHOICE[name], seed, model, tok, some, memo)
-        else:
-            memo["lessons"] = memo.get("lessons") or lessons(model, tok, shards, STEPS)
-            made = routing_row(ROUTING[name], seed, model, some, memo)
-        result["rows"].append({"part": part, "row": name, "seed": seed, "seconds": round(time.perf_counter() - start),
-                               "commit": about["commit"], **made})
+        memo["lessons"] = memo.get("lessons") or part == "routing" and lessons(model, tok, shards, STEPS)
+        start, make = time.perf_counter(), choice_row if part == "choice" else routing_row
+        made = make(ROWS[part][name], seed, model, tok, documents[::EVERY[part]], memo)
+        seconds = round(time.perf_counter() - start)
+        print(part, name, seed, seconds, {k: round(sum(v) / len(v), 3) for k, v in made["kl"].items()}, flush=True)
+        result["rows"].append({"part": part, "row": name, "seed": seed, "seconds": seconds,
+                               "commit": commit, **made})
         save(result)
-        print(part, name, seed, result["rows"][-1]["seconds"], {k: round(sum(v) / len(v), 3)
-                                                                for k, v in made["kl"].items()}, flush=True)
+    save(result)
+    render(result)
 
 
 if __name__ == "__main__":
