@@ -131,6 +131,8 @@ CHOICE = {
     "replay only": Row("target without the text that follows", Taught(following=False)),
     "no distances": Row("the scorer does not see how much text lies before and after", Taught(distances=False)),
     "recent 0": Row("no recent tokens forced", recent=0),
+    "recent 1": Row("1 recent token in every head", recent=1),
+    "recent 2": Row("2 recent tokens in every head", recent=2),
     "recent 8": Row("8 recent tokens in every head", recent=8),
     "eta 3": Row("read after layer 3", Taught(eta=3)),
     "eta 12": Row("read after layer 12", Taught(eta=12)),
@@ -232,6 +234,7 @@ class Variant:
     scorer: str | None = "head"  # taught so in `choice`, seed 0; None: random
     scorer_lr: float = 0.0       # through β
     soft: float = 0.0            # share of soft steps
+    recent: int = 4
     beta: bool = False           # what stays is decayed by its β at inference, too
     twice: bool = False          # a second seed
 
@@ -246,6 +249,7 @@ ROUTING = {
     "QKVO": Variant("adapters on W_Q, W_K, W_V, W_O", Adapted, ("attn.wq attn.wk attn.wv attn.wo",)),
     "MLP": Variant("adapters on the MLP", Adapted, ("mlp.gate mlp.up mlp.down",)),
     "beta at inference": Variant("base, its β at inference, too", beta=True),
+    "recent 1": Variant("1 recent token in every head", recent=1),
     "strength 1": Variant("routing does not fade", settings=(0,)),
     "strength rho": Variant("it fades with ρ, not ρ²", settings=(1,)),
     "KL through beta": Variant("the scorer learns on, through β, hard steps", scorer_lr=1e-3),
@@ -301,7 +305,7 @@ def routing_row(v: Variant, seed: int, model: Llama, tok, documents, memo: dict)
     key = replace(v, says="", beta=False, twice=False), seed
     if key not in memo:
         torch.manual_seed(seed)
-        cfg = CompressorConfig(choice="token" if v.scorer == "token" else "head")
+        cfg = CompressorConfig(choice="token" if v.scorer == "token" else "head", recent=v.recent)
         comp = memo[key] = v.make(model.cfg, cfg, *v.settings)
         if v.scorer:
             comp.scorer.load_state_dict(taught(Taught(per=v.scorer), 0, model, memo).state_dict())

@@ -221,7 +221,8 @@ def result() -> dict:
 
     def row(part, name, seed, kl):
         values = {f"{keep:g}": kl for keep in ab.KEEPS[part]}
-        return {"part": part, "row": name, "seed": seed, "commit": "abc1234"} | dict.fromkeys(("kl", "js", "agree"), values)
+        about = {"part": part, "row": name, "seed": seed, "commit": "abc1234"}
+        return about | dict.fromkeys(("kl", "js", "agree"), values)
     return {"answers": answers, "memory": {"1": 1000, "0.5": 520, "0.01": 12}, "rows": [
         row("choice", "base", 0, [1.0, 2.0, 3.0, 4.0]), row("choice", "random", 0, [2.0, 3.0, 4.0, 5.0]),
         row("choice", "recent 0", 0, [0.0, 2.5, 3.0, 4.0]),
