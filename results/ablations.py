@@ -118,7 +118,7 @@ class Row:
     says: str
     scores: Taught | str = Taught()  # or "random", or "kvzip": the target itself, which takes a second reading
     shared: bool = True              # one budget for all heads, or each its own
-    recent: int = 4
+    recent: float = 4                # below 1: of K
 
 
 CHOICE = {
@@ -133,6 +133,7 @@ CHOICE = {
     "recent 0": Row("no recent tokens forced", recent=0),
     "recent 1": Row("1 recent token in every head", recent=1),
     "recent 2": Row("2 recent tokens in every head", recent=2),
+    "recent K/10": Row("a tenth of K are recent tokens in every head", recent=0.1),
     "recent 8": Row("8 recent tokens in every head", recent=8),
     "eta 3": Row("read after layer 3", Taught(eta=3)),
     "eta 12": Row("read after layer 12", Taught(eta=12)),
@@ -217,7 +218,8 @@ def choice_row(row: Row, seed: int, model: Llama, tok, documents, memo: dict) ->
 
     def cache_of(d, i, k):
         heads = scores(i)[0, ..., 0].numel() if row.shared else 1
-        return d.masked(choose(scores(i), d.ctx.candidates, k, heads, row.recent))
+        recent = round(row.recent if row.recent >= 1 else row.recent * int(k))
+        return d.masked(choose(scores(i), d.ctx.candidates, k, heads, recent))
     return judge(documents, KEEPS["choice"], cache_of)
 
 

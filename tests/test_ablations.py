@@ -104,6 +104,18 @@ def test_scorers_see_what_their_row_says(model):
     assert torch.equal(again.w1.weight, made["head"].w1.weight), "a row that is taken up again is the same row"
 
 
+def test_rows_share_budgets_and_force_recent_tokens_as_they_say(model, monkeypatch):
+    """Of 37 tokens, K is 10, 4, and 2."""
+    d, seen = document(model), []
+    monkeypatch.setattr(ab, "choose", lambda s, c, k, heads, recent: seen.append((heads, recent)) or choose(
+        s, c, k, heads, recent))
+    for row in (ab.Row("", "random"), ab.Row("", "random", shared=False, recent=0), ab.Row("", "random", recent=0.5)):
+        made = ab.choice_row(row, 0, model, None, [d], {})
+    assert seen == [(12, 4)] * 3 + [(1, 0)] * 3 + [(12, 5), (12, 2), (12, 1)]
+    assert set(made) == {"kl", "js", "agree"} and all(len(x) == 2 and min(x) > 0 for x in made["kl"].values())
+    assert ab.choice_row(ab.Row("", "random"), 1, model, None, [d], {}) != made
+
+
 # what happens to those that stay --------------------------------------------------------------------------------------
 
 @torch.no_grad()
