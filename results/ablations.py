@@ -247,6 +247,7 @@ ROUTING = {
     "lambda 1": Variant("forward KL alone", lam=1.0, twice=True),
     "lambda 0": Variant("reverse KL alone", lam=0.0, twice=True),
     "kept embedding": Variant("a learned embedding for kept tokens, no routing", Kept, lr=1e-2, twice=True),
+    "kept embedding, fast": Variant("the same at ten times the rate", Kept, lr=1e-1),
     "slots": Variant("8 learned slots, no routing", Slots, twice=True),
     "QKVO": Variant("adapters on W_Q, W_K, W_V, W_O", Adapted, ("attn.wq attn.wk attn.wv attn.wo",)),
     "MLP": Variant("adapters on the MLP", Adapted, ("mlp.gate mlp.up mlp.down",)),
