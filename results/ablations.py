@@ -351,8 +351,9 @@ def table(result: dict, part: str, title: str, columns: list[tuple], less=None, 
         form = signed if less else number
         return f"{bold}{form(mean)}{bold}" + f" ({form(low)} to {form(high)})" * interval
 
-    return markdown([title, *(f"{metric.upper()} {kind} {keep:g}" for keep, kind, metric in columns)],
-                    [[name if less else f"{name}: {x.says}", *(cell(name, c) for c in columns)]
+    names = {"kl": "KL", "js": "JS", "agree": "top-1", "all": "", "squad": "SQuAD "}
+    return markdown([title, *(f"{names[metric]} {names[kind]}{keep:g}" for keep, kind, metric in columns)],
+                    [[name if less or not interval else f"{name}: {x.says}", *(cell(name, c) for c in columns)]
                      for name, x in ROWS[part].items() if name != less and estimate(result, part, name, 0.1)])
 
 

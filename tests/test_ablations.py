@@ -260,7 +260,8 @@ def test_the_page_says_what_was_measured_what_is_sure_and_what_is_missing(tmp_pa
     page.write_text("by hand\n" + "".join(blocks))
     ab.render(result())
     text = page.read_text()
-    lines = {line.split(" | ")[0]: line for line in text.split("\n") if line.startswith("| ")}
+    less = text.split("| minus base, paired |")[1]
+    lines = {line.split(" | ")[0]: line for line in less.split("\n") if line.startswith("| ")}
     assert text.startswith("by hand\n") and "| 99% | 12 | 0.0120 | 0.01 |" in text
     assert "**+1.00**" in lines["| random"] and "**" not in lines["| recent 0"], "its interval begins at 0"
     assert "**−0.50**" in text and "| lambda 1 | 0.00" in text, "seeds that disagree are not sure"
