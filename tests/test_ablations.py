@@ -280,3 +280,8 @@ def test_a_result_is_written_a_line_for_each_row(tmp_path, monkeypatch):
     monkeypatch.setattr(ab, "RESULT", tmp_path / "a.json")
     ab.save(result())
     assert read_json(ab.RESULT) == result() and len(ab.RESULT.read_text().split("\n")) == 3 + 8 + 1
+
+
+@pytest.mark.parametrize("part", ab.ROWS)
+def test_the_committed_page_shows_what_the_file_says(part):
+    assert ab.tables(read_json(ab.RESULT), part) in ab.PAGE.read_text(encoding="utf-8")
