@@ -8,7 +8,6 @@ equal to them. For any other Llama, download a folder and pass it as --weights.
 
 Format reference: github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
-import argparse
 import hashlib
 import os
 import shutil
@@ -34,7 +33,7 @@ from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `python data/fetch.py` finds the package it lies in
-from run.errors import BadInput, reading, run_program, write_atomic, write_json  # noqa: E402
+from run.errors import BadInput, Parser, reading, run_program, write_atomic, write_json  # noqa: E402
 
 DEFAULT_WEIGHTS = ROOT / "weights" / "smollm2-135m-instruct"
 DOWNLOADS = Path(os.environ.get("KVDISTILL_CACHE", ROOT / "data" / "downloads"))
@@ -311,7 +310,7 @@ def fetch(out: Path = DEFAULT_WEIGHTS, force: bool = False) -> Path:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--out", type=Path, default=DEFAULT_WEIGHTS, metavar="DIR",
                    help="folder to write, in the Hugging Face layout; default: weights/smollm2-135m-instruct")
     p.add_argument("--force", action="store_true", help="convert again although the folder is complete")

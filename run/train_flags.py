@@ -3,7 +3,7 @@ import argparse
 from dataclasses import asdict, fields
 
 from run.compress_flags import find_adapter
-from run.errors import BadInput, expect, reading
+from run.errors import BadInput, Parser, expect, reading
 from run.files import read_about
 from data.samples import KINDS
 from run.models import add_model_flags
@@ -11,8 +11,8 @@ from run.models import add_model_flags
 
 def parse_args(TrainConfig, PRESETS: dict) -> argparse.Namespace:
     """The flags, --preset's under those that were given; `.config` is the TrainConfig among them."""
-    p = argparse.ArgumentParser(description="Distil a KV-cache compressor. Without flags: the quick experiment.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = Parser(description="Distil a KV-cache compressor. Without flags: the quick experiment.",
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p.add_argument("--preset", choices=PRESETS, default="quick", help="flags to start from; others override them")
     for f in fields(TrainConfig):
         name = "--" + f.name.replace("_", "-")
