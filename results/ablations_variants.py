@@ -82,7 +82,7 @@ class Adapted(Routing):
 
     def __init__(self, model_cfg, cfg, maps: str):
         super().__init__(model_cfg, cfg)
-        self.maps, block, n = maps.split(), Block(model_cfg), len(self.a_q)
+        self.maps, block, n = maps.split(), Block(model_cfg, 0), len(self.a_q)
         sizes = [block.get_submodule(name).weight.shape for name in self.maps]
         self.a = nn.ParameterList(torch.randn(n, cfg.rank, width) * width ** -0.5 for _, width in sizes)
         self.b = nn.ParameterList(torch.zeros(n, out, cfg.rank) for out, _ in sizes)
