@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from model import NEG, Cache, Llama, Part, Route, answer, whole_cache
 from run.compress_flags import find_adapter
 from run.errors import BadInput, read_json, run_program
-from run.files import ROOT, newest_adapter, read_adapter
+from run.files import ROOT, default_adapter, read_adapter
 
 
 @dataclass
@@ -362,8 +362,8 @@ DEMO_QUESTIONS = ["How tall is the tower?", "Who was the first keeper of the lig
 
 
 def open_compressor(path, model: Llama, tokenizer, seed: int = 0) -> tuple[Compressor, Path | None]:
-    """The adapter in `path`, or the newest that fits, and its folder; or an untrained one, and None. Says which."""
-    folder = find_adapter(path) if path is not None else newest_adapter(model, tokenizer)
+    """The adapter in `path`, or the default one, and its folder; or an untrained one, and None. Says which."""
+    folder = find_adapter(path) if path is not None else default_adapter(model, tokenizer)
     if folder is None:
         print("adapter: none found for this model, so an untrained one; train.py makes one")
         torch.manual_seed(seed)

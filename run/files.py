@@ -94,8 +94,9 @@ def read_adapter(folder, model: Llama, tokenizer) -> tuple[dict, dict[str, torch
     return meta, tensors
 
 
-def newest_adapter(model: Llama, tokenizer) -> Path | None:
-    """The adapter for this architecture and tokenizer trained last, among adapters/* (shipped) and out/*/adapter."""
+def default_adapter(model: Llama, tokenizer) -> Path | None:
+    """For this architecture and tokenizer: the one trained here last (out/*/adapter), else the shipped one (adapters/*)
+    that was trained longest."""
     want, found = base_of(model, tokenizer), []
     for path in (*ROOT.glob("adapters/*/adapter.json"), *ROOT.glob("out/*/adapter/adapter.json")):
         try:
@@ -104,8 +105,10 @@ def newest_adapter(model: Llama, tokenizer) -> Path | None:
             print(f"warning: {e}; it is passed over", file=sys.stderr)
             continue
         if all(meta.get("base", {}).get(key) == want[key] for key in ("architecture", "tokenizer")):
-            found.append((meta.get("created", ""), path.parent))
-    return max(found)[1] if found else None
+            here, train = path.parent.name == "adapter", meta.get("train", {})
+            steps = sum(train[x] for x in ("reconstruct", "steps") if type(train.get(x)) is int)
+            found.append((here, 0 if here else steps, meta.get("created", ""), path.parent))
+    return max(found)[-1] if found else None
 
 
 CACHE_KEY, CACHE_FORMAT = "kvdistill_cache", 2  # in the header of the safetensors file; 1 held no ragged caches
