@@ -16,7 +16,7 @@ from safetensors.torch import load, load_file, save_file
 from compress import load_adapter
 from conftest import ROOT, save_llama, tiny_compressor, tiny_llama
 from run.errors import BadInput, read_json, run_program, write_json
-from run.files import base_of, load_cache, newest_adapter, save_adapter, save_cache
+from run.files import base_of, load_cache, default_adapter, save_adapter, save_cache
 from run.world import World
 from data.tokenizer import Tokenizer
 from model import load_llama
@@ -303,16 +303,23 @@ def test_a_text_that_is_kept_as_a_whole(tiny, size):
     assert full == short and len(set(re.search(r"bytes +([\d,]+) -> ([\d,]+)", out).groups())) == 1
 
 
-def test_the_newest_adapter_is_the_last_one_made_for_this_model(tiny, tmp_path, monkeypatch):
+def test_the_default_adapter_was_trained_here_last_or_is_the_shipped_one_trained_longest(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("run.files.ROOT", tmp_path)
     model, tok = load_llama(tiny), Tokenizer(tiny)
-    assert newest_adapter(model, tok) is None
+    assert default_adapter(model, tok) is None
     mine, other = base_of(model, tok), base_of(load_llama(write_model(tmp_path / "m", n_head=2)), tok)
-    for name, created, base in (("adapters/a", "2030-01-02", mine), ("out/run/adapter", "2031-01-01", mine),
-                                ("adapters/b", "2029-01-01", mine), ("out/new/adapter", "2032-01-01", other)):
+
+    def add(name, created, steps, base=mine):
         (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "adapter.json").write_text(json.dumps({"created": created, "base": base}))
-    assert newest_adapter(model, tok) == tmp_path / "out/run/adapter"
+        meta = {"created": created, "base": base, "train": {"reconstruct": 5, "steps": steps}}
+        (tmp_path / name / "adapter.json").write_text(json.dumps(meta))
+        return default_adapter(model, tok)
+    quick = tmp_path / "adapters/quick"
+    assert add("out/foreign/adapter", "2032-01-01", 9, other) is None
+    assert add("adapters/quick", "2030-01-02", 20) == quick == add("adapters/less", "2031-01-01", 10)
+    assert add("adapters/long", "2029-01-01", 3000) == tmp_path / "adapters/long"
+    assert add("out/run/adapter", "2028-01-01", 2) == tmp_path / "out/run/adapter"
+    assert add("out/old/adapter", "2027-01-01", 99) == tmp_path / "out/run/adapter"
 
 
 # train.py ----------------------------------------------------------------------------------------------------------
