@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--html", metavar="FILE", help="write a page of its own to look at: which heads keep which token, "
                    "and the answers, at several kept fractions")
     p.add_argument("--adapter", metavar="DIR", help="trained compressor, or the folder of the run that trained it; "
-                   "default: the newest in out/, else of adapters/")
+                   "default: newest in out/, else of adapters/")
     p.add_argument("--save", metavar="FILE", help="write the short cache (never that of --method) to this safetensors "
                    "file")
     p.add_argument("--load", metavar="FILE", help="ask a saved cache: no document, no prefill")

@@ -42,7 +42,7 @@ def parse_args(methods, default: str) -> argparse.Namespace:
     p.add_argument("--against", metavar="METHOD", help="add each cell's paired difference to this method")
     p.add_argument("--truncate", action="store_true", help="cut the ends of documents that are too long for the "
                    "model's positions (not of niah and cost)")
-    p.add_argument("--adapter", metavar="DIR", help="trained compressor; default: the newest in out/, else of adapters/")
+    p.add_argument("--adapter", metavar="DIR", help="trained compressor; default: newest in out/, else of adapters/")
     p.add_argument("--seed", type=seed_flag, default=0, help="of the documents and of random choices; default 0")
     p.add_argument("--out", metavar="FILE", help="results as JSON, answers beside it as .jsonl.gz; a run goes on "
                    "where it stopped")
