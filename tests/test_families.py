@@ -14,7 +14,7 @@ from conftest import save_llama, tiny_compressor, tiny_llama
 from model import Llama, generate, load_llama, pad_right, rope_frequencies
 from run import files, models
 from run.errors import BadInput
-from run.files import base_of, check_base, load_cache, newest_adapter, read_adapter, save_adapter, save_cache
+from run.files import base_of, check_base, load_cache, default_adapter, read_adapter, save_adapter, save_cache
 from run.models import load_checked, open_model, read_config
 from run.plan import HEADER, continuation_tokens, memory, step_flops
 from test_compress import chosen, context, continuation, logits, masked
@@ -313,7 +313,7 @@ def test_adapters_of_before_load_for_llamas_and_for_nothing_else(tmp_path, monke
             check_base("x", base_of(other, Tok), llama, Tok)
     monkeypatch.setattr(files, "ROOT", tmp_path)
     save_adapter(tmp_path / "adapters" / "a", tiny_compressor(llama), llama, Tok, {})
-    assert newest_adapter(llama, Tok) and not newest_adapter(tiny_llama(head_norm=True), Tok)
+    assert default_adapter(llama, Tok) and not default_adapter(tiny_llama(head_norm=True), Tok)
 
 
 def test_logits_that_are_no_numbers_end_generation_with_one_line(model):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ROOT, tiny_compressor, tiny_llama
 from run import files
 from run.errors import BadInput, expect, provenance, read_json, reading, write_json
-from run.files import base_of, load_state, newest_adapter, read_adapter, save_adapter, save_state
+from run.files import base_of, load_state, default_adapter, read_adapter, save_adapter, save_state
 
 
 class Tok:
@@ -102,11 +102,11 @@ def test_every_tensor_counts_in_the_fingerprint_of_weights():
         assert base_of(other, Tok)["weights"] != want, name
 
 
-def test_the_newest_adapter_is_the_last_one_made_for_this_model(tmp_path, monkeypatch, capsys):
+def test_the_default_adapter_is_the_last_one_made_for_this_model(tmp_path, monkeypatch, capsys):
     """One that cannot be read is passed over with a line: it must not stop who has another."""
     monkeypatch.setattr(files, "ROOT", tmp_path)
     model = tiny_llama()
-    assert newest_adapter(model, Tok) is None
+    assert default_adapter(model, Tok) is None
     mine, other = base_of(model, Tok), base_of(tiny_llama(n_head=2), Tok)
     for name, about in (("adapters/a", {"created": "2030-01-02", "base": mine}),
                         ("out/run/adapter", {"created": "2031-01-01", "base": mine}),
@@ -115,7 +115,7 @@ def test_the_newest_adapter_is_the_last_one_made_for_this_model(tmp_path, monkey
                         ("out/odd/adapter", {"created": 5, "base": mine}), ("out/odder/adapter", {"base": 5})):
         write_json(tmp_path / name / "adapter.json", about)
     (tmp_path / "out" / "odd" / "adapter" / "adapter.json").write_text("{")
-    assert newest_adapter(model, Tok) == tmp_path / "out/run/adapter"
+    assert default_adapter(model, Tok) == tmp_path / "out/run/adapter"
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 2 and all("adapter.json: " in line and "passed over" in line for line in err)
 
