@@ -5,8 +5,9 @@
 
 `choice` asks who should stay: scorers learn in seconds from hidden states and targets that are read once, and their
 choice is taken from the plain cache. `routing` asks what happens to those that stay, and what the loss should be: one
-taught scorer, and for every row the same STEPS steps of distillation. A row is written when it is finished; cut off,
-the same command goes on. A part's rows are judged on the same held-out answers, so differences are paired.
+taught scorer, and for every row the same STEPS steps of distillation. `long` asks some of it again of documents in
+which eight entries of a head are few. A row is written when it is finished; cut off, the same command goes on. A part's
+rows are judged on the same held-out answers, so differences are paired.
 """
 import argparse
 import json
@@ -52,9 +53,7 @@ RESULT, PAGE = ROOT / "results" / "ablations.json", ROOT / "results" / "ablation
 WORK = ROOT / "out" / "ablations"
 ETAS, WINDOWS = (3, 6, 12), 300    # layers that a scorer may read after; windows of 400 tokens to teach it from
 STEPS = 80                         # of distillation
-KEEPS = {"choice": (0.25, 0.1, 0.05), "routing": (0.5, 0.25, 0.1, 0.05, 0.02)}
 DOCUMENTS, HELD_OUT = 12, 4321     # held-out documents of each kind, and the seed that draws them
-EVERY = {"choice": 1, "routing": 2}  # of these documents every second judges a row of `routing`, which takes longer
 
 
 # ------------------------------------------------------------------------------------------------------ the judge
@@ -220,7 +219,7 @@ def choice_row(row: Row, seed: int, model: Llama, tok, documents, memo: dict) ->
         heads = scores(i)[0, ..., 0].numel() if row.shared else 1
         recent = round(row.recent if row.recent >= 1 else row.recent * int(k))
         return d.masked(choose(scores(i), d.ctx.candidates, k, heads, recent))
-    return judge(documents, KEEPS["choice"], cache_of)
+    return judge(documents, PARTS["choice"].keeps, cache_of)
 
 
 # ------------------------------------------------------------------------------------------ 2. routing and the loss
@@ -262,12 +261,28 @@ ROUTING = {
     "m later": Variant("m: the share of all later layers' heads", settings=(2, "later")),
     "m everywhere": Variant("m: the share of all heads", settings=(2, "everywhere")),
 }
-ROWS = {"choice": CHOICE, "routing": ROUTING}
+LONG = {name: ROUTING[name] for name in ("base", "choice alone", "slots", "MLP")}
 
 
-def lessons(model: Llama, tok, shards, n: int) -> list[tuple]:
+@dataclass(frozen=True)
+class Part:
+    """Rows, and what they are judged on."""
+    rows: dict
+    keeps: tuple     # kept fractions that KL is shown for
+    few: tuple       # and JS and top-1 agreement
+    context: int     # tokens of a held-out document, at most
+    every: int       # every n-th of these documents judges, as some rows take longer
+    window: int = 0  # tokens of the contexts that `distil` learns from; 0: nothing is distilled
+
+
+PARTS = {"choice": Part(CHOICE, (0.25, 0.1, 0.05), (0.1, 0.05), 400, 1),
+         "routing": Part(ROUTING, (0.5, 0.25, 0.1, 0.05, 0.02), (0.1, 0.05), 400, 2, 300),
+         "long": Part(LONG, (0.1, 0.05, 0.02, 0.01), (0.05, 0.02), 1600, 2, 1024)}
+
+
+def lessons(model: Llama, tok, shards, n: int, window: int) -> list[tuple]:
     """What each step needs of the frozen model, read once for all rows: batch, context, the teacher's states."""
-    samples, out = Samples(shards, tok, 300, {"continue": 1, "recite": 1, "cloze": 1, "title": 1}, 40, 1), []
+    samples, out = Samples(shards, tok, window, {"continue": 1, "recite": 1, "cloze": 1, "title": 1}, 40, 1), []
     for i in tqdm(range(n), desc="lessons", mininterval=10):
         case, ends = samples(i), map(math.log, (0.01, 0.7))
         m = MicroBatch.of(collate([case], prompts=True), math.exp(random.Random(f"keep/{i}").uniform(*ends)))
@@ -303,17 +318,17 @@ def short_cache(v: Variant, comp: Routing, model: Llama, ctx: Context, k) -> Cac
     return ctx.whole_cache(comp.encode(model, ctx, choice, k, lambda layer, keys, values: (keys, values)), bias)
 
 
-def routing_row(v: Variant, seed: int, model: Llama, tok, documents, memo: dict) -> dict:
-    """One row of `routing`, trained and judged. memo: lessons, scorers, and what was trained."""
-    key = replace(v, says="", beta=False, twice=False), seed
+def routing_row(v: Variant, seed: int, model: Llama, part: Part, documents, memo: dict) -> dict:
+    """One row of `routing` or `long`, trained and judged. memo: lessons by window, scorers, and what was trained."""
+    key = replace(v, says="", beta=False, twice=False), seed, part.window
     if key not in memo:
         torch.manual_seed(seed)
         cfg = CompressorConfig(choice="token" if v.scorer == "token" else "head", recent=v.recent)
         comp = memo[key] = v.make(model.cfg, cfg, *v.settings)
         if v.scorer:
             comp.scorer.load_state_dict(taught(Taught(per=v.scorer), 0, model, memo).state_dict())
-        distil(v, comp, memo["lessons"][:v.steps], model, seed)
-    made = judge(documents, KEEPS["routing"], lambda d, i, k: short_cache(v, memo[key], model, d.ctx, k))
+        distil(v, comp, memo[part.window][:v.steps], model, seed)
+    made = judge(documents, part.keeps, lambda d, i, k: short_cache(v, memo[key], model, d.ctx, k))
     return {"parameters": sum(p.numel() for p in memo[key].trained())} | made
 
 
@@ -328,7 +343,7 @@ def memory(model: Llama, shards, comp: Compressor) -> dict:
 
 def asked(result: dict, part: str) -> list[tuple]:
     """(document, unit, kind, tokens) of the answers that judge a part."""
-    return [a for a in result["answers"] if a[0] % EVERY[part] == 0]
+    return [a for a in result["answers"][str(PARTS[part].context)] if a[0] % PARTS[part].every == 0]
 
 
 def estimate(result: dict, part: str, row: str, keep, kind="all", metric="kl", less=None):
@@ -354,12 +369,13 @@ def table(result: dict, part: str, title: str, columns: list[tuple], less=None, 
     names = {"kl": "KL", "js": "JS", "agree": "top-1", "all": "", "squad": "SQuAD "}
     return markdown([title, *(f"{names[metric]} {names[kind]}{keep:g}" for keep, kind, metric in columns)],
                     [[name if less or not interval else f"{name}: {x.says}", *(cell(name, c) for c in columns)]
-                     for name, x in ROWS[part].items() if name != less and estimate(result, part, name, 0.1)])
+                     for name, x in PARTS[part].rows.items() if name != less and estimate(result, part, name, 0.1)])
 
 
 def tables(result: dict, part: str) -> str:
-    kl, squad = ([(keep, kind, "kl") for keep in KEEPS[part]] for kind in ("all", "squad"))
-    more = [(keep, kind, metric) for metric in ("js", "agree") for kind in ("all", "squad") for keep in (0.1, 0.05)]
+    kl, squad = ([(keep, kind, "kl") for keep in PARTS[part].keeps] for kind in ("all", "squad"))
+    more = [(keep, kind, metric) for metric in ("js", "agree") for kind in ("all", "squad")
+            for keep in PARTS[part].few]
     rows, answers = [r for r in result["rows"] if r["part"] == part], asked(result, part)
     commits, twice = (", ".join(dict.fromkeys(x)) or "none" for x in (
         (r["commit"] for r in rows), (r["row"] for r in rows if r["seed"])))
@@ -378,7 +394,7 @@ def render(result: dict) -> None:
     whole = result["memory"]["1"]
     rows = [[f"{1 - float(k):.0%}", f"{n:,}", f"{n / whole:.4f}", k] for k, n in result["memory"].items() if k != "1"]
     head = ["compression", "bytes as stored", f"of the whole cache's {whole:,}", "promise"]
-    fill(PAGE, {part: tables(result, part) for part in ROWS} | {"memory": markdown(head, rows)})
+    fill(PAGE, {part: tables(result, part) for part in PARTS} | {"memory": markdown(head, rows)})
 
 
 # ----------------------------------------------------------------------------------------------------- the program
@@ -394,6 +410,7 @@ def missing(result: dict, wanted) -> list[tuple]:
     """(part, row, seed) that are not there yet: first seeds first, then as `wanted`, beginnings of names, has it."""
     every = [("choice", name, seed) for name, row in CHOICE.items() for seed in (0, 1)[:2 - (row.scores == "kvzip")]]
     every += [("routing", name, seed) for name, v in ROUTING.items() for seed in (0, 1)[:1 + v.twice]]
+    every += [("long", name, seed) for name in LONG for seed in (0,)]
     done = {(r["part"], r["row"], r["seed"]) for r in result["rows"]}
     place = {x: [f"{x[0]}/{x[1]}".startswith(w) for w in wanted] for x in every if x not in done}
     return sorted((x for x in place if any(place[x])), key=lambda x: (x[2], place[x].index(True)))
@@ -408,8 +425,10 @@ def main() -> None:
     keep_freed_memory()
     folder = fetch()
     tok, model = Tokenizer(folder), load_llama(folder, dtype=torch.bfloat16)
-    cases = T.fidelity(tok, DOCUMENTS, HELD_OUT, 400, "wiki,sotu", SHARDS, T.SQUAD)
-    answers = [[i, c.unit, q.kind, len(q.answer)] for i, c in enumerate(cases) for q in c.queries]
+    cases = {p.context: T.fidelity(tok, DOCUMENTS, HELD_OUT, p.context, "wiki,sotu", SHARDS, T.SQUAD)
+             for p in PARTS.values()}
+    answers = {str(n): [[i, c.unit, q.kind, len(q.answer)] for i, c in enumerate(x) for q in c.queries]
+               for n, x in cases.items()}
     result = read_json(RESULT) if RESULT.exists() else {"model": "SmolLM2-135M-Instruct, Q4_1 dequantised, bf16",
                                                         "answers": answers, "rows": []}
     if result["answers"] != answers:
@@ -417,16 +436,25 @@ def main() -> None:
     shards = [Shard(f, "train", tok) for f in prepare(["wiki", "sotu"], tok, SHARDS)]
     if "memory" not in result:
         result["memory"] = memory(model, shards, Compressor(model.cfg, CompressorConfig()))
-    documents, memo = [], {}
-    for part, name, seed in missing(result, wanted):
-        documents = documents or [Document.read(model, c.context, c.n_protect).with_judge(model, tok, c) for c in cases]
+    memo = {}
+
+    @once
+    def documents(part: Part) -> list[Document]:
+        return [Document.read(model, c.context, c.n_protect).with_judge(model, tok, c)
+                for c in cases[part.context][::part.every]]
+    for where, name, seed in missing(result, wanted):
+        part = PARTS[where]
         memo["windows"] = memo.get("windows") or windows(model, tok, shards, WINDOWS, 400)
-        memo["lessons"] = memo.get("lessons") or part == "routing" and lessons(model, tok, shards, STEPS)
-        start, make = time.perf_counter(), choice_row if part == "choice" else routing_row
-        made = make(ROWS[part][name], seed, model, tok, documents[::EVERY[part]], memo)
+        if part.window and part.window not in memo:
+            memo[part.window] = lessons(model, tok, shards, STEPS, part.window)
+        judges, start = documents(part), time.perf_counter()
+        if part.window:
+            made = routing_row(part.rows[name], seed, model, part, judges, memo)
+        else:
+            made = choice_row(part.rows[name], seed, model, tok, judges, memo)
         seconds = round(time.perf_counter() - start)
-        print(part, name, seed, seconds, {k: round(sum(v) / len(v), 3) for k, v in made["kl"].items()}, flush=True)
-        result["rows"].append({"part": part, "row": name, "seed": seed, "seconds": seconds,
+        print(where, name, seed, seconds, {k: round(sum(v) / len(v), 3) for k, v in made["kl"].items()}, flush=True)
+        result["rows"].append({"part": where, "row": name, "seed": seed, "seconds": seconds,
                                "commit": commit, **made})
         save(result)
     save(result)

@@ -228,19 +228,19 @@ def test_what_a_row_trains_and_what_its_loss_is(model):
 # the tables -----------------------------------------------------------------------------------------------------------
 
 def result() -> dict:
-    """Two documents that judge both parts, one that judges `choice` alone."""
+    """Two short documents that judge `choice` and `routing`, one that judges `choice` alone, and a long one."""
     answers = [[0, "u0", "recite", 1], [0, "u0", "squad", 3], [1, "u1", "squad", 1], [2, "u2", "recite", 1]]
 
     def row(part, name, seed, kl):
-        values = {f"{keep:g}": kl for keep in ab.KEEPS[part]}
+        values = {f"{keep:g}": kl for keep in ab.PARTS[part].keeps}
         about = {"part": part, "row": name, "seed": seed, "commit": "abc1234"}
         return about | dict.fromkeys(("kl", "js", "agree"), values)
-    return {"answers": answers, "memory": {"1": 1000, "0.5": 520, "0.01": 12}, "rows": [
+    return {"answers": {"400": answers, "1600": [[0, "u3", "squad", 2]]}, "memory": {"1": 1000, "0.5": 520, "0.01": 12}, "rows": [
         row("choice", "base", 0, [1.0, 2.0, 3.0, 4.0]), row("choice", "random", 0, [2.0, 3.0, 4.0, 5.0]),
         row("choice", "recent 0", 0, [0.0, 2.5, 3.0, 4.0]),
         row("routing", "base", 0, [1.0, 2.0, 4.0]), row("routing", "base", 1, [1.0, 2.0, 4.0]),
         row("routing", "lambda 1", 0, [0.5, 1.5, 3.5]), row("routing", "lambda 1", 1, [1.5, 2.5, 4.5]),
-        row("routing", "MLP", 0, [0.5, 1.5, 3.5])]}
+        row("routing", "MLP", 0, [0.5, 1.5, 3.5]), row("long", "base", 0, [1.0]), row("long", "slots", 0, [0.5])]}
 
 
 def test_estimates_by_hand():
@@ -251,12 +251,13 @@ def test_estimates_by_hand():
     assert ab.estimate(result(), "choice", "random", 0.1, less="base")[:2] == (1.0, [1.0, 1.0])
     assert ab.estimate(result(), "routing", "lambda 1", 0.1, less="base")[2] == [-0.5, 0.5]
     assert not ab.estimate(result(), "routing", "slots", 0.1)
+    assert ab.estimate(result(), "long", "slots", 0.01, "squad", less="base")[0] == -0.5
 
 
 def test_the_page_says_what_was_measured_what_is_sure_and_what_is_missing(tmp_path, monkeypatch):
     page = tmp_path / "ablations.md"
     monkeypatch.setattr(ab, "PAGE", page)
-    blocks = [f"<!-- table: {x} -->\n<!-- end -->\n" for x in ("choice", "routing", "memory")]
+    blocks = [f"<!-- table: {x} -->\n<!-- end -->\n" for x in (*ab.PARTS, "memory")]
     page.write_text("by hand\n" + "".join(blocks))
     ab.render(result())
     text = page.read_text()
@@ -279,9 +280,9 @@ def test_rows_come_first_seeds_first_and_in_the_order_asked():
 def test_a_result_is_written_a_line_for_each_row(tmp_path, monkeypatch):
     monkeypatch.setattr(ab, "RESULT", tmp_path / "a.json")
     ab.save(result())
-    assert read_json(ab.RESULT) == result() and len(ab.RESULT.read_text().split("\n")) == 3 + 8 + 1
+    assert read_json(ab.RESULT) == result() and len(ab.RESULT.read_text().split("\n")) == 3 + 10 + 1
 
 
-@pytest.mark.parametrize("part", ab.ROWS)
+@pytest.mark.parametrize("part", ab.PARTS)
 def test_the_committed_page_shows_what_the_file_says(part):
     assert ab.tables(read_json(ab.RESULT), part) in ab.PAGE.read_text(encoding="utf-8")
