@@ -1,7 +1,7 @@
 """Rewrite the tables from results/*.json:  python results/tables.py
 
-results/README.md has a block `<!-- table: NAME -->` … `<!-- end -->` for each result of eval.py; README.md has one,
-`headline`.
+results/README.md has a block `<!-- table: NAME -->` … `<!-- end -->` for each result of eval.py; README.md and the
+adapter's card have one, `headline`.
 """
 import math
 import re
@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from eval import BASELINES  # noqa: E402
 from run.errors import BadInput, expect, read_json, reading, run_program, write_atomic  # noqa: E402
 
-RESULTS = ROOT / "results"
+RESULTS, CARD = ROOT / "results", ROOT / "adapters" / "smollm2-135m-instruct" / "README.md"
 KINDS = ("recite", "cloze", "title", "squad", "continue")
 LABELS = {"question": "question (sees the question)", "no-routing": "no-routing: our choice alone"}
 MISSING = "Not measured with this version yet."
@@ -261,7 +261,8 @@ def fill(path: Path, tables: dict[str, str]) -> None:
 def main() -> None:
     """Of the figures, those are shown that plots.py has drawn before."""
     fill(RESULTS / "README.md", {name: made(name) for name in TABLES})
-    fill(ROOT / "README.md", {"headline": made("fidelity", headline_table)})
+    for page in (ROOT / "README.md", CARD):
+        fill(page, {"headline": made("fidelity", headline_table)})
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ def test_the_page_shows_what_the_files_say(name):
     assert (shown == tables.MISSING) == (name not in COMMITTED)
 
 
-def test_readme_shows_the_headline_of_the_file():
-    shown = block(ROOT / "README.md", "headline")
+@pytest.mark.parametrize("page", [ROOT / "README.md", tables.CARD])
+def test_readme_and_card_show_the_headline_of_the_file(page):
+    shown = block(page, "headline")
     assert shown == tables.made("fidelity", tables.headline_table) or shown == "" and "fidelity" not in COMMITTED
 
 
@@ -149,8 +150,10 @@ def elsewhere(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     blocks = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in tables.TABLES)
     (tmp_path / "results" / "README.md").write_text(blocks)
-    (tmp_path / "README.md").write_text("text\n<!-- table: headline -->\n<!-- end -->\nmore\n")
+    for name in ("README.md", "card.md"):
+        (tmp_path / name).write_text("text\n<!-- table: headline -->\n<!-- end -->\nmore\n")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "CARD", tmp_path / "card.md")
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
     return tmp_path
 
@@ -165,9 +168,10 @@ def test_what_is_not_measured_is_said_and_what_is_replaces_it(elsewhere):
         tables.main()
         assert block(page, "fidelity").startswith("![KL against kept fraction](fidelity-quality.png)\n\n| keep 0.25")
         assert block(page, "squad") == tables.MISSING
-        readme = (elsewhere / "README.md").read_text()
-        assert readme.startswith("text\n") and readme.endswith("<!-- end -->\nmore\n")
-        assert readme.count("| kvzip |") == 1
+        for page_of_its_own in (elsewhere / "README.md", elsewhere / "card.md"):
+            text = page_of_its_own.read_text()
+            assert text.startswith("text\n") and text.endswith("<!-- end -->\nmore\n")
+            assert text.count("| kvzip |") == 1
 
 
 def test_a_page_without_its_block_is_one_line(elsewhere):
