@@ -277,14 +277,18 @@ class Compressor(nn.Module):
         recent = (k // 8).clamp(1, self.cfg.recent) if self.cfg.choice == "head" else 0  # a recent of 0 stays 0
         return select(scores, ctx.candidates, k, recent, check)
 
+    def rho(self, n, k):
+        """How strongly anything is routed, by the compression N/K: not at all up to 4×, where it costs more than it
+        brings (LOG.md), then as the logarithm grows, up to 1 at 100×. n, k: (B,) candidates, and kept of them."""
+        return ((n.clamp(min=1) / k.clamp(min=1) / 4).log() / math.log(25)).clamp(0, 1)
+
     def routes(self, choice: Choice, n, k, dtype):
-        """Part 4. layer index -> Route, or None for a layer without adapters. n, k: (B,) candidates, and kept of them.
+        """Part 4. layer index -> Route, or None for a layer without adapters.
 
         A token is routed as strongly as the next layer's heads keep it, for these are the first whose key and value the
-        addition reaches; times ρ = (log(N/K) / log 100)², at most 1: with less compression routing fades out (LOG.md).
+        addition reaches; times ρ.
         """
-        rho = ((n.clamp(min=1) / k.clamp(min=1)).log() / math.log(100)).clamp(max=1).square()  # (B,)
-        strength = (choice.share * rho[:, None, None]).to(dtype)[..., None]  # (B, l, N, 1)
+        strength = (choice.share * self.rho(n, k)[:, None, None]).to(dtype)[..., None]         # (B, l, N, 1)
         def route(layer):
             i, next_layer = layer - self.cfg.eta, layer + 1 if strength.shape[1] > 1 else 0
             if not 0 <= i < len(self.a_q):

@@ -73,7 +73,7 @@ class TrainConfig:
     rank: int = flag(32, "of the adapters on W_Q and W_O")
     lam: float = flag(0.6, "weight of KL(teacher || student); the rest is on the reverse")
     keep_low: float = flag(0.01, "smallest kept fraction drawn; log-uniform, anew for each step")
-    keep_high: float = flag(0.7, "largest kept fraction drawn")
+    keep_high: float = flag(0.25, "largest kept fraction drawn; above, nothing is routed")
     soft: float = flag(0.0, "share of distillation steps in which entries are decayed, not dropped")
     teach_lr: float = flag(1e-3, "peak rate of the scorer in the first phase")
     scorer_lr: float = flag(0.0, "its peak rate in the second, through the decay; 0: it stays as it is")

@@ -241,7 +241,7 @@ class Variant:
 
 
 ROUTING = {
-    "base": Variant("as shipped: W_Q and W_O, m by the next layer, ρ², λ = 0.6", twice=True),
+    "base": Variant("as shipped: W_Q and W_O, m by the next layer, none up to 4×, λ = 0.6", twice=True),
     "choice alone": Variant("nothing is routed", steps=0),
     "lambda 1": Variant("forward KL alone", lam=1.0, twice=True),
     "lambda 0": Variant("reverse KL alone", lam=0.0, twice=True),
@@ -253,13 +253,14 @@ ROUTING = {
     "beta at inference": Variant("base, its β at inference, too", beta=True),
     "recent 1": Variant("1 recent token in every head", recent=1),
     "strength 1": Variant("routing does not fade", settings=(0,)),
-    "strength rho": Variant("it fades with ρ, not ρ²", settings=(1,)),
+    "strength log": Variant("it fades with log(N/K)", settings=(1,)),
+    "strength log²": Variant("with its square", settings=(2,), twice=True),
     "KL through beta": Variant("the scorer learns on, through β, hard steps", scorer_lr=1e-3),
     "KL, soft": Variant("the scorer learns on, half of the steps soft", scorer_lr=1e-3, soft=0.5),
     "KL alone": Variant("a random scorer learns through β alone, half soft", scorer=None, scorer_lr=1e-3, soft=0.5),
     "token": Variant("a score per token, routed", scorer="token"),
-    "m later": Variant("m: the share of all later layers' heads", settings=(2, "later")),
-    "m everywhere": Variant("m: the share of all heads", settings=(2, "everywhere")),
+    "m later": Variant("m: the share of all later layers' heads", settings=(None, "later")),
+    "m everywhere": Variant("m: the share of all heads", settings=(None, "everywhere")),
 }
 LONG = {name: ROUTING[name] for name in ("base", "choice alone", "slots", "MLP")}
 

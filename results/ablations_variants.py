@@ -36,26 +36,30 @@ class Linear(Scorer):
 
 
 class Routing(Compressor):
-    """As shipped, but for the power of ρ and whose share of heads says how strongly a token is routed."""
+    """As shipped, but for ρ, a power of log(N/K) / log 100, and whose share of heads says how strongly a token is
+    routed."""
 
-    def __init__(self, model_cfg, cfg, power: float = 2, where: str = "next"):
+    def __init__(self, model_cfg, cfg, power: float | None = None, where: str = "next"):
         super().__init__(model_cfg, cfg)
         self.power, self.where = power, where
 
     def trained(self) -> list[nn.Parameter]:
         return self.adapters()
 
-    def share(self, choice, n, k):
-        """(B, l, N): strength by layer, but for the ρ² that `routes` brings."""
+    def rho(self, n, k):
+        return super().rho(n, k) if self.power is None else ((n / k).log() / math.log(100)).clamp(max=1) ** self.power
+
+    def share(self, choice):
+        """(B, l, N): strength by layer, but for ρ."""
         share = choice.share
         if self.where == "later":        # of all heads of this and later layers, not of this layer's alone
             share = share.flip(1).cumsum(1).flip(1) / torch.arange(share.shape[1], 0, -1)[:, None]
         elif self.where == "everywhere":
             share = share.mean(1, keepdim=True).expand_as(share)
-        return share * ((n / k).log() / math.log(100)).clamp(max=1)[:, None, None] ** (self.power - 2)
+        return share
 
     def routes(self, choice, n, k, dtype):
-        return super().routes(SimpleNamespace(share=self.share(choice, n, k)), n, k, dtype)
+        return super().routes(SimpleNamespace(share=self.share(choice)), n, k, dtype)
 
 
 class Kept(Routing):
@@ -63,13 +67,13 @@ class Kept(Routing):
 
     def __init__(self, model_cfg, cfg):
         super().__init__(model_cfg, cfg)
-        self.kept, self.power = nn.Parameter(torch.zeros(model_cfg.n_embd)), 4  # of ρ² in all
+        self.kept = nn.Parameter(torch.zeros(model_cfg.n_embd))
 
     def trained(self):
         return [self.kept]
 
     def encode(self, model, ctx, choice, k, store):
-        m = self.share(choice, ctx.candidates.sum(1), k)[:, self.cfg.eta]                      # (B, N)
+        m = self.share(choice)[:, self.cfg.eta] * self.rho(ctx.candidates.sum(1), k)[:, None]  # (B, N)
         told = replace(ctx, h=ctx.h + (m[..., None] * self.kept).to(ctx.h.dtype))
         return super().encode(model, told, choice, k, store)
 

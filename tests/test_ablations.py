@@ -131,15 +131,15 @@ def test_base_is_the_compressor_as_shipped(model):
 def test_strength_and_whose_share(model):
     d = document(model)
     n, k = torch.tensor([37]), torch.tensor([4])
-    rho = math.log(37 / 4) / math.log(100)
+    log, ramp = math.log(37 / 4) / math.log(100), math.log(37 / 16) / math.log(25)
     masks = {}
-    for settings in [(2, "next"), (0,), (1,), (2, "later"), (2, "everywhere")]:
+    for settings in [(), (0,), (1,), (2,), (None, "later"), (None, "everywhere")]:
         comp, _ = variant(model, Routing, *settings)
         choice = comp.choose(comp.scores(d.ctx), d.ctx, k)
         masks[settings] = comp.routes(choice, n, k, torch.float32)(2).mask[0, :, 0]  # of layer 3: the fourth's heads
     share = choice.share[0]
-    wanted = {(2, "next"): share[3] * rho ** 2, (0,): share[3], (1,): share[3] * rho,
-              (2, "later"): share[3:].mean(0) * rho ** 2, (2, "everywhere"): share.mean(0) * rho ** 2}
+    wanted = {(): share[3] * ramp, (0,): share[3], (1,): share[3] * log, (2,): share[3] * log ** 2,
+              (None, "later"): share[3:].mean(0) * ramp, (None, "everywhere"): share.mean(0) * ramp}
     assert all(torch.allclose(masks[x], wanted[x], atol=1e-6) for x in wanted)
 
 

@@ -121,8 +121,9 @@ def test_2_strength_is_the_next_layers_share_and_grows_with_compression(model):
     assert route(1) is None and route(5) is None                             # η = 2, six layers
     assert [float(route(i).mask[0, 15, 0]) for i in (2, 3, 4)] == pytest.approx([0.5, 0, 0])
     assert route(2).mask[0].sum() == pytest.approx(0.5) and route(2).mask[1].sum() == 0
-    route = comp.routes(which, torch.tensor([400, 40]), torch.tensor([40, 40]), torch.float32)
-    assert float(route(2).mask[0, 15, 0]) == pytest.approx(0.125)                # half of it, times (1/2)²
+    route = comp.routes(which, torch.tensor([800, 160]), torch.tensor([40, 40]), torch.float32)
+    assert float(route(2).mask[0, 15, 0]) == pytest.approx(0.25)                 # half of it, times 1/2 at 20×
+    assert comp.rho(torch.tensor([160, 80, 0]), torch.tensor([40, 40, 0])).tolist() == [0, 0, 0]  # none up to 4×
     route = comp.routes(which, torch.tensor([90000, 40]), torch.tensor([40, 40]), torch.float32)
     assert float(route(2).mask[0, 15, 0]) == 0.5                                 # beyond 100× it grows no more
 

@@ -95,8 +95,8 @@ def test_5_routing():
         route = comp.routes(choice, torch.tensor([100]), torch.tensor([k]), torch.float32)
         return [route(i) if route(i) is None else float(route(i).mask[0, 7]) for i in range(6)]
     assert strength(1) == [None, None, 0, 0.5, 1, None], "at 100×: the share of the next layer's heads that keep it"
-    assert strength(10)[2:5] == near(0, 0.125, 0.25), "at 10×, times (log 10 / log 100)² = 1/4"
-    assert strength(100)[2:5] == near(0, 0, 0), "nothing is dropped: no routing"
+    assert strength(5)[2:5] == near(0, 0.25, 0.5), "at 20×, times log(20/4) / log(100/4) = 1/2"
+    assert strength(25)[2:5] == near(0, 0, 0), "up to 4× nothing is routed"
     route = comp.routes(choice, torch.tensor([100]), torch.tensor([1]), torch.float32)(3)
     assert route.mask.shape == (1, 100, 1) and route.mask.sum() == 0.5, "a token that nobody keeps is not routed"
     assert torch.equal(route.a_q, comp.a_q[1]) and torch.equal(route.b_o, comp.b_o[1]), "layers[3] has the second ones"
