@@ -47,7 +47,7 @@ from run.errors import BadInput, provenance, read_json, run_program, write_atomi
 from run.models import keep_freed_memory  # noqa: E402
 from run.records import mean_and_interval  # noqa: E402
 from run.world import World  # noqa: E402
-from train import Distiller, MicroBatch, Totals, rate  # noqa: E402
+from train import Distiller, MicroBatch, Totals, TrainConfig, rate  # noqa: E402
 
 RESULT, PAGE = ROOT / "results" / "ablations.json", ROOT / "results" / "ablations.md"
 WORK = ROOT / "out" / "ablations"
@@ -236,13 +236,14 @@ class Variant:
     scorer_lr: float = 0.0       # through β
     soft: float = 0.0            # share of soft steps
     recent: int = 4
+    rank: int = 32
     beta: bool = False           # what stays is decayed by its β at inference, too
     twice: bool = False          # a second seed
 
 
 ROUTING = {
     "base": Variant("as shipped: W_Q and W_O, m by the next layer, none up to 4×, λ = 0.6", twice=True),
-    "choice alone": Variant("nothing is routed", steps=0),
+    "choice alone": Variant("nothing is routed", steps=0, twice=True),
     "lambda 1": Variant("forward KL alone", lam=1.0, twice=True),
     "lambda 0": Variant("reverse KL alone", lam=0.0, twice=True),
     "kept embedding": Variant("a learned embedding for kept tokens, no routing", Kept, lr=1e-2, twice=True),
@@ -250,6 +251,7 @@ ROUTING = {
     "slots": Variant("8 learned slots, no routing", Slots, twice=True),
     "QKVO": Variant("adapters on W_Q, W_K, W_V, W_O", Adapted, ("attn.wq attn.wk attn.wv attn.wo",)),
     "MLP": Variant("adapters on the MLP", Adapted, ("mlp.gate mlp.up mlp.down",)),
+    "MLP, rank 12": Variant("the same, as many numbers as base", Adapted, ("mlp.gate mlp.up mlp.down",), rank=12),
     "beta at inference": Variant("base, its β at inference, too", beta=True),
     "recent 1": Variant("1 recent token in every head", recent=1),
     "strength 1": Variant("routing does not fade", settings=(0,)),
@@ -284,8 +286,9 @@ PARTS = {"choice": Part(CHOICE, (0.25, 0.1, 0.05), (0.1, 0.05), 400, 1),
 def lessons(model: Llama, tok, shards, n: int, window: int) -> list[tuple]:
     """What each step needs of the frozen model, read once for all rows: batch, context, the teacher's states."""
     samples, out = Samples(shards, tok, window, {"continue": 1, "recite": 1, "cloze": 1, "title": 1}, 40, 1), []
+    ends = math.log(TrainConfig.keep_low), math.log(TrainConfig.keep_high)
     for i in tqdm(range(n), desc="lessons", mininterval=10):
-        case, ends = samples(i), map(math.log, (0.01, 0.7))
+        case = samples(i)
         m = MicroBatch.of(collate([case], prompts=True), math.exp(random.Random(f"keep/{i}").uniform(*ends)))
         d = Document.read(model, case.context, case.n_protect)
         with torch.no_grad():
@@ -324,7 +327,7 @@ def routing_row(v: Variant, seed: int, model: Llama, part: Part, documents, memo
     key = replace(v, says="", beta=False, twice=False), seed, part.window
     if key not in memo:
         torch.manual_seed(seed)
-        cfg = CompressorConfig(choice="token" if v.scorer == "token" else "head", recent=v.recent)
+        cfg = CompressorConfig(choice="token" if v.scorer == "token" else "head", recent=v.recent, rank=v.rank)
         comp = memo[key] = v.make(model.cfg, cfg, *v.settings)
         if v.scorer:
             comp.scorer.load_state_dict(taught(Taught(per=v.scorer), 0, model, memo).state_dict())
@@ -368,9 +371,20 @@ def table(result: dict, part: str, title: str, columns: list[tuple], less=None, 
         return f"{bold}{form(mean)}{bold}" + f" ({form(low)} to {form(high)})" * interval
 
     names = {"kl": "KL", "js": "JS", "agree": "top-1", "all": "", "squad": "SQuAD "}
+    trained = {r["row"]: f" ({r['parameters']:,} numbers)" for r in result["rows"] if r["part"] == part and
+               r.get("parameters")}
     return markdown([title, *(f"{names[metric]} {names[kind]}{keep:g}" for keep, kind, metric in columns)],
-                    [[name if less or not interval else f"{name}: {x.says}", *(cell(name, c) for c in columns)]
+                    [[name if less or not interval else f"{name}: {x.says}{trained.get(name, '')}",
+                      *(cell(name, c) for c in columns)]
                      for name, x in PARTS[part].rows.items() if name != less and estimate(result, part, name, 0.1)])
+
+
+def seeds_apart(result: dict, part: str) -> str:
+    """How far base's two seeds are apart: what is smaller says little."""
+    both = [estimate(result, part, "base", keep) for keep in PARTS[part].keeps]
+    if not both[0] or len(both[0][2]) < 2:
+        return ""
+    return "Base with seed 1 less seed 0: " + ", ".join(signed(b - a) for _, _, (a, b) in both) + ". "
 
 
 def tables(result: dict, part: str) -> str:
@@ -382,8 +396,8 @@ def tables(result: dict, part: str) -> str:
         (r["commit"] for r in rows), (r["row"] for r in rows if r["seed"])))
     left = ", ".join(f"{name} (seed {seed})" for _, name, seed in missing(result, [part])) or "none"
     note = (f"n = {len(answers)} answers to {len({a[0] for a in answers})} documents, "
-            f"{sum(a[2] == 'squad' for a in answers)} of them SQuAD's. Two seeds: {twice}. Missing: {left}. "
-            f"Commit {commits}.")
+            f"{sum(a[2] == 'squad' for a in answers)} of them SQuAD's. Two seeds: {twice}. {seeds_apart(result, part)}"
+            f"Missing: {left}. Commit {commits}.")
     return "\n\n".join([table(result, part, "row: what it changes", kl), paragraph(note),
                         table(result, part, "minus base, paired", kl, "base"),
                         table(result, part, "minus base, paired", squad, "base"),

@@ -266,6 +266,7 @@ def test_the_page_says_what_was_measured_what_is_sure_and_what_is_missing(tmp_pa
     assert text.startswith("by hand\n") and "| 99% | 12 | 0.0120 | 0.01 |" in text
     assert "**+1.00**" in lines["| random"] and "**" not in lines["| recent 0"], "its interval begins at 0"
     assert "**−0.50**" in text and "| lambda 1 | 0.00" in text, "seeds that disagree are not sure"
+    assert "Base with seed 1 less seed 0: 0.00," in text.replace("+0.00", "0.00")
     assert "Two seeds: base, lambda 1." in text and "slots (seed 0)" in text and "abc1234" in text
 
 
