@@ -42,7 +42,7 @@ def torchrun(n, *args):
 
 # two processes against one ------------------------------------------------------------------------------------------
 
-STEPS = [("reconstruct", 0.1), ("hard", 0.1), ("soft", 0.4), ("hard", 0.25)]  # phase, keep
+STEPS = [("reconstruct", 0.1), ("hard", 0.1), ("soft", 0.2), ("hard", 0.05)]  # phase, keep
 
 
 def micro_batches(world: World, step: int, keep: float, micro: int) -> list[MicroBatch]:

@@ -91,9 +91,9 @@ def test_the_method_runs_on_each(family, tmp_path):
         ctx, cont = context(model, comp), continuation(model)
         plain = model.logits(model(torch.cat([ctx.tokens, cont], 1)))[:, ctx.tokens.shape[1]:]
         assert torch.allclose(logits(model, comp.compress(model, ctx, keep=1.0), cont), plain, atol=1e-4)
-        short = comp.compress(model, ctx, keep=0.25)
-        which, k = chosen(comp, ctx, 0.25)
-        assert torch.equal(k, kept_count(ctx.candidates.sum(1), 0.25))
+        short = comp.compress(model, ctx, keep=0.1)
+        which, k = chosen(comp, ctx, 0.1)
+        assert torch.equal(k, kept_count(ctx.candidates.sum(1), 0.1))
         beta = torch.where(which.kept | which.fixed, 0.0, -1e9)
         got = logits(model, short, cont)
         assert torch.allclose(got, logits(model, masked(model, comp, ctx, which, k, beta), cont), atol=1e-4)
@@ -103,7 +103,7 @@ def test_the_method_runs_on_each(family, tmp_path):
         again = Compressor(model.cfg, comp.cfg)
         again.load_state_dict(read_adapter(tmp_path / choice, model, Tok)[1])
         save_cache(tmp_path / "c.safetensors", short, model, Tok)
-        for cache in (load_cache(tmp_path / "c.safetensors", model, Tok), again.compress(model, ctx, keep=0.25)):
+        for cache in (load_cache(tmp_path / "c.safetensors", model, Tok), again.compress(model, ctx, keep=0.1)):
             assert torch.equal(logits(model, cache, cont), got)
 
 
@@ -196,7 +196,7 @@ def test_of_a_short_cache_a_window_shows_what_lies_in_it(choice):
     keys, step by step, with a bias of −1e9 on those that stand ten or more positions back."""
     model, plain = sliding(), tiny_llama()
     comp = tiny_compressor(model, choice=choice)
-    cache, cont = comp.compress(model, context(model, comp), keep=0.5), continuation(model, t=14)
+    cache, cont = comp.compress(model, context(model, comp), keep=0.1), continuation(model, t=14)
     together, room = logits(model, cache, cont), cache.with_room(15)
     steps = torch.cat([logits(model, room, cont[:, i:i + 1]) for i in range(14)], 1)
     assert torch.allclose(steps, together, atol=1e-4)

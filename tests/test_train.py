@@ -34,7 +34,7 @@ def distiller(model, comp, learn_scores=True):
     return Distiller(model, comp, lam=0.6, chunk=7, learn_scores=learn_scores)
 
 
-def gradients(model, parts, phase, keep=0.3, learn_scores=True, **changes):
+def gradients(model, parts, phase, keep=0.1, learn_scores=True, **changes):
     """One step's numbers, and the gradient of every trained tensor. parts: samples by forward pass."""
     comp = tiny_compressor(model, **changes)
     got = add_gradients(distiller(model, comp, learn_scores), [MicroBatch.of(collate(p), keep) for p in parts], phase,
@@ -72,7 +72,7 @@ def test_5_the_frozen_model_gets_no_gradient_and_keeps_every_bit(model):
     optimizer = torch.optim.AdamW(comp.parameters(), lr=1e-2)
     step = distiller(model, comp)
     for phase in (*PHASES, *PHASES):
-        add_gradients(step, [MicroBatch.of(collate([sample(0)]), 0.3)], phase, ALONE)
+        add_gradients(step, [MicroBatch.of(collate([sample(0)]), 0.1)], phase, ALONE)
         optimizer.step()
         optimizer.zero_grad()
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
@@ -86,7 +86,7 @@ def test_the_error_is_that_of_the_logarithm_of_the_most_attention(model, monkeyp
     """Against a softmax written out, layer by layer; two continuations, which do not see each other."""
     comp, s = tiny_compressor(model, choice=choice), sample(0)
     b, ids = collate([s]), torch.tensor([s.context])
-    m = MicroBatch.of(b, 0.3)
+    m = MicroBatch.of(b, 0.1)
     got = distiller(model, comp)(m, Totals.of([m], ALONE), "reconstruct")["loss"]
     received, rotated, rotate = torch.zeros(6, 2, 40), [], model_file.rotate
     monkeypatch.setattr(model_file, "rotate", lambda x, rope: rotated.append(rotate(x, rope)) or rotated[-1])
