@@ -454,15 +454,14 @@ def main() -> None:
     memo = {}
 
     @once
-    def documents(part: Part) -> list[Document]:
-        return [Document.read(model, c.context, c.n_protect).with_judge(model, tok, c)
-                for c in cases[part.context][::part.every]]
+    def documents(context: int, every: int) -> list[Document]:
+        return [Document.read(model, c.context, c.n_protect).with_judge(model, tok, c) for c in cases[context][::every]]
     for where, name, seed in missing(result, wanted):
         part = PARTS[where]
         memo["windows"] = memo.get("windows") or windows(model, tok, shards, WINDOWS, 400)
         if part.window and part.window not in memo:
             memo[part.window] = lessons(model, tok, shards, STEPS, part.window)
-        judges, start = documents(part), time.perf_counter()
+        judges, start = documents(part.context, part.every), time.perf_counter()
         if part.window:
             made = routing_row(part.rows[name], seed, model, part, judges, memo)
         else:
