@@ -172,13 +172,13 @@ def decay(scores, choice: Choice, kind: str, tau: float, soft: bool = False):
 
 @torch.no_grad()
 def attention_received(model: Llama, cache: Cache, tokens, lengths=None, segments=None, first: int = 0,
-                       end: int | None = None, sinks: int = 0, last: int | None = None):
+                       end: int | None = None, sinks: int = 0, largest: int | None = None):
     """The most attention that entries first … end−1 of a whole cache get from any of `tokens`: (B, L, G, end−first).
 
     Maximum over the tokens and over the query heads of a group. Of a part of the cache, attention is counted as if
     there were only it, the first `sinks` entries, and the tokens themselves. With tokens that repeat the context this
     is KVzip's importance (arXiv 2505.23416).
-    tokens: (B, T) int64, padded on the right to `lengths` (B,), or `segments`, and `last`, as in Llama.forward.
+    tokens: (B, T) int64, padded on the right to `lengths` (B,), or `segments`, and `largest`, as in Llama.forward.
     """
     S, best = cache.layers[0][0].k.shape[2], {}
     end, real = S if end is None else end, None
@@ -196,7 +196,7 @@ def attention_received(model: Llama, cache: Cache, tokens, lengths=None, segment
         received = received.amax((2, 3))                                                   # (B, G, end − first)
         best[layer] = torch.maximum(best[layer], received) if layer in best else received
 
-    model(tokens, cache, segments, lengths, watch, last)
+    model(tokens, cache, segments, lengths, watch, largest)
     return torch.stack(list(best.values()), 1)
 
 
@@ -326,9 +326,9 @@ class Compressor(nn.Module):
         return Cache(self.encode(model, ctx, choice, k, store), ctx.lengths)
 
 
-def drop_from(full: Cache, ctx: Context, choice: Choice) -> Cache:
-    """The chosen entries of an uncompressed cache and the protected ones: what training-free methods do."""
-    store = gather(choice.kept | ctx.protected[:, None, None])
+def drop_from(full: Cache, ctx: Context, kept) -> Cache:
+    """What training-free methods do: of an uncompressed cache the entries `kept` (B, l, g, N), and protected ones."""
+    store = gather(kept | ctx.protected[:, None, None])
     return Cache([store(layer, part.k, part.v) for layer, (part,) in enumerate(full.layers)], full.next_position)
 
 

@@ -1,7 +1,7 @@
 """Measure what a short cache keeps: the paper's tasks, every baseline's choice through the same cache.
 
     python eval.py --tasks fidelity --n 20             # held-out text: which method answers as the full cache?
-    python eval.py --tasks squad --data squad=dev-v1.1.json --pack 5 --keep 0.25,0.1 --out results/squad.json
+    python eval.py --tasks squad --data squad=squad-dev.json --pack 5 --keep 0.25,0.1 --out results/squad.json
     torchrun --nproc_per_node 2 -- eval.py ...         # two processes, or one per GPU, share the documents out
 
 The protocol: a document is compressed before any question is known, the chat header kept; then all questions are asked
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from compress import Choice, Compressor, Context, attention_received, drop_from, kept_count, open_compressor, select
+from compress import Compressor, Context, attention_received, drop_from, kept_count, open_compressor, select
 from data import tasks as T
 from data.samples import REPEAT, Case, Query, collate
 from data.tasks import MAX_NEW_TOKENS, METRICS, SQUAD_END, tokens_with
@@ -61,19 +61,18 @@ DEFAULT_METHODS = "full,none,random,streaming,knorm,snapkv,adasnapkv,kvzip,kvdis
 
 # ------------------------------------------------------------------------------------------------------- the budgets
 
-def choose(scores, candidates, k, heads: int, recent: int = 0) -> Choice:
-    """The best entries where every `heads` adjacent heads share a budget of heads·k: 1, each has its own; G, those of a
-    layer share; L·G, all share. scores (B, l, g, N); candidates (1, N); k (1,) int64; recent: the last ones, kept in
-    every head. `select`, with a row for each budget."""
+def choose(scores, candidates, k, heads: int, recent: int = 0):
+    """Where every `heads` adjacent heads share a budget of heads·k: 1, each has its own; G, a layer's share; L·G,
+    all share. scores (B, l, g, N); candidates (1, N); k (1,) int64; recent: the last ones, kept in every head ->
+    kept, (B, l, g, N) bool. `select`, with a row for each budget."""
     rows = scores.reshape(-1, 1, heads, scores.shape[3])
-    choice = select(rows, candidates.expand(len(rows), -1), k.expand(len(rows)), recent, check=False)
-    return replace(choice, kept=choice.kept.view(scores.shape))
+    return select(rows, candidates.expand(len(rows), -1), k.expand(len(rows)), recent, check=False).kept.view_as(scores)
 
 
-def choose_in_layer(scores, candidates, k, recent: int) -> Choice:
+def choose_in_layer(scores, candidates, k, recent: int):
     """AdaKV (arXiv 2407.11550): a fifth of the equal budget, and one entry at least, are each head's own; the rest goes
     to the best of all heads of the layer. As in kvpress, the recent window counts towards that fifth, and stays."""
-    safe = choose(scores, candidates, (k * SAFE + 1e-6).long().clamp(min=1), 1, recent).kept
+    safe = choose(scores, candidates, (k * SAFE + 1e-6).long().clamp(min=1), 1, recent)
     return choose(scores.masked_fill(safe, 1e9), candidates, k, scores.shape[2], recent)
 
 
@@ -134,13 +133,15 @@ def snapkv(model: Llama, ctx: Context, full: Cache, window: int, kernel: int = K
 
 def kvzip_replays(tokenizer, ids: list[int], first: int, chunk: int = CHUNK) -> list[tuple[int, int, list[int]]]:
     """[(start, end, ids to read on top of the cache)]: an instruction to repeat, then ids[start:end] themselves."""
-    asks = {a: tokenizer.encode(REPEAT_FROM) + ids[max(a - TAIL, first):a] for a in range(first, len(ids), chunk)}
-    asks[first] = tokenizer.encode(REPEAT)
+    again = tokenizer.encode(REPEAT_FROM, joined=True)
+    asks = {a: again + ids[max(a - TAIL, first):a] for a in range(first, len(ids), chunk)}
+    asks[first] = tokenizer.encode(REPEAT, joined=True)
     return [(a, min(a + chunk, len(ids)), ask + tokenizer.turn + ids[a:a + chunk]) for a, ask in asks.items()]
 
 
 def replay_overhead(tokenizer) -> int:
-    return max(len(tokenizer.encode(REPEAT)), len(tokenizer.encode(REPEAT_FROM)) + TAIL) + len(tokenizer.turn)
+    asks = (tokenizer.encode(x, joined=True) for x in (REPEAT, REPEAT_FROM))
+    return max(map(len, asks)) + TAIL + len(tokenizer.turn)
 
 
 def kvzip(model: Llama, tokenizer, ctx: Context, full: Cache, chunk: int = CHUNK):
@@ -198,12 +199,16 @@ class Document:
         self.memo[key] = scores, clock(model) - start
         return scores
 
-    def choice(self, method: str, k) -> Choice:
-        """What a baseline keeps, by its scores and its budget. k: (1,) int64."""
+    def as_ours(self, scores):
+        """Scores that the compressor's own way to choose can take: one per token, where its heads keep the same."""
+        return scores if self.comp.cfg.choice == "head" else scores.mean((1, 2), keepdim=True)
+
+    def kept(self, method: str, k):
+        """What a baseline keeps, by its scores and its budget: (B, l, g, N) bool. k: (1,) int64."""
         (name, budget), candidates = BASELINES[method], self.ctx.candidates
         scores, window = self.scores(name, int(k)), snap_window(int(k))
         recent = {"h2o": int(k) // 2, "snapkv": window, "tova": 1}.get(name, 0)
-        return {"ours": lambda: self.comp.choose(scores, self.ctx, k),
+        return {"ours": lambda: self.comp.choose(self.as_ours(scores), self.ctx, k).kept,
                 "layer": lambda: choose_in_layer(scores, candidates, k, recent),
                 "all": lambda: choose(scores, candidates, k, scores[0, ..., 0].numel(), recent),
                 "head": lambda: choose(scores, candidates, k, 1, recent)}[budget]()
@@ -221,14 +226,13 @@ class Document:
         if method in ("kvdistill", "untrained"):
             return comps[method].compress(model, ctx, tokens=int(k))
         if method == "no-routing":  # the trained choice, from the plain cache
-            return drop_from(full, ctx, self.comp.choose(self.comp.scores(ctx), ctx, k))
+            return drop_from(full, ctx, self.comp.choose(self.comp.scores(ctx), ctx, k).kept)
         if method.startswith("kvdistill:"):  # another choice, under the trained routing and its way to share a budget
             heads = model.cfg.n_layer, model.cfg.n_kv_head
             scores = self.scores(method.partition(":")[2], int(k)).expand(1, *heads, -1)
-            scores = scores if self.comp.cfg.choice == "head" else scores.mean((1, 2), keepdim=True)
-            return self.comp.compress(model, ctx, tokens=int(k), scores=scores)
-        choice = self.choice(method, k)
-        return drop_from(full.rows([0] * len(choice.kept)) if len(choice.kept) > 1 else full, ctx, choice)
+            return self.comp.compress(model, ctx, tokens=int(k), scores=self.as_ours(scores))
+        kept = self.kept(method, k)
+        return drop_from(full.rows([0] * len(kept)) if len(kept) > 1 else full, ctx, kept)
 
     def timed_cache(self, method: str, keep: float) -> tuple[Cache, dict]:
         """And its seconds: `prefill` is what the method needs of reading the context plainly, `compress` the rest,
@@ -289,7 +293,7 @@ class Judge:
     def choice(self, cache):
         out = []
         for i, q in enumerate(self.case.queries):
-            options = [Query(q.kind, q.prompt, self.tok.encode(o.strip()) + self.tok.turn[:1]) for o in q.options]
+            options = [Query(q.kind, q.prompt, self.tok.encode(o.strip()) + self.tok.end) for o in q.options]
             log_p = self.log_probabilities(options, cache if len(cache.next_position) == 1 else cache.rows([i]))
             wanted = torch.tensor([t for x in options for t in x.answer], device=log_p.device)
             per_token = log_p.gather(1, wanted[:, None])[:, 0].split([len(x.answer) for x in options])

@@ -124,55 +124,55 @@ class Cache:
     """Keys and values of every layer for tokens already read; what compression makes shorter.
 
     A layer is a list of parts, its heads in order: a whole cache has one part, as all heads hold all tokens; where each
-    head holds tokens of its own, a part is mostly one head, and nothing is padded to the longest.
+    head holds tokens of its own, a part is mostly one head, and nothing is padded to the longest:
+
+        layer 18   [head 1: ▮▮▮▮▮▮▮▮▮▮▮▮] [heads 2, 3: ▮▮▮▮]
+        layer 19   [heads 1, 2, 3: ▮▮▮▮]
 
     A forward pass leaves it alone, and gradients flow through it; only what `with_room` made is appended to in place.
     """
     layers: list[list[Part]]
     next_position: torch.Tensor   # (B,) int64, where a continuation starts: the *original* context length
     free: int | None = None       # slots still to be appended to, at the end of every part; None: not a buffer
-    appended: tuple = ()          # of one (B, 1, A) int64, where what was appended stands, for a sliding window
 
     def with_room(self, extra: int, ragged: bool = False) -> "Cache":
         """A copy that `extra` tokens can be appended to; ragged: some may be padding. A bias hides free slots."""
-        def grow(p: Part) -> Part:
-            k, v, bias = F.pad(p.k, (0, 0, 0, extra)), F.pad(p.v, (0, 0, 0, extra)), p.bias
+        def grow(p: Part, more=(0, extra)) -> Part:
+            p = p.map(lambda x: x[:, :, :-self.free]) if self.free else p
+            k, v, bias = F.pad(p.k, (0, 0, *more)), F.pad(p.v, (0, 0, *more)), p.bias
             if bias is None and (ragged or by_products(k)):
                 bias = k.new_zeros(p.positions.shape, dtype=torch.float32)
-            return Part(k, v, p.positions, None if bias is None else F.pad(bias, (0, extra), value=NEG))
-        return Cache([[grow(p) for p in parts] for parts in self.layers], self.next_position, extra, self.appended)
+            bias = bias if bias is None else F.pad(bias, more, value=NEG)
+            return Part(k, v, F.pad(p.positions, more, value=-1), bias)
+        return Cache([[grow(p) for p in parts] for parts in self.layers], self.next_position, extra)
 
     def rows(self, index) -> "Cache":
         """The rows `index` (a list), each as often as it is named: one context for several questions."""
         i = torch.as_tensor(index, device=self.next_position.device)
-        layers = [[p.map(lambda x: x[i]) for p in parts] for parts in self.layers]
-        return Cache(layers, self.next_position[i], self.free, tuple(x[i] for x in self.appended))
+        return Cache([[p.map(lambda x: x[i]) for p in ps] for ps in self.layers], self.next_position[i], self.free)
 
-    def extend(self, part: Part, k, v):
-        """What new tokens see of a part: its keys, values and biases, then their own. A buffer stores them, too."""
+    def extend(self, part: Part, k, v, at=None):
+        """What new tokens see of a part: its keys, values, positions (of use if `at` (B, 1, T) says where the new ones
+        stand) and biases; then their own. A buffer stores them, too."""
         if self.free is None:
             bias = None if part.bias is None else F.pad(part.bias, (0, k.shape[2]))
-            return torch.cat([part.k, k], 2), torch.cat([part.v, v], 2), bias
+            places = None if at is None else torch.cat([part.positions, at.expand(-1, part.positions.shape[1], -1)], 2)
+            return torch.cat([part.k, k], 2), torch.cat([part.v, v], 2), places, bias
         start, end = part.k.shape[2] - self.free, part.k.shape[2] - self.free + k.shape[2]
         part.k[:, :, start:end], part.v[:, :, start:end] = k, v
+        if at is not None:
+            part.positions[..., start:end] = at
         if part.bias is not None:
             part.bias[..., start:end] = 0
             end = part.k.shape[2] if k.shape[2] == 1 and by_products(part.k) else end  # see there
-        return part.k[:, :, :end], part.v[:, :, :end], None if part.bias is None else part.bias[..., :end]
+        return [x if x is None else x[:, :, :end] for x in vars(part).values()]
 
-    def places(self, part: Part, at, S: int):
-        """Where the S keys that `extend` gives stand: (B, 1 or g, S); at: (B, 1, T), those of the new tokens."""
-        x = torch.cat([x.expand(-1, part.positions.shape[1], -1) for x in (part.positions, *self.appended, at)], 2)
-        return F.pad(x, (0, S - x.shape[2]))  # free slots are hidden anyway
-
-    def mark_appended(self, T: int, lengths=None, at=None) -> None:
+    def mark_appended(self, T: int, lengths=None) -> None:
         """After all layers have appended T tokens to a buffer; lengths: (B,), how many of them are no padding."""
-        self.appended = () if at is None else (torch.cat([*self.appended, at], 2),)
         if lengths is not None:
             padding = torch.arange(T, device=lengths.device) >= lengths[:, None, None]          # (B, 1, T)
             for part in (p for parts in self.layers for p in parts if p.bias is not None):
-                end = part.k.shape[2] - self.free + T
-                part.bias[..., end - T:end] = torch.where(padding, NEG, 0.0)
+                part.bias[..., part.k.shape[2] - self.free:][..., :T] = torch.where(padding, NEG, 0.0)
         self.next_position = self.next_position + (T if lengths is None else lengths)
         self.free -= T
 
@@ -218,7 +218,7 @@ def rope_frequencies(cfg: Config, device=None) -> torch.Tensor:
 
 def rotate(x, rope):
     """Apply rotary positions to x (B, heads, T, d): Hugging Face's order, the pair of dimension i is i + d/2."""
-    cos, sin, _ = rope  # (B, 1, T, d) each
+    cos, sin, *_ = rope  # (B, 1, T, d) each
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -329,17 +329,17 @@ class Attention(nn.Module):
         q = self.wq(x) if route is None else self.wq(x) + route.q(x)          # before the norm: it is part of W_Q
         q = rotate(self.q_norm(self.heads(q)), rope)                           # (B, H, T, d)
         see = attend if watch is None else partial(attend_in_blocks, watch=partial(watch, layer))
-        at = None if self.window is None else rope[2]
+        at, beyond = (None, False) if self.window is None else rope[2:]
+        far = lambda places: (places, at - self.window) if beyond else None  # noqa: E731
         if cache is None:
-            y = see(q, k, v, own, far=None if at is None else (at, at - self.window))
+            y = see(q, k, v, own, far=far(at))
         else:
             parts, ys = cache.layers[layer], []
             cut = lambda x: [x] if len(parts) == 1 else x.split(  # noqa: E731
                 [p.k.shape[1] * x.shape[1] // k.shape[1] for p in parts], 1)
             for part, *qkv in zip(parts, cut(q), cut(k), cut(v)):
-                keys, values, bias = cache.extend(part, *qkv[1:])
-                far = None if at is None else (cache.places(part, at, keys.shape[2]), at - self.window)
-                ys.append(see(qkv[0], keys, values, own, bias, far))
+                keys, values, places, bias = cache.extend(part, *qkv[1:], at)
+                ys.append(see(qkv[0], keys, values, own, bias, far(places)))
             y = ys[0] if len(ys) == 1 else torch.cat(ys, 1)
         y = y.transpose(1, 2).flatten(2)                                       # (B, T, H·d)
         return self.wo(y) if route is None else self.wo(y) + route.o(y), k, v
@@ -391,20 +391,20 @@ class Llama(nn.Module):
     device = property(lambda self: self.embed.weight.device)
     dtype = property(lambda self: self.embed.weight.dtype)
 
-    def rope(self, positions, last: int | None = None):
+    def rope(self, positions, largest: int | None = None):
         """cos and ∓sin of every position's angles: (B, T) -> two (B, 1, T, d) in the model's dtype. A pair (a, b) turns
-        to (a·cos − b·sin, b·cos + a·sin), so sin is negative in the first half. Third, if some lie beyond a sliding
-        window, the positions (B, 1, T); else None.
-        last: the largest position, from a caller who knows it; asking a GPU for it means waiting for the GPU.
+        to (a·cos − b·sin, b·cos + a·sin), so sin is negative in the first half. Then, for a sliding window, the
+        positions (B, 1, T), and whether some lie beyond it; else None and False.
+        largest: the largest position, from a caller who knows it; asking a GPU for it means waiting for the GPU.
         """
-        last = (int(positions.max()) if positions.numel() else 0) if last is None else last
-        if last >= self.cfg.max_positions:
-            raise BadInput(f"{last + 1} tokens are more than {self.cfg.max_positions} positions; use a shorter text")
+        largest = (int(positions.max()) if positions.numel() else 0) if largest is None else largest
+        if largest >= self.cfg.max_positions:
+            raise BadInput(f"{largest + 1} tokens are more than {self.cfg.max_positions} positions; use a shorter text")
         angle = positions[:, None, :, None].float() * rope_frequencies(self.cfg, positions.device)
         scale = (self.cfg.rope_scaling or {}).get("attention_factor", 1.0)    # YaRN's: softmax a little sharper
         cos, sin = angle.cos() * scale, angle.sin() * scale
         return (torch.cat([cos, cos], -1).to(self.dtype), torch.cat([-sin, sin], -1).to(self.dtype),
-                positions[:, None] if last >= (self.cfg.sliding_window or math.inf) else None)
+                *((positions[:, None], largest >= w) if (w := self.cfg.sliding_window) else (None, False)))
 
     def block(self, layer: int, h, *args, **kwargs):
         """One layer, through Block.forward: h, k, v. Where memory is short, what its backward needs is not kept."""
@@ -413,7 +413,7 @@ class Llama(nn.Module):
         return self.layers[layer](h, *args, **kwargs)
 
     def forward(self, tokens, cache: Cache | None = None, segments=None, lengths=None, watch=None,
-                last: int | None = None):
+                largest: int | None = None):
         """Hidden states of `tokens` after the last norm; `logits` turns the ones that are wanted into logits.
 
         tokens: (B, T) int64, padded on the right.
@@ -422,19 +422,19 @@ class Llama(nn.Module):
             and each segment starts at the cache's next position. -1 is padding.
         lengths: (B,) int64, the real tokens of each row, where rows differ (not together with segments).
         watch: called as watch(layer, weights, first) with the attention weights of a whole cache's layers; see
-            `attend_in_blocks`. last: the largest position among the tokens, if it is known; see `rope`.
+            `attend_in_blocks`. largest: the largest position among the tokens, if it is known; see `rope`.
         Returns: (B, T, D) in the model's dtype.
         """
         at = offsets(tokens, segments)
         if lengths is not None:
             at = at.minimum(lengths[:, None] - 1)  # padding takes no position of its own
         at = at if cache is None else at + cache.next_position[:, None]
-        rope = self.rope(at, last)
+        rope = self.rope(at, largest)
         own, h = None if segments is None else own_mask(tokens, segments), self.embed(tokens)
         for layer in range(self.cfg.n_layer):
             h, _, _ = self.block(layer, h, rope, own, cache, layer, watch=watch)
         if cache is not None and cache.free is not None:
-            cache.mark_appended(tokens.shape[1], lengths, at[:, None] if self.cfg.sliding_window else None)
+            cache.mark_appended(tokens.shape[1], lengths)
         return self.norm(h)
 
     def logits(self, h):
@@ -446,7 +446,7 @@ class Llama(nn.Module):
         h: (B, N, D), the hidden states before layer `first`; padding, if any, is on the right. route(layer): the
         layer's Route or None. store(layer, k, v): keys and values (B, G, N, d) come, what it returns is collected.
         Returns: h after layer last−1 (not after the model's last: no cache needs it), and what was collected."""
-        rope = self.rope(torch.arange(h.shape[1], device=h.device)[None], last=h.shape[1] - 1)
+        rope = self.rope(torch.arange(h.shape[1], device=h.device)[None], largest=h.shape[1] - 1)
         stored = []
         for layer in range(first, self.cfg.n_layer if last is None else last):
             h, k, v = self.block(layer, h, rope, route=route and route(layer), kv_only=layer == self.cfg.n_layer - 1)

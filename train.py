@@ -40,7 +40,7 @@ from run.errors import BadInput, provenance, run_program
 from run.files import ROOT, base_of, read_about, save_adapter, save_state
 from run.folders import Signals, alone_in, append_line, dtype_of, find_run_folder, resume, show, write_config
 from run.models import open_model, pick_dtype
-from run.plan import choose_parallel, out_of_memory, print_plan, profile, speed
+from run.plan import TEACH, choose_parallel, out_of_memory, print_plan, profile, speed
 from run.records import write_result
 from run.train_flags import check, parse_args
 from run.world import World
@@ -115,7 +115,7 @@ class MicroBatch:
     batch: Batch
     at: torch.Tensor              # (R,) int64, the supervised places among the B·T
     k: torch.Tensor               # (B,) int64, tokens to keep, per head on average
-    last: int                     # the largest position of a continuation
+    largest: int                  # position of a continuation
     padded: bool                  # contexts differ in length
 
     @classmethod
@@ -169,7 +169,7 @@ class Distiller(nn.Module):
         if phase == "reconstruct":
             return self.reconstruct(m, totals, ctx, full)
         with torch.no_grad():
-            teacher = self.model[0](b.cont, full, b.segments, last=m.last).flatten(0, 1)[m.at]  # (R, D)
+            teacher = self.model[0](b.cont, full, b.segments, largest=m.largest).flatten(0, 1)[m.at]  # (R, D)
         del full  # the student needs its room
         return self.distil(m, totals, ctx, teacher, phase == "soft")
 
@@ -177,7 +177,7 @@ class Distiller(nn.Module):
         """The scorer's regression: the logarithm of the most attention that an entry gets while the context is repeated
         from its whole cache and the text goes on. No gradient runs through the Llama."""
         model, b = self.model[0], m.batch
-        wanted = attention_received(model, full, b.cont, segments=b.segments, last=m.last)                # (B, L, G, N)
+        wanted = attention_received(model, full, b.cont, segments=b.segments, largest=m.largest)          # (B, L, G, N)
         if self.compressor.cfg.choice == "token":
             wanted = wanted.mean((1, 2), keepdim=True)
         error = self.compressor.scores(ctx) - wanted.clamp(min=1e-6).log()
@@ -196,7 +196,7 @@ class Distiller(nn.Module):
         # nothing is gathered: an entry that a head dropped gets a bias of −1e9 in that head, which is the same function
         kvs = comp.encode(model, ctx, choice, m.k, lambda layer, k, v: (k, v))
         short = ctx.whole_cache(kvs, beta)
-        student = model(b.cont, short, b.segments, last=m.last).flatten(0, 1)[m.at]            # (R, D)
+        student = model(b.cont, short, b.segments, largest=m.largest).flatten(0, 1)[m.at]            # (R, D)
         losses, kl, agree = DistillKL.apply(student, teacher, model.head_weight, self.lam, self.chunk)
         answers = b.answers.flatten()[m.at]
         return {"loss": losses.sum() / totals.supervised, "kl": (kl * answers).sum() / totals.answers,
@@ -240,11 +240,7 @@ class DistillKL(torch.autograd.Function):
         return grad * d_loss[:, None].to(grad.dtype), None, None, None, None
 
 
-# ------------------------------------------------------------------------------------ the processes that share a step
-# Training is data-parallel: every process has the whole compressor, takes its share of each step's contexts, and adds
-# its gradient to the others'. What is trained is small and always called through one `forward`, so this is one
-# all-reduce of one flat fp32 tensor, and torch's DDP wrapper would only hide it. The frozen model has no gradient to
-# share. Where it fits into one device, each process has its own (ddp); where not, it is spread over them (fsdp).
+# ----------------------------------------------------- the processes that share a step; run/world.py says how and why
 
 def share(first: int, batch: int, micro: int, world: World) -> list[list[int]]:
     """Sample numbers of this process's part of a step, by forward pass. A step is the `batch` samples from `first` on,
@@ -298,7 +294,7 @@ class Draw:
             folders = prepare(c.sources.split(","), tokenizer, c.shards or SHARDS)
         shards = [Shard(folder, "train", tokenizer) for folder in folders]
         make = lambda m: Samples(shards, tokenizer, c.context, m, c.answer, c.seed, c.shortest)  # noqa: E731
-        self.c, self.world, self.replays, self.samples = c, world, make({"replay": 1, "continue": 1}), make(mix)
+        self.c, self.world, self.replays, self.samples = c, world, make(TEACH), make(mix)
         self.texts = fingerprint(folders)
 
     def __call__(self, step: int) -> tuple[str, float, list[MicroBatch]]:

@@ -66,7 +66,7 @@ def file_documents(path: Path) -> Iterator[dict]:
     """A text file, or every .txt and .md file below a folder: one document each."""
     for p in text_files(path):
         with reading(p, "expected UTF-8 text; convert it first"):
-            text = p.read_text(encoding="utf-8").strip()
+            text = p.read_text(encoding="utf-8-sig").strip()
         yield {"title": os.fsencode(p.stem).decode(errors="replace"), "about": "", "text": text}
 
 

@@ -24,7 +24,7 @@ from data.prepare import SHARDS, Shard, prepare
 from data.samples import Case, Query, about, case, cloze, recite
 from data.tokenizer import Tokenizer
 
-SQUAD = Path(__file__).resolve().parent / "dev-v1.1.json"  # where a user may put it, for the table that ends a training
+SQUAD = Path(__file__).resolve().parent / "squad-dev.json"  # where a user may put it, for training's last table
 
 # how the default model answers best without examples; chosen on its full cache, among 16 (LOG.md)
 SQUAD_PROMPT, SQUAD_ANSWER, SQUAD_END = "Extract the answer from the text.\nQuestion: {}", 'The answer is "', '"\n'

@@ -81,9 +81,9 @@ class Document:
     def with_judge(self, model: Llama, tok, case: Case) -> "Document":
         return replace(self, judge=Judge("fidelity", model, tok, case, whole_cache(self.kvs)))
 
-    def masked(self, choice) -> Cache:
+    def masked(self, kept) -> Cache:
         """The whole cache, with −1e9 on what is dropped: the same function as gathering what stays."""
-        stay = choice.kept | self.ctx.protected[:, None, None]
+        stay = kept | self.ctx.protected[:, None, None]
         return self.ctx.whole_cache(self.kvs, torch.where(stay, 0.0, NEG))
 
 
@@ -292,7 +292,7 @@ def lessons(model: Llama, tok, shards, n: int, window: int) -> list[tuple]:
         m = MicroBatch.of(collate([case], prompts=True), math.exp(random.Random(f"keep/{i}").uniform(*ends)))
         d = Document.read(model, case.context, case.n_protect)
         with torch.no_grad():
-            teacher = model(m.batch.cont, whole_cache(d.kvs), m.batch.segments, last=m.last).flatten(0, 1)[m.at]
+            teacher = model(m.batch.cont, whole_cache(d.kvs), m.batch.segments, largest=m.largest).flatten(0, 1)[m.at]
         out.append((m, d.ctx, teacher))
     return out
 

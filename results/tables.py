@@ -106,10 +106,6 @@ class Cells:
         return out
 
 
-def against(result: dict) -> str:
-    return result.get("against") or ""
-
-
 def paired(cell: dict | None, metric: str, form=signed) -> str:
     """The paired difference to another method with its interval; nothing in that method's own row."""
     d = (cell or {}).get("difference")
@@ -143,7 +139,7 @@ def headline_table(result: dict, name: str = "fidelity") -> str:
 
 def fidelity_table(result: dict, name: str = "fidelity") -> str:
     """KL by kind and over all kinds, top-1 agreement, and the paired difference to `--against`: a table per keep."""
-    cells, parts, other = Cells(result, "fidelity"), [], against(result)
+    cells, parts, other = Cells(result, "fidelity"), [], result.get("against")
     kinds = [k for k in KINDS if cells(k, "full", 1)]
     for keep in cells.keeps:
         rows, methods = [], cells.measured(keep)
@@ -173,7 +169,7 @@ def squad_table(result: dict, name: str = "squad") -> str:
     """F1, exact match and contained answers, and the share of the gap between no document and the full cache: a table
     per keep."""
     cells, parts, three = Cells(result, "squad"), [], "{:.3f}".format
-    c, other = cells("all", "full", 1), against(result)
+    c, other = cells("all", "full", 1), result.get("against")
     for keep in cells.keeps:
         methods = cells.measured(keep)
         rows = [[LABELS.get(m, m), cells.text("all", m, keep, "f1", methods, interval=True, form=three),

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from run.errors import BadInput, Parser
+from run.errors import BadInput, Parser, reading
 from run.models import add_model_flags, seed_flag
 
 
@@ -61,12 +61,8 @@ def find_adapter(path, name: str = "--adapter") -> Path:
 
 
 def read_text(path) -> str:
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except (UnicodeDecodeError, OSError) as e:
-        raise BadInput(f"{path}: cannot be read as UTF-8 text ({e})") from None
+    with reading(path, "expected a file of UTF-8 text"):
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
     if not text.strip():
         raise BadInput(f"{path}: the context is empty; there is nothing to compress")
     return text.strip()

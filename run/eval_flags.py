@@ -59,12 +59,9 @@ def numbers(a: argparse.Namespace, name: str, kind, low: float, high: float) -> 
     except ValueError:
         values = []
     if not values or not all(low <= v <= high for v in values):
-        raise BadInput(f"--{name} is {text!r}: expected numbers from {low} to {high}, such as {name_default(name)}")
+        example = {"keep": "0.5,0.1", "lengths": "512,1024", "depths": "0,0.5,1"}[name]
+        raise BadInput(f"--{name} is {text!r}: expected numbers from {low} to {high}, such as {example}")
     return list(dict.fromkeys(values))
-
-
-def name_default(name: str) -> str:
-    return {"keep": "0.5,0.1", "lengths": "512,1024", "depths": "0,0.5,1"}[name]
 
 
 def check(a: argparse.Namespace, methods) -> dict:

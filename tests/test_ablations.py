@@ -58,9 +58,9 @@ def short(comp, model, d, keep, v=PLAIN):
 @pytest.mark.parametrize("heads", [1, 12])
 def test_a_masked_cache_is_the_gathered_one(model, heads):
     d, scores = document(model), torch.rand(1, 6, 2, 40, generator=torch.Generator().manual_seed(3))
-    choice = choose(scores, d.ctx.candidates, torch.tensor([5]), heads, 2)
-    gathered = drop_from(whole_cache(d.kvs), d.ctx, choice)
-    assert torch.allclose(said(model, d, d.masked(choice)), said(model, d, gathered), atol=1e-5)
+    kept = choose(scores, d.ctx.candidates, torch.tensor([5]), heads, 2)
+    gathered = drop_from(whole_cache(d.kvs), d.ctx, kept)
+    assert torch.allclose(said(model, d, d.masked(kept)), said(model, d, gathered), atol=1e-5)
     assert (said(model, d, gathered) - d.judge.teacher).abs().max() > 0.01  # and not the whole one
 
 
@@ -147,7 +147,7 @@ def test_strength_and_whose_share(model):
 def test_a_kept_embedding_of_zero_changes_nothing_and_routes_nothing(model):
     (mine, comp), d = variant(model, Kept), document(model)
     choice = comp.choose(comp.scores(d.ctx), d.ctx, kept_count(d.ctx.candidates.sum(1), 0.2))
-    assert torch.allclose(said(model, d, short(mine, model, d, 0.2)), said(model, d, d.masked(choice)), atol=1e-5)
+    assert torch.allclose(said(model, d, short(mine, model, d, 0.2)), said(model, d, d.masked(choice.kept)), atol=1e-5)
     mine.kept.fill_(1.0)
     keys = torch.stack([p.k[0] for p, in short(mine, model, d, 0.2).layers])                   # (L, G, N, d)
     changed = (keys - torch.stack([k[0] for k, _ in d.kvs])).abs().amax((1, 3)) > 1e-5         # (L, N)
@@ -159,7 +159,7 @@ def test_a_kept_embedding_of_zero_changes_nothing_and_routes_nothing(model):
 def test_adapters_on_q_and_o_are_routing_and_leave_no_hook(model):
     (base, _), (mine, _), d = variant(model), variant(model, Adapted, "attn.wq attn.wo"), document(model)
     choice = base.choose(base.scores(d.ctx), d.ctx, kept_count(d.ctx.candidates.sum(1), 0.2))
-    assert torch.allclose(said(model, d, short(mine, model, d, 0.2)), said(model, d, d.masked(choice)), atol=1e-5)
+    assert torch.allclose(said(model, d, short(mine, model, d, 0.2)), said(model, d, d.masked(choice.kept)), atol=1e-5)
     for p, q in zip(mine.trained(), [base.a_q, base.a_o, base.b_q, base.b_o], strict=True):
         p.copy_(q)
     assert torch.allclose(said(model, d, short(mine, model, d, 0.2)), said(model, d, short(base, model, d, 0.2)),
@@ -204,7 +204,7 @@ def test_what_a_row_trains_and_what_its_loss_is(model):
     """λ reaches the loss, --scorer-lr the scorer, and the same row is the same row."""
     d = document(model)
     m = MicroBatch.of(collate([d.judge.case], True), 0.2)
-    teacher = model(m.batch.cont, whole_cache(d.kvs), m.batch.segments, last=m.last).flatten(0, 1)[m.at].detach()
+    teacher = model(m.batch.cont, whole_cache(d.kvs), m.batch.segments, largest=m.largest).flatten(0, 1)[m.at].detach()
     memo = {"lessons": [(m, d.ctx, teacher)] * 3}
 
     def trained(make=Routing, *settings, **changes):

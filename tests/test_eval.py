@@ -23,9 +23,9 @@ from run.records import append_records, cells_of, continue_from, load_records, m
 
 class Letters:
     """A tokenizer of 90 characters, as much of it as evaluation needs."""
-    header, turn, stop_ids = [1, 2, 3], [96, 95], {96}
+    header, turn, end, stop_ids = [1, 2, 3], [96, 95], [96], {96}
 
-    def encode(self, text):
+    def encode(self, text, joined=False):
         return [ord(c) % 90 for c in text]
 
     def decode(self, ids):
@@ -105,9 +105,9 @@ def test_what_is_kept_under_a_shared_budget_is_what_kvpress_keeps(smollm, tokeni
     ctx, full = read
     everything, k = torch.ones_like(ctx.candidates), torch.tensor([75])
     if name == "kvzip":
-        kept = choose(kvzip(smollm, tokenizer, ctx, full), everything, k, 90).kept[0]
+        kept = choose(kvzip(smollm, tokenizer, ctx, full), everything, k, 90)[0]
     else:
-        kept = choose_in_layer(snapkv(smollm, ctx, full, 8), everything, k, 8).kept[0]
+        kept = choose_in_layer(snapkv(smollm, ctx, full, 8), everything, k, 8)[0]
     theirs = golden[f"{name}.kept"]
     assert kept.sum() == theirs.sum() == 75 * 90
     assert (kept & ~theirs).sum() <= 3
@@ -197,7 +197,7 @@ def test_budgets_by_hand():
     """Two layers of two heads, six tokens of which the first is no candidate, two to keep per head."""
     scores = torch.tensor([[[[9., 5, 4, 3, 0, 0], [9, 1, 1, 0, 0, 0]], [[9, 8, 7, 6, 0, 1], [9, 0, 0, 2, 0, 0]]]])
     candidates, k = torch.tensor([[False, True, True, True, True, True]]), torch.tensor([2])
-    where = lambda choice: [[x.nonzero()[:, 0].tolist() for x in layer] for layer in choice.kept[0]]  # noqa: E731
+    where = lambda kept: [[x.nonzero()[:, 0].tolist() for x in layer] for layer in kept[0]]  # noqa: E731
     assert where(choose(scores, candidates, k, 1)) == [[[1, 2], [1, 2]], [[1, 2], [1, 3]]]
     assert where(choose(scores, candidates, k, 2)) == [[[1, 2, 3], [1]], [[1, 2, 3], [3]]]
     assert where(choose(scores, candidates, k, 4)) == [[[1, 2, 3], [1]], [[1, 2, 3], [3]]]
@@ -250,10 +250,9 @@ def test_methods_that_share_a_budget_hold_different_numbers(document):
 def test_a_token_adapter_is_measured_with_its_own_budget_rule(model):
     comps = {"kvdistill": tiny_compressor(model, choice="token")}
     document = Document(model, Letters(), comps, case(), "seed")
-    for method in ("kvdistill", "no-routing", "kvdistill:kvzip", "kvdistill:random", "random:token"):
+    for method in ("kvdistill", "no-routing", "kvdistill:kvzip", "kvdistill:random", "random", "random:token"):
         first = held(document.cache(method, 0.2))[0][0]
         assert len(first) == 15 and held(document.cache(method, 0.2)) == [[first] * 2] * 6, method
-    assert document.cache("random", 0.2).entries().sum() == 15 * 12
 
 
 @torch.no_grad()

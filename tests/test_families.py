@@ -181,7 +181,7 @@ def test_a_window_that_nothing_reaches_beyond_is_said_once_and_costs_nothing(tmp
     load_checked(write(tmp_path, model_type="mistral", sliding_window=512))
     assert capsys.readouterr().err == "", "a window that no text can reach is not worth a line"
     plain, tokens = tiny_llama(), torch.arange(101)[None] % 97
-    assert torch.equal(model(tokens[:, :100]), plain(tokens[:, :100])) and model.rope(tokens[:, :97])[2] is None
+    assert torch.equal(model(tokens[:, :100]), plain(tokens[:, :100])) and model.rope(tokens[:, :97])[3] is False
     a, b = (m(tokens[:, 90:100], m.prefill(tokens[:, :90])) for m in (model, plain))
     assert torch.equal(a, b)
     a, b = model(tokens), plain(tokens)

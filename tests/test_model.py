@@ -182,6 +182,21 @@ def test_products_see_a_buffer_as_a_whole_but_nothing_that_is_free(model, monkey
     assert lengths == [p.k.shape[2] for parts in room.layers for p in parts] * 8, "each new one is compiled for"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_buffer_that_was_appended_to_can_be_given_room_again(model, monkeypatch, products, padded):
+    """As in a second turn of a talk: free slots go, what was appended stays."""
+    monkeypatch.setattr(model_file, "by_products", lambda k: products)
+    cache, tokens = ragged(model), torch.randint(0, 97, (1, 12))
+    room = cache.with_room(9)
+    model(tokens[:, :5], room)
+    again = room.with_room(7, ragged=padded)
+    assert torch.allclose(model(tokens[:, 5:], again), model(tokens, cache)[:, 5:], atol=1e-4)
+    assert torch.equal(cache.entries(), again.entries()) and again.free == 0
+    assert [*generate(model, room, [[3, 4]], 5)] == [*generate(model, cache, [tokens[0, :5].tolist() + [3, 4]], 5)]
+
+
 def test_masks_by_hand():
     """Continuations of two and one tokens, and a padded place."""
     own = own_mask(torch.zeros(1, 4), torch.tensor([[0, 0, 1, -1]]))

@@ -15,6 +15,7 @@ from safetensors.torch import load, load_file, save_file
 
 from compress import load_adapter
 from conftest import ROOT, save_llama, tiny_compressor, tiny_llama
+from run.compress_flags import read_text
 from run.errors import BadInput, read_json, run_program, write_json
 from run.files import base_of, load_cache, default_adapter, save_adapter, save_cache
 from run.world import World
@@ -203,18 +204,20 @@ def test_damaged_and_older_adapters_are_refused(saved, tmp_path):
 
 
 def test_compress_refuses_bad_input(tiny, tmp_path, monkeypatch):
-    empty, binary = tmp_path / "empty.txt", tmp_path / "binary"
+    empty, binary, marked = tmp_path / "empty.txt", tmp_path / "binary", tmp_path / "from-windows.txt"
+    marked.write_bytes(b"\xef\xbb\xbfA text.")
+    assert read_text(marked) == "A text.", "a mark at the beginning is no part of the text"
     empty.write_text("  \n")
     binary.write_bytes(b"\xff\xfe\x00")
     base = ("--weights", tiny)
     for args, message in (
             (("--context", tmp_path / "nowhere.txt"), "no such file"), (("--context", empty), "context is empty"),
-            (("--context", binary), "cannot be read as UTF-8 text"), (("--keep", "0"), "keep is 0"),
+            (("--context", binary), "expected a file of UTF-8 text"), (("--keep", "0"), "keep is 0"),
             (("--keep", "1.5"), "keep is 1.5"), (("--question", " "), "--question is empty"),
-            (("--tokens", "0"), "tokens is 0"), (("--context", ""), "cannot be read"),
+            (("--tokens", "0"), "tokens is 0"), (("--context", ""), "expected a file of UTF-8 text"),
             (("--seed", "-1"), "whole number"), (("--temperature", "nan"), "--temperature is nan"),
             (("--max-new-tokens", "0"), "at least 1"), (("--save", tmp_path), "expected the name of a file"),
-            (("--context", empty / "x"), "cannot be read"),
+            (("--context", empty / "x"), "not a directory"),
             (("--keep", "0.1", "--tokens", "3"), "not allowed with"),
             (("--kep", "0.1"), "unrecognized arguments"), (("--load", "x"), "needs at least one --question"),
             (("--load", "x", "--keep", "0.5", "--question", "q"), "--load asks"), (("--device", "toaster"), "be used"),
