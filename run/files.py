@@ -105,10 +105,16 @@ def default_adapter(model: Llama, tokenizer) -> Path | None:
             print(f"warning: {e}; it is passed over", file=sys.stderr)
             continue
         if all(meta.get("base", {}).get(key) == want[key] for key in ("architecture", "tokenizer")):
-            here, train = path.parent.name == "adapter", meta.get("train", {})
-            steps = sum(train[x] for x in ("reconstruct", "steps") if type(train.get(x)) is int)
-            found.append((here, 0 if here else steps, meta.get("created", ""), path.parent))
+            here = path.parent.name == "adapter"
+            found.append((here, 0 if here else steps_of(meta), meta.get("created", ""), path.parent))
     return max(found)[-1] if found else None
+
+
+def steps_of(meta) -> int:
+    """How many steps made the adapter that adapter.json tells of, those of the adapter that it went on from included."""
+    if not isinstance(meta, dict) or not isinstance(train := meta.get("train"), dict):
+        return 0
+    return sum(train[x] for x in ("reconstruct", "steps") if type(train.get(x)) is int) + steps_of(meta.get("from"))
 
 
 CACHE_KEY, CACHE_FORMAT = "kvdistill_cache", 2  # in the header of the safetensors file; 1 held no ragged caches

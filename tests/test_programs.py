@@ -312,15 +312,17 @@ def test_the_default_adapter_was_trained_here_last_or_is_the_shipped_one_trained
     assert default_adapter(model, tok) is None
     mine, other = base_of(model, tok), base_of(load_llama(write_model(tmp_path / "m", n_head=2)), tok)
 
-    def add(name, created, steps, base=mine):
+    def add(name, created, steps, base=mine, before=()):
         (tmp_path / name).mkdir(parents=True)
-        meta = {"created": created, "base": base, "train": {"reconstruct": 5, "steps": steps}}
+        meta = {"created": created, "base": base, "train": {"reconstruct": 5, "steps": steps}, **dict(before)}
         (tmp_path / name / "adapter.json").write_text(json.dumps(meta))
         return default_adapter(model, tok)
     quick = tmp_path / "adapters/quick"
     assert add("out/foreign/adapter", "2032-01-01", 9, other) is None
     assert add("adapters/quick", "2030-01-02", 20) == quick == add("adapters/less", "2031-01-01", 10)
     assert add("adapters/long", "2029-01-01", 3000) == tmp_path / "adapters/long"
+    before = {"from": {"train": {"steps": 1000}, "from": {"train": {"steps": 2000}}}}  # it went on from others
+    assert add("adapters/longer", "2028-01-01", 10, before=before) == tmp_path / "adapters/longer"
     assert add("out/run/adapter", "2028-01-01", 2) == tmp_path / "out/run/adapter"
     assert add("out/old/adapter", "2027-01-01", 99) == tmp_path / "out/run/adapter"
 
