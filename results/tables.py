@@ -124,7 +124,8 @@ def headline_table(result: dict, name: str = "fidelity") -> str:
                if m in cells.methods]
     rows = []
     for m in methods:
-        text = lambda kind, keep, interval: cells.text(kind, m, keep, "kl", methods, True, interval)  # noqa: E731, B023
+        text = lambda kind, keep, interval: "0" if m == "full" else (  # noqa: E731, B023
+            cells.text(kind, m, keep, "kl", methods, True, interval))  # noqa: B023
         size = cells("all", m, 0.1)
         rows.append([LABELS.get(m, m).replace("no-routing: ", ""), *(text("all", keep, True) for keep in keeps),
                      *(text("squad", keep, False) for keep in keeps),
