@@ -111,7 +111,7 @@ def default_adapter(model: Llama, tokenizer) -> Path | None:
 
 
 def steps_of(meta) -> int:
-    """How many steps made the adapter that adapter.json tells of, those of the adapter that it went on from included."""
+    """How many steps made the adapter of this adapter.json, those of the adapter that it went on from included."""
     if not isinstance(meta, dict) or not isinstance(train := meta.get("train"), dict):
         return 0
     return sum(train[x] for x in ("reconstruct", "steps") if type(train.get(x)) is int) + steps_of(meta.get("from"))
