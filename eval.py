@@ -1,7 +1,7 @@
 """Measure what a short cache keeps: the paper's tasks, every baseline's choice through the same cache.
 
     python eval.py --tasks fidelity --n 20             # held-out text: which method answers as the full cache?
-    python eval.py --tasks squad --data squad=squad-dev.json --pack 5 --keep 0.25,0.1 --out results/squad.json
+    python eval.py --tasks squad --data squad=SQUAD.json --pack 5 --keep 0.25,0.1 --out results/squad.json
     torchrun --nproc_per_node 2 -- eval.py ...         # two processes, or one per GPU, share the documents out
 
 The protocol: a document is compressed before any question is known, the chat header kept; then all questions are asked
@@ -140,8 +140,8 @@ def kvzip_replays(tokenizer, ids: list[int], first: int, chunk: int = CHUNK) -> 
 
 
 def replay_overhead(tokenizer) -> int:
-    asks = (tokenizer.encode(x, joined=True) for x in (REPEAT, REPEAT_FROM))
-    return max(map(len, asks)) + TAIL + len(tokenizer.turn)
+    first, again = (len(tokenizer.encode(x, joined=True)) for x in (REPEAT, REPEAT_FROM))
+    return max(first, again + TAIL) + len(tokenizer.turn)
 
 
 def kvzip(model: Llama, tokenizer, ctx: Context, full: Cache, chunk: int = CHUNK):

@@ -393,8 +393,8 @@ class Llama(nn.Module):
 
     def rope(self, positions, largest: int | None = None):
         """cos and ∓sin of every position's angles: (B, T) -> two (B, 1, T, d) in the model's dtype. A pair (a, b) turns
-        to (a·cos − b·sin, b·cos + a·sin), so sin is negative in the first half. Then, for a sliding window, the
-        positions (B, 1, T), and whether some lie beyond it; else None and False.
+        to (a·cos − b·sin, b·cos + a·sin), so sin is negative in the first half. Then the positions, (B, 1, T),
+        and whether some lie beyond the sliding window, if there is one.
         largest: the largest position, from a caller who knows it; asking a GPU for it means waiting for the GPU.
         """
         largest = (int(positions.max()) if positions.numel() else 0) if largest is None else largest
@@ -404,7 +404,7 @@ class Llama(nn.Module):
         scale = (self.cfg.rope_scaling or {}).get("attention_factor", 1.0)    # YaRN's: softmax a little sharper
         cos, sin = angle.cos() * scale, angle.sin() * scale
         return (torch.cat([cos, cos], -1).to(self.dtype), torch.cat([-sin, sin], -1).to(self.dtype),
-                *((positions[:, None], largest >= w) if (w := self.cfg.sliding_window) else (None, False)))
+                positions[:, None], largest >= (self.cfg.sliding_window or math.inf))
 
     def block(self, layer: int, h, *args, **kwargs):
         """One layer, through Block.forward: h, k, v. Where memory is short, what its backward needs is not kept."""
