@@ -136,14 +136,14 @@ def gather(stay, beta=None):
         row, head = (torch.arange(n, device=k.device)[:, None] for n in k.shape[:2])
         for width, same in groupby(range(stay.shape[2]), widths[layer].__getitem__):
             heads = [*same]
-            own = slice(heads[0], heads[-1] + 1)
-            at, bias = positions[:, layer, own, :width], None                              # (B, g or 1, S)
+            block = slice(heads[0], heads[-1] + 1)
+            places, bias = positions[:, layer, block, :width], None                        # (B, g or 1, S)
             if beta is not None:
-                bias = beta[:, layer, own].gather(2, order[:, layer, own, :width])
-            if beta is not None or min(least[layer][own]) < width:
-                bias = torch.where(at < 0, NEG, 0.0 if beta is None else bias)
-            index = row[..., None], head[own] if stay.shape[2] > 1 else head, at.clamp(min=0)
-            parts.append(Part(k[index], v[index], at.clone(), bias))                       # (B, g, S, d)
+                bias = beta[:, layer, block].gather(2, order[:, layer, block, :width])
+            if beta is not None or min(least[layer][block]) < width:
+                bias = torch.where(places < 0, NEG, 0.0 if beta is None else bias)
+            index = row[..., None], head[block] if stay.shape[2] > 1 else head, places.clamp(min=0)
+            parts.append(Part(k[index], v[index], places.clone(), bias))                   # (B, g, S, d)
         return parts
     return store
 
@@ -318,10 +318,10 @@ class Compressor(nn.Module):
         k = kept_count(n, keep, tokens)
         if bool((k == n).all()):
             return self.full(model, ctx)
-        own = self.scores(ctx) if scores is None else scores
-        choice, beta = self.choose(own, ctx, k), None
+        given = self.scores(ctx) if scores is None else scores
+        choice, beta = self.choose(given, ctx, k), None
         if self.cfg.decay == "sigmoid" and scores is None:
-            beta = decay(own, choice, "sigmoid", self.cfg.tau) * (choice.kept & (k < n)[:, None, None, None])
+            beta = decay(given, choice, "sigmoid", self.cfg.tau) * (choice.kept & (k < n)[:, None, None, None])
         store = gather(choice.kept | ctx.protected[:, None, None], beta)
         return Cache(self.encode(model, ctx, choice, k, store), ctx.lengths)
 

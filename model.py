@@ -209,9 +209,9 @@ def rope_frequencies(cfg: Config, device=None) -> torch.Tensor:
     if kind == "llama3":                                                       # a ramp over turns
         kept = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
     if kind == "yarn":                                                         # a ramp over pairs
-        at = [d / 2 * math.log(s["original_max_position_embeddings"] / (2 * math.pi * n)) / math.log(cfg.rope_theta)
-              for n in (s["beta_fast"], s["beta_slow"])]                       # the pairs that turn n times
-        first, last = max(0, math.floor(at[0])), min(d - 1, math.ceil(at[1]))
+        edges = [d / 2 * math.log(s["original_max_position_embeddings"] / (2 * math.pi * n)) / math.log(cfg.rope_theta)
+                 for n in (s["beta_fast"], s["beta_slow"])]                    # the pairs that turn n times
+        first, last = max(0, math.floor(edges[0])), min(d - 1, math.ceil(edges[1]))
         kept = 1 - ((torch.arange(d // 2, device=device) - first) / (last - first or 1e-3)).clamp(0, 1)
     return freq * (kept + (1 - kept) / s["factor"])
 

@@ -113,7 +113,7 @@ PRESETS = {
 class MicroBatch:
     """One forward pass's share of a step, and every size in it that the device would otherwise be asked for."""
     batch: Batch
-    at: torch.Tensor              # (R,) int64, the supervised places among the B·T
+    rows: torch.Tensor            # (R,) int64, the supervised places among the B·T
     k: torch.Tensor               # (B,) int64, tokens to keep, per head on average
     largest: int                  # position of a continuation
     padded: bool                  # contexts differ in length
@@ -128,7 +128,7 @@ class MicroBatch:
     def to(self, device) -> "MicroBatch":
         def send(x):
             return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-        return replace(self, batch=Batch(*map(send, vars(self.batch).values())), at=send(self.at), k=send(self.k))
+        return replace(self, batch=Batch(*map(send, vars(self.batch).values())), rows=send(self.rows), k=send(self.k))
 
 
 @dataclass
@@ -169,7 +169,7 @@ class Distiller(nn.Module):
         if phase == "reconstruct":
             return self.reconstruct(m, totals, ctx, full)
         with torch.no_grad():
-            teacher = self.model[0](b.cont, full, b.segments, largest=m.largest).flatten(0, 1)[m.at]  # (R, D)
+            teacher = self.model[0](b.cont, full, b.segments, largest=m.largest).flatten(0, 1)[m.rows]  # (R, D)
         del full  # the student needs its room
         return self.distil(m, totals, ctx, teacher, phase == "soft")
 
@@ -196,9 +196,9 @@ class Distiller(nn.Module):
         # nothing is gathered: an entry that a head dropped gets a bias of −1e9 in that head, which is the same function
         kvs = comp.encode(model, ctx, choice, m.k, lambda layer, k, v: (k, v))
         short = ctx.whole_cache(kvs, beta)
-        student = model(b.cont, short, b.segments, largest=m.largest).flatten(0, 1)[m.at]            # (R, D)
+        student = model(b.cont, short, b.segments, largest=m.largest).flatten(0, 1)[m.rows]            # (R, D)
         losses, kl, agree = DistillKL.apply(student, teacher, model.head_weight, self.lam, self.chunk)
-        answers = b.answers.flatten()[m.at]
+        answers = b.answers.flatten()[m.rows]
         return {"loss": losses.sum() / totals.supervised, "kl": (kl * answers).sum() / totals.answers,
                 "agree": (agree * answers).sum() / totals.answers}
 

@@ -292,7 +292,7 @@ def lessons(model: Llama, tok, shards, n: int, window: int) -> list[tuple]:
         m = MicroBatch.of(collate([case], prompts=True), math.exp(random.Random(f"keep/{i}").uniform(*ends)))
         d = Document.read(model, case.context, case.n_protect)
         with torch.no_grad():
-            teacher = model(m.batch.cont, whole_cache(d.kvs), m.batch.segments, largest=m.largest).flatten(0, 1)[m.at]
+            teacher = model(m.batch.cont, whole_cache(d.kvs), m.batch.segments, largest=m.largest).flatten(0, 1)[m.rows]
         out.append((m, d.ctx, teacher))
     return out
 

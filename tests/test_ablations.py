@@ -204,7 +204,7 @@ def test_what_a_row_trains_and_what_its_loss_is(model):
     """λ reaches the loss, --scorer-lr the scorer, and the same row is the same row."""
     d = document(model)
     m = MicroBatch.of(collate([d.judge.case], True), 0.2)
-    teacher = model(m.batch.cont, whole_cache(d.kvs), m.batch.segments, largest=m.largest).flatten(0, 1)[m.at].detach()
+    teacher = model(m.batch.cont, whole_cache(d.kvs), m.batch.segments, largest=m.largest).flatten(0, 1)[m.rows].detach()
     memo = {"lessons": [(m, d.ctx, teacher)] * 3}
 
     def trained(make=Routing, *settings, **changes):
