@@ -196,7 +196,7 @@ class Distiller(nn.Module):
         # nothing is gathered: an entry that a head dropped gets a bias of −1e9 in that head, which is the same function
         kvs = comp.encode(model, ctx, choice, m.k, lambda layer, k, v: (k, v))
         short = ctx.whole_cache(kvs, beta)
-        student = model(b.cont, short, b.segments, largest=m.largest).flatten(0, 1)[m.rows]            # (R, D)
+        student = model(b.cont, short, b.segments, largest=m.largest).flatten(0, 1)[m.rows]          # (R, D)
         losses, kl, agree = DistillKL.apply(student, teacher, model.head_weight, self.lam, self.chunk)
         answers = b.answers.flatten()[m.rows]
         return {"loss": losses.sum() / totals.supervised, "kl": (kl * answers).sum() / totals.answers,
