@@ -236,7 +236,7 @@ def attend(q, k, v, own=None, bias=None, far=None):
             logits = (k @ (rows * q.shape[3] ** -0.5).transpose(2, 3)).transpose(2, 3).contiguous()
             weights = (logits if bias is None else logits + bias).softmax(-1, dtype=torch.float32)
             return (weights.to(v.dtype) @ v).view(q.shape)                             # (B, H, 1, d)
-        return F.scaled_dot_product_attention(rows, k, v, attn_mask=bias).view(q.shape)
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=bias).reshape(q.shape)
     blocks = far is not None or q.device.type == "cpu" and q.dtype == torch.bfloat16  # where they are faster (LOG.md)
     return attend_in_blocks(q, k, v, own, bias, far) if blocks else attend_by_kernel(q, k, v, own, bias)
 

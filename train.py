@@ -15,6 +15,7 @@ import math
 import os
 import random
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -319,6 +320,7 @@ def train(c: TrainConfig, draw: Draw, comp: Compressor, model: Llama, out: Path,
     begin, stop, recent = resume(out, comp, optimizer, draw.texts, total, world), 0, {}
     bar = tqdm(range(begin, total), initial=begin, total=total, unit="step", mininterval=1, disable=world.rank > 0)
     path = os.devnull if world.rank else out / "log.jsonl"
+    sys.setswitchinterval(1e-4)  # the reader's Python may not keep the thread that feeds a GPU waiting for 5 ms
     with open(path, "ab", 0) as log, ThreadPoolExecutor(1) as reader, Signals(begin, not world.rank) as signals:
         ahead = reader.submit(draw, begin)
         for step in bar:

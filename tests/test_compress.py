@@ -24,11 +24,12 @@ def context(model, comp, batch=2, n=N, seed=3):
     tokens = torch.randint(0, model.cfg.vocab_size, (batch, n), generator=torch.Generator().manual_seed(seed))
     protect = torch.zeros(batch, n, dtype=torch.bool)
     protect[:, :PROTECT] = True
-    return comp.read(model, tokens, protect=protect)
+    return comp.read(model, tokens.to(model.device), protect=protect.to(model.device))
 
 
 def continuation(model, batch=2, t=T, seed=4):
-    return torch.randint(0, model.cfg.vocab_size, (batch, t), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(0, model.cfg.vocab_size, (batch, t), generator=torch.Generator().manual_seed(seed))
+    return tokens.to(model.device)
 
 
 def logits(model, cache, tokens):
