@@ -4,7 +4,7 @@ machine's speed drifts; medians and their ratios go to results/speed.json:
 
     python results/speed.py            # SmolLM2-135M-Instruct, some 6 minutes of two quiet cores
     python results/speed.py --quick    # a minute, small sizes, for whoever changes model.py; nothing is written
-    python results/speed.py --device cuda --out results/speed-cuda.json
+    python results/speed.py --device cuda    # to results/speed-cuda.json
 """
 import argparse
 import statistics
@@ -137,7 +137,7 @@ def main() -> None:
     p.add_argument("--weights", metavar="DIR", help="a Llama in the Hugging Face layout; default: the project's own")
     p.add_argument("--device", default="cpu", help="cpu (the default), or cuda")
     p.add_argument("--quick", action="store_true", help="small sizes, few repeats; written only where --out says")
-    p.add_argument("--out", metavar="FILE", help="default: results/speed.json")
+    p.add_argument("--out", metavar="FILE", help="default: results/speed.json, on a GPU speed-cuda.json")
     a = p.parse_args()
     try:
         import transformers
@@ -155,7 +155,7 @@ def main() -> None:
     rows = {name: {"ratio": round(x, 4), "target": TARGETS.get(name)} for name, x in ratios.items()}
     print("\n" + "\n".join(f"{name:28} {r['ratio']:6.2f}   target {r['target'] or '-'}" for name, r in rows.items()))
     if a.out or not a.quick:
-        path = Path(a.out or ROOT / "results" / "speed.json")
+        path = Path(a.out or ROOT / "results" / ("speed.json" if device.type == "cpu" else "speed-cuda.json"))
         write_json(path, out | {"seconds": round(time.perf_counter() - start), "ratios": rows, "cells": cells})
         print(path)
 
