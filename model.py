@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from run.errors import BadInput, expect, read_json, reading
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for each shape anew, and each text has a shape of its own
 NEG = -1e9  # an attention logit that means "not there"; finite, so that a row without any neighbour stays a number
 
 KEYS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",  # config.json's
@@ -535,13 +536,12 @@ def load_llama(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama:
     The model is made without memory ("meta"), each tensor copied into place as it is read. shard: called with the model
     while it has no memory; it may spread parameters over processes by rows (FSDP2), and then each reads its own.
     """
-    folder = Path(folder)
     with torch.device("meta"):
-        model = Llama(Config.from_json(folder / "config.json")).to(dtype).requires_grad_(False).eval()
+        model = Llama(Config.from_json(Path(folder) / "config.json")).to(dtype).requires_grad_(False).eval()
     if shard is not None:
         shard(model)
     parameters = dict(model.to_empty(device=device).named_parameters())
-    for file in weight_files(folder):
+    for file in weight_files(Path(folder)):
         with safe_open(file, "pt") as f:
             for key in f.keys():
                 if our_name(key) in parameters:  # not so: rotary tables of old files, a tied head stored twice

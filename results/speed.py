@@ -155,7 +155,7 @@ def main() -> None:
     rows = {name: {"ratio": round(x, 4), "target": TARGETS.get(name)} for name, x in ratios.items()}
     print("\n" + "\n".join(f"{name:28} {r['ratio']:6.2f}   target {r['target'] or '-'}" for name, r in rows.items()))
     if a.out or not a.quick:
-        path = Path(a.out or ROOT / "results" / ("speed.json" if device.type == "cpu" else "speed-cuda.json"))
+        path = Path(a.out or ROOT / "results" / ("speed.json" if device.type == "cpu" else f"speed-{device.type}.json"))
         write_json(path, out | {"seconds": round(time.perf_counter() - start), "ratios": rows, "cells": cells})
         print(path)
 

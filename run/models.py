@@ -63,8 +63,7 @@ def seed_flag(text: str) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that --device names; turns off cuDNN's attention. Errors: BadInput for one that is not there."""
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for each shape anew, and each text has a shape of its own
+    """The device that --device names. Errors: BadInput for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
