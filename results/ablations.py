@@ -9,7 +9,6 @@ taught scorer, and for every row the same STEPS steps of distillation. `long` as
 which eight entries of a head are few. A row is written when it is finished; cut off, the same command goes on. A part's
 rows are judged on the same held-out answers, so differences are paired.
 """
-import argparse
 import json
 import math
 import random
@@ -43,7 +42,7 @@ from eval import Judge, choose, kvzip  # noqa: E402
 from model import NEG, Cache, Llama, load_llama, whole_cache  # noqa: E402
 from results.ablations_variants import Adapted, Kept, Linear, Read, Routing, Slots  # noqa: E402
 from results.tables import fill, markdown, number, paragraph, signed  # noqa: E402
-from run.errors import BadInput, provenance, read_json, run_program, write_atomic  # noqa: E402
+from run.errors import BadInput, Parser, provenance, read_json, run_program, write_atomic  # noqa: E402
 from run.models import keep_freed_memory  # noqa: E402
 from run.records import mean_and_interval  # noqa: E402
 from run.world import World  # noqa: E402
@@ -432,9 +431,12 @@ def missing(result: dict, wanted) -> list[tuple]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("rows", nargs="*", default=[""], metavar="ROW", help="how the rows' names begin, such as choice/eta")
     wanted, commit = p.parse_args().rows, provenance(HELD_OUT)["commit"]
+    names = [f"{where}/{name}" for where, part in PARTS.items() for name in part.rows]
+    if odd := [w for w in wanted if not any(name.startswith(w) for name in names)]:
+        raise BadInput(f"no row's name begins with {odd[0]!r}; expected the beginning of one, such as {names[0]}")
     if not T.SQUAD.is_file():
         raise BadInput(f"{T.SQUAD}: no such file, expected one in SQuAD's layout")
     keep_freed_memory()

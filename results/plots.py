@@ -5,7 +5,6 @@
 
 `eval.py --plot --out FILE.json` draws the same for one result.
 """
-import argparse
 import signal
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from compress import kept_count, open_compressor  # noqa: E402
 from data.tasks import METRICS, fidelity  # noqa: E402
-from run.errors import BadInput, read_json, reading, run_program  # noqa: E402
+from run.errors import BadInput, Parser, read_json, reading, run_program  # noqa: E402
 from run.models import add_model_flags, open_model  # noqa: E402
 
 NAMES = {"kl": "KL to the full cache, nats per token", "f1": "SQuAD F1", "match": "values found", "rougeL": "ROUGE-L F",
@@ -246,7 +245,7 @@ def draw(result: dict, out: Path) -> list[Path]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="Draw the figures of results/*.json, or of an adapter's heads.")
+    p = Parser(description="Draw the figures of results/*.json, or of an adapter's heads.")
     p.add_argument("--heads", metavar="ADAPTER", help="draw results/heads.png from this adapter and held-out documents")
     p.add_argument("--documents", type=int, default=20, help="held-out documents for --heads; default 20")
     add_model_flags(p)

@@ -6,7 +6,6 @@ machine's speed drifts; medians and their ratios go to results/speed.json:
     python results/speed.py --quick    # a minute, small sizes, for whoever changes model.py; nothing is written
     python results/speed.py --device cuda    # to results/speed-cuda.json
 """
-import argparse
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from compress import Compressor, CompressorConfig  # noqa: E402
 from data.fetch import fetch  # noqa: E402
 from model import load_llama  # noqa: E402
-from run.errors import BadInput, provenance, run_program, write_json  # noqa: E402
+from run.errors import BadInput, Parser, provenance, run_program, write_json  # noqa: E402
 from run.models import keep_freed_memory, pick_device  # noqa: E402
 
 TARGETS = {"prefill 512 bf16": 1.2, "prefill 2048 bf16": 1.1, "decode 512": 1.5, "decode 2048": 2.0,
@@ -133,7 +132,7 @@ def measure(folder, device, sizes, long, repeats, steps) -> tuple[dict, dict]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="Measure prefill, decoding and compression on this machine.")
+    p = Parser(description="Measure prefill, decoding and compression on this machine.")
     p.add_argument("--weights", metavar="DIR", help="a Llama in the Hugging Face layout; default: the project's own")
     p.add_argument("--device", default="cpu", help="cpu (the default), or cuda")
     p.add_argument("--quick", action="store_true", help="small sizes, few repeats; written only where --out says")

@@ -11,7 +11,7 @@ from conftest import ROOT, tiny_compressor
 from data.samples import Case, Query, collate
 from eval import choose
 from model import NEG, whole_cache
-from run.errors import read_json
+from run.errors import BadInput, read_json
 from train import MicroBatch
 
 sys.path.insert(0, str(ROOT))
@@ -287,3 +287,9 @@ def test_a_result_is_written_a_line_for_each_row(tmp_path, monkeypatch):
 @pytest.mark.parametrize("part", ab.PARTS)
 def test_the_committed_page_shows_what_the_file_says(part):
     assert ab.tables(read_json(ab.RESULT), part) in ab.PAGE.read_text(encoding="utf-8")
+
+
+def test_a_row_that_there_is_not_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ablations.py", "routing/MLP", "nosuch"])
+    with pytest.raises(BadInput, match="no row's name begins with 'nosuch'"):
+        ab.main()
