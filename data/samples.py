@@ -1,42 +1,78 @@
-"""Cases: a context and several queries that a short cache of it must serve; and how training makes them of plain text.
+"""A case: a context, and several queries that its compressed cache must serve.
 
-What the student must answer decides what the compressor learns, so there are five kinds, each in the model's chat
-format, each made of the text alone:
+Training makes its cases of plain text. What the student must answer decides what
+the compressor learns, so there are five kinds of query, all in the chat format:
   continue   the text goes on
   recite     "Repeat the part of the text that starts with …"
   cloze      a sentence of the text with a word or two blanked out
-  title      "What is TITLE?" -> the article's one-line description
-  fact       a sentence of our own making, put between two sentences of the text, is asked for
-A context is one window of a long document, or several short articles one after the other, so that a question about
-one of them has to find it. Sample i of a seed is always the same sample, whoever asks for it.
+  title      "What is TITLE?", answered by the article's one-line description
+  fact       a sentence that we made up and put into the text is asked for
+A context is one window of a long document, or several short articles in a row.
+Then a question about one article has to find it. Sample i of a seed is the same
+sample for everybody who asks for it.
 """
+import os
 import random
 import re
+import sys
 from dataclasses import dataclass, field
 
 import torch
 
 from data.prepare import Shard
 from data.tokenizer import Tokenizer
+from run.errors import BadInput
 
 KINDS = ("continue", "recite", "cloze", "title", "fact")
 REPEAT = "\n\nRepeat the previous context exactly."
 BLANK = "____"
 
-# sentences that no text holds, and what they answer
+# Sentences that no text holds: (sentence, question, answer)
 FACTS = (
-    ("The parcel for {name} weighs {number} grams.", "How many grams does the parcel for {name} weigh?", "{number}"),
-    ("{name} grew up in {town} and later kept bees.", "In which town did {name} grow up?", "{town}"),
-    ("On the {day} of May the ferry to {town} is {word}.", "How is the ferry to {town} on the {day} of May?", "{word}"),
-    ("In the drawer of {name} lay a {word} {thing}.", "What lay in the drawer of {name}?", "a {word} {thing}"),
-    ("The {thing} was sold to {name} for {number} crowns.", "Who bought the {thing}?", "{name}"),
+    (
+        "The parcel for {name} weighs {number} grams.",
+        "How many grams does the parcel for {name} weigh?",
+        "{number}",
+    ),
+    (
+        "{name} grew up in {town} and later kept bees.",
+        "In which town did {name} grow up?",
+        "{town}",
+    ),
+    (
+        "On the {day} of May the ferry to {town} is {word}.",
+        "How is the ferry to {town} on the {day} of May?",
+        "{word}",
+    ),
+    (
+        "In the drawer of {name} lay a {word} {thing}.",
+        "What lay in the drawer of {name}?",
+        "a {word} {thing}",
+    ),
+    (
+        "The {thing} was sold to {name} for {number} crowns.",
+        "Who bought the {thing}?",
+        "{name}",
+    ),
+)
+FIRST_NAMES = "Tomas Ines Yusuf Greta Oskar Meera Pavel Lucia Hugo Noor Edith Karim"
+LAST_NAMES = (
+    "Brandt Okafor Lindqvist Moreau Castellan Ivarsson Whitlock Sato Dumitru Halloran"
 )
 WORDS = {
-    "name": [f"{a} {b}" for a in "Tomas Ines Yusuf Greta Oskar Meera Pavel Lucia Hugo Noor Edith Karim".split()
-             for b in "Brandt Okafor Lindqvist Moreau Castellan Ivarsson Whitlock Sato Dumitru Halloran".split()],
-    "town": "Varnholt Escalona Tarnby Orsova Kilmore Beaugency Hallstrom Pirna Zadorra Mosty Ulverton Calder".split(),
-    "word": "late full crooked green cancelled empty velvet free cracked heavy painted slow copper doubtful".split(),
-    "thing": "lantern compass violin teapot ledger barometer saddle clock whistle atlas mirror sledge".split(),
+    "name": [f"{a} {b}" for a in FIRST_NAMES.split() for b in LAST_NAMES.split()],
+    "town": (
+        "Varnholt Escalona Tarnby Orsova Kilmore Beaugency Hallstrom Pirna Zadorra "
+        "Mosty Ulverton Calder"
+    ).split(),
+    "word": (
+        "late full crooked green cancelled empty velvet free cracked heavy painted "
+        "slow copper doubtful"
+    ).split(),
+    "thing": (
+        "lantern compass violin teapot ledger barometer saddle clock whistle atlas "
+        "mirror sledge"
+    ).split(),
     "day": "2nd 5th 9th 11th 14th 17th 20th 23rd 26th 30th".split(),
 }
 
@@ -44,166 +80,267 @@ WORDS = {
 @dataclass
 class Query:
     kind: str
-    prompt: list[int]                                # ids after the document: the question, the model's turn opened
-    answer: list[int] = field(default_factory=list)  # ids that the student must predict as the teacher does
-    gold: list[str] = field(default_factory=list)    # accepted answers (of `choice`: the right option)
+    # Ids after the document: the question, and the opening of the model's turn
+    prompt: list[int]
+    # Ids that the student must predict as the teacher does
+    answer: list[int] = field(default_factory=list)
+    # The accepted answers in evaluation; of the task `choice`, the right option
+    gold: list[str] = field(default_factory=list)
     options: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Case:
-    context: list[int]  # chat header and document
-    n_protect: int      # its first tokens, the header, are kept whole
+    context: list[int]  # the chat header and the document
+    n_protect: int      # the first tokens, which are never dropped: the header
     queries: list[Query]
-    unit: str = ""      # what the bootstrap draws: the document, or the article that several documents share
+    unit: str = ""      # what the bootstrap draws: a document, or an article
 
     @property
-    def n(self) -> int:  # N: compressible tokens
+    def n(self) -> int:
+        """N: the number of compressible tokens."""
         return len(self.context) - self.n_protect
 
 
-def case(tok: Tokenizer, document: list[int], queries: list[Query], unit: str = "") -> Case:
-    """The document behind the chat header. Without a header its first token is protected: attention rests there."""
+def make_case(
+    tok: Tokenizer, document: list[int], queries: list[Query], unit: str = "",
+) -> Case:
+    """The document behind the chat header, which is protected.
+
+    Without a header the first token is protected: attention rests there.
+    """
     return Case(tok.header + document, max(1, len(tok.header)), queries, unit)
 
 
-def sentences(text: str) -> list[str]:
-    return [s.strip() for s in re.split(r"(?<=[.!?])\s+(?=[A-Z\"“])", text) if 6 <= len(s.split()) <= 45]
+# ------------------------------------------------------------------ queries
 
+def recite_query(rng, text: str, tok: Tokenizer, n_answer: int) -> Query | None:
+    """Ask for a passage by its first words.
 
-def recite(rng, text: str, tok: Tokenizer, n_answer: int) -> Query | None:
-    """Ask for a passage by its first words. The passage starts with a sentence where it can."""
-    early = text[:-5 * n_answer]  # a token is about five characters: from here on, enough text follows
+    The passage starts with a sentence, or else with any word.
+    """
+    # A token has about five characters, so enough text follows these places.
+    early = text[:-5 * n_answer]
     starts = [m.end() for m in re.finditer(r"(?:[.!?]\s+|^|\n)(?=\S)", early)]
-    starts = starts or [m.start() for m in re.finditer(r"\b\w", early)]
+    if not starts:
+        starts = [m.start() for m in re.finditer(r"\b\w", early)]
     if not starts:
         return None
+
     passage = text[rng.choice(starts):]
     cue = " ".join(passage.split()[:4])
     prompt = tok.ask(f'Repeat the part of the text that starts with "{cue}".')
     return Query("recite", prompt, tok.encode(passage)[:n_answer])
 
 
-def cloze(rng, text: str, tok: Tokenizer) -> Query | None:
-    """Blank out a name, a number or a long word of one sentence, and ask for it."""
-    picks = []
-    for s in sentences(text):
-        for m in re.finditer(r"(?<=\s)(?:[A-Z][\w’'-]*(?: [A-Z][\w’'-]*)?|\d[\d,.]*\d|[a-z]{7,})(?=[\s,.;])", s):
-            picks.append((s, m.start(), m.end()))
-    if not picks:
+def cloze_query(rng, text: str, tok: Tokenizer) -> Query | None:
+    """Blank out a name, a number or a long word of a sentence, and ask for it."""
+    names = r"[A-Z][\w’'-]*(?: [A-Z][\w’'-]*)?"
+    blanks = re.compile(rf"(?<=\s)(?:{names}|\d[\d,.]*\d|[a-z]{{7,}})(?=[\s,.;])")
+
+    found = []
+    for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z\"“])", text):
+        sentence = sentence.strip()
+        if 6 <= len(sentence.split()) <= 45:
+            found += [(sentence, *m.span()) for m in blanks.finditer(sentence)]
+    if not found:
         return None
-    s, i, j = rng.choice(picks)
-    prompt = tok.ask(f"Fill in the blank with words from the text: {s[:i]}{BLANK}{s[j:]}")
-    return Query("cloze", prompt, tok.encode(s[i:j]) + tok.end)
+
+    sentence, begin, end = rng.choice(found)
+    question = sentence[:begin] + BLANK + sentence[end:]
+    prompt = tok.ask(f"Fill in the blank with words from the text: {question}")
+    return Query("cloze", prompt, tok.encode(sentence[begin:end]) + tok.end)
 
 
-def fact(rng, tok: Tokenizer) -> tuple[str, Query]:
+def title_query(document: dict, tok: Tokenizer) -> Query:
+    prompt = tok.ask(f"What is {document['title']}? Answer in a few words.")
+    return Query("title", prompt, tok.encode(document["about"]) + tok.end)
+
+
+def fact_query(rng, tok: Tokenizer) -> tuple[str, Query]:
     """A sentence to put into a text, and the question about it."""
-    words = {k: rng.choice(v) for k, v in WORDS.items()} | {"number": f"{rng.randrange(1000, 100_000):,}"}
-    sentence, question, answer = (x.format(**words) for x in rng.choice(FACTS))
-    return sentence, Query("fact", tok.ask(f"{question} Answer in a few words."), tok.encode(answer) + tok.end)
+    words = {kind: rng.choice(choices) for kind, choices in WORDS.items()}
+    words["number"] = f"{rng.randrange(1000, 100_000):,}"
+    sentence, question, answer = [part.format(**words) for part in rng.choice(FACTS)]
+
+    prompt = tok.ask(f"{question} Answer in a few words.")
+    return sentence, Query("fact", prompt, tok.encode(answer) + tok.end)
 
 
-def put_in(rng, ids: list[int], n: int, sentence: str, tok: Tokenizer) -> list[int]:
-    """The ids with the sentence between two sentences that end within the first n; as they were if there is none."""
-    ends, starts = [tok.decode([i]) for i in ids[:n]], [tok.decode([i]) for i in ids[1:n + 1]]
-    places = [j + 1 for j, (a, b) in enumerate(zip(ends, starts)) if a.endswith((".", "!", "?")) and b[:1].isspace()]
+def insert_sentence(rng, ids: list[int], n: int, sentence: str, tok: Tokenizer):
+    """Put the sentence between two sentences of the first n tokens, if it can be."""
+    pieces = [tok.decode([i]) for i in ids[:n + 1]]
+    places = []
+    for place, (before, after) in enumerate(zip(pieces, pieces[1:]), start=1):
+        if before.endswith((".", "!", "?")) and after[:1].isspace():
+            places.append(place)
     if not places:
         return ids
-    at = rng.choice(places)
-    return ids[:at] + tok.encode(" " + sentence, joined=True) + ids[at:]
+
+    place = rng.choice(places)
+    return ids[:place] + tok.encode(" " + sentence, joined=True) + ids[place:]
 
 
-def about(title: str, description: str, tok: Tokenizer) -> Query:
-    prompt = tok.ask(f"What is {title}? Answer in a few words.")
-    return Query("title", prompt, tok.encode(description) + tok.end)
+# ------------------------------------------------------------------ samples
 
-
+@dataclass
 class Samples:
-    """An endless, addressable stream: `samples(i)` -> Case.
+    """An endless stream of training cases: `samples(i)` is case i."""
 
-    Args: shards: one per source, drawn with equal chance; n_context: compressible tokens per context;
-    mix: queries per context, {kind: how many}; n_answer: tokens of text that goes on or is recited; shortest: lengths
-    are drawn evenly from here to n_context, 0: all are n_context.
-    """
+    shards: list[Shard]   # one per source, drawn with equal chance
+    tokenizer: Tokenizer
+    n_context: int        # compressible tokens per context
+    mix: dict[str, int]   # queries per context, by kind
+    n_answer: int = 48    # tokens that are to be continued or recited
+    seed: int = 0
+    min_context: int = 0  # if it is not 0, lengths are drawn between it and n_context
 
-    def __init__(self, shards: list[Shard], tokenizer: Tokenizer, n_context: int, mix: dict[str, int],
-                 n_answer: int = 48, seed: int = 0, shortest: int = 0):
-        self.shards, self.tok, self.n_context, self.shortest = shards, tokenizer, n_context, shortest
-        self.mix, self.n_answer, self.seed = mix, n_answer, seed
+    def __post_init__(self):
+        mix = dict(self.mix)
+        if mix.get("continue", 0) > 1:
+            raise BadInput(
+                f"mix continue={mix['continue']}: expected 0 or 1, since a text goes "
+                "on in one way only; a longer answer asks for more of it"
+            )
+        self.mix = mix
+        described = any(d["about"] for shard in self.shards for d in shard.docs)
+        if mix.get("title") and not described:
+            self.replace_title_queries()
 
-    def window(self, rng, n: int, facts: list[str]) -> tuple[list[int], list[int], list[dict]]:
-        """A context of n tokens with the facts in it, the tokens that follow it, and the articles that lie in it as a
-        whole."""
-        shard, gap = self.shards[rng.randrange(len(self.shards))], self.tok.encode("\n\n", joined=True)
-        need, ids, inside = n + self.n_answer, [], []
-        room = n - sum(len(self.tok.encode(" " + s, joined=True)) for s in facts)
+    def replace_title_queries(self) -> None:
+        """Give the places of the title queries to the other kinds in turn."""
+        n_title = self.mix.pop("title")
+        others = [k for k in self.mix if k != "continue" and self.mix[k] > 0]
+        if others:
+            for i in range(n_title):
+                self.mix[others[i % len(others)]] += 1
+        else:
+            self.mix["continue"] = 1
+
+        # Of torchrun's processes, only the first one speaks.
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                "no text has a description, so nothing can be asked about titles; "
+                f"the queries of a context are {self.mix}",
+                file=sys.stderr,
+            )
+
+    def window(self, rng, n: int, facts: list[str]) -> tuple:
+        """A context of n tokens that holds the facts.
+
+        Returns the context, the n_answer tokens that follow it, and the
+        described articles that lie in it from beginning to end.
+        """
+        shard = self.shards[rng.randrange(len(self.shards))]
+        gap = self.tokenizer.encode("\n\n", joined=True)
+        room = n
+        for sentence in facts:
+            room -= len(self.tokenizer.encode(" " + sentence, joined=True))
+        need = n + self.n_answer
+
+        ids = []
+        inside = []
         while len(ids) < need:
             i = rng.randrange(len(shard))
-            doc = shard.tokens(i)
-            at = rng.randrange(max(1, len(doc) - need + 1))  # any part of a document longer than the window
-            piece = doc[at:at + need].tolist()
-            ids += gap if ids else []
+            document = shard.tokens(i)
+            start = rng.randrange(max(1, len(document) - need + 1))
+            piece = document[start:start + need].tolist()
+            if ids:
+                ids += gap
             if len(ids) + len(piece) <= room and shard.docs[i]["about"]:
                 inside.append(shard.docs[i])
             ids += piece
-        for s in facts:
-            ids = put_in(rng, ids, n, s, self.tok)
+
+        for sentence in facts:
+            ids = insert_sentence(rng, ids, n, sentence, self.tokenizer)
         return ids[:n], ids[n:need], inside
 
     def __call__(self, i: int) -> Case:
+        tok = self.tokenizer
         rng = random.Random(f"{self.seed}/{i}")
-        facts = [fact(rng, self.tok) for _ in range(self.mix.get("fact", 0))]
-        n = rng.randint(self.shortest, self.n_context) if self.shortest else self.n_context
-        ids, following, inside = self.window(rng, n, [sentence for sentence, _ in facts])
-        text = self.tok.decode(ids)
-        out = [query for sentence, query in facts if sentence in text]  # not those that were cut off
+        facts = [fact_query(rng, tok) for _ in range(self.mix.get("fact", 0))]
+        n = self.n_context
+        if self.min_context:
+            n = rng.randint(self.min_context, self.n_context)
+        sentences = [sentence for sentence, _ in facts]
+        ids, following, inside = self.window(rng, n, sentences)
+        text = tok.decode(ids)
+        goes_on = Query("continue", following[:1], following[1:])
+
+        # A fact that was cut off at the end is not asked for.
+        queries = [query for sentence, query in facts if sentence in text]
         for kind, count in self.mix.items():
             if kind == "title":
-                out += [about(d["title"], d["about"], self.tok) for d in rng.sample(inside, min(count, len(inside)))]
-            elif kind == "replay":  # what the scorer is taught from: the whole context, once more
-                out += [Query(kind, self.tok.encode(REPEAT, joined=True) + self.tok.turn, ids)] * count
-            elif kind == "continue":
-                out += [Query(kind, following[:1], following[1:])] * count
-            elif kind != "fact":
-                made = [recite(rng, text, self.tok, self.n_answer) if kind == "recite" else cloze(rng, text, self.tok)
-                        for _ in range(count)]
-                out += [c for c in made if c is not None]
-        if not out:  # no title, no sentence to blank out: a context without any query would teach nothing
-            out = [Query("continue", following[:1], following[1:])]
-        return case(self.tok, ids, out)
+                chosen = rng.sample(inside, min(count, len(inside)))
+                queries += [title_query(document, tok) for document in chosen]
+            for _ in range(count):
+                if kind == "continue":
+                    queries.append(goes_on)
+                elif kind == "recite":
+                    queries.append(recite_query(rng, text, tok, self.n_answer))
+                elif kind == "cloze":
+                    queries.append(cloze_query(rng, text, tok))
+                elif kind == "replay":
+                    # The scorer learns from this: the context is repeated exactly.
+                    prompt = tok.encode(REPEAT, joined=True) + tok.turn
+                    queries.append(Query("replay", prompt, ids))
 
+        # A text may have no sentence to ask for, but it always goes on.
+        queries = [query for query in queries if query is not None] or [goes_on]
+        return make_case(tok, ids, queries)
+
+
+# ------------------------------------------------------------------ batches
 
 @dataclass
 class Batch:
-    tokens: torch.Tensor        # (B, N) int64 contexts, padded on the right
+    tokens: torch.Tensor        # (B, N) int64, contexts, padded on the right
     lengths: torch.Tensor       # (B,) int64
     protect: torch.Tensor       # (B, N) bool
-    cont: torch.Tensor          # (B, T) int64, prompts and answers of a context one after the other
-    segments: torch.Tensor      # (B, T) int64, which query; -1 for padding
-    supervised: torch.Tensor    # (B, T) bool: the prediction made *at* this token counts
-    answers: torch.Tensor       # (B, T) bool: and it is that of an answer's token
+    continuation: torch.Tensor  # (B, T) int64, a context's prompts and answers in a row
+    segments: torch.Tensor      # (B, T) int64, the number of the query; -1 for padding
+    supervised: torch.Tensor    # (B, T) bool, the prediction made at this token counts
+    answers: torch.Tensor       # (B, T) bool, the next token belongs to an answer
 
 
 def collate(cases: list[Case], prompts: bool = False) -> Batch:
-    """Cases as tensors. With `prompts`, the words of a question are supervised too: the teacher has an opinion on
-    them as well, and a cloze sentence is nearly all copied from the document."""
-    B = len(cases)
-    N = max(len(c.context) for c in cases)
-    T = max(sum(len(q.prompt) + len(q.answer) for q in c.queries) for c in cases)
-    no = torch.zeros(B, T, dtype=torch.bool)
-    b = Batch(torch.zeros(B, N, dtype=torch.long), torch.tensor([len(c.context) for c in cases]),
-              torch.zeros(B, N, dtype=torch.bool), torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -1),
-              no, no.clone())
-    for i, c in enumerate(cases):
-        b.tokens[i, :len(c.context)] = torch.tensor(c.context)
-        b.protect[i, :c.n_protect] = True
-        at = 0
-        for j, q in enumerate(c.queries):
-            middle, end = at + len(q.prompt), at + len(q.prompt) + len(q.answer)
-            b.cont[i, at:end] = torch.tensor(q.prompt + q.answer)
-            b.segments[i, at:end] = j
-            b.answers[i, middle - 1:end - 1] = True  # position t predicts token t + 1
-            b.supervised[i, (at if prompts else middle - 1):end - 1] = True
-            at = end
-    return b
+    """Cases as tensors.
+
+    prompts: supervise the words of the questions as well. The teacher has an
+    opinion on them, too, and a cloze sentence is nearly all copied from the text.
+    """
+    tokens = []
+    protect = []
+    continuation = []
+    segments = []
+    supervised = []
+    answers = []
+    for case in cases:
+        tokens.append(case.context)
+        protect.append([i < case.n_protect for i in range(len(case.context))])
+        for rows in (continuation, segments, supervised, answers):
+            rows.append([])
+        for j, query in enumerate(case.queries):
+            # Token t predicts token t + 1, the last one of a query nothing.
+            n_prompt = len(query.prompt) - 1
+            n_answer = len(query.answer)
+            continuation[-1] += query.prompt + query.answer
+            segments[-1] += [j] * (n_prompt + n_answer + 1)
+            supervised[-1] += [prompts] * n_prompt + [True] * n_answer + [False]
+            answers[-1] += [False] * n_prompt + [True] * n_answer + [False]
+
+    return Batch(
+        tokens=pad(tokens, 0),
+        lengths=torch.tensor([len(row) for row in tokens]),
+        protect=pad(protect, False),
+        continuation=pad(continuation, 0),
+        segments=pad(segments, -1),
+        supervised=pad(supervised, False),
+        answers=pad(answers, False),
+    )
+
+
+def pad(rows: list[list], value) -> torch.Tensor:
+    """Rows as a tensor, filled up on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])

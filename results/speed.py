@@ -1,15 +1,18 @@
-"""How fast reading, decoding and compressing are here: against transformers, against the memory, against what the bytes
-of a short cache promise. Everything in one run; what is compared is measured in turns (A B A B), since a
-machine's speed drifts; medians and their ratios go to results/speed.json:
+"""Measure how fast reading, decoding and compressing are on this machine.
 
-    python results/speed.py            # SmolLM2-135M-Instruct, some 6 minutes of two quiet cores
-    python results/speed.py --quick    # a minute, small sizes, for whoever changes model.py; nothing is written
-    python results/speed.py --device cuda    # to results/speed-cuda.json
+    python results/speed.py                  # some 6 minutes of two quiet cores; results/speed.json
+    python results/speed.py --device cuda    # results/speed-cuda.json
+    python results/speed.py --quick          # a minute, small sizes; nothing is written
+
+Reading and decoding are compared with transformers. Decoding is compared with
+the time that it takes to read the weights and the cache once ("floor"), and
+decoding from a compressed cache with what its fewer bytes promise. A machine's
+speed drifts, so what is compared is measured in turns (A B A B). All numbers
+are medians of seconds, and their ratios.
 """
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,13 +22,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from compress import Compressor, CompressorConfig  # noqa: E402
 from data.fetch import fetch  # noqa: E402
-from model import load_llama  # noqa: E402
+from model import generate, load_llama  # noqa: E402
 from run.errors import BadInput, Parser, provenance, run_program, write_json  # noqa: E402
-from run.models import keep_freed_memory, pick_device  # noqa: E402
+from run.loading import keep_freed_memory, pick_device  # noqa: E402
 
-TARGETS = {"prefill 512 bf16": 1.2, "prefill 2048 bf16": 1.1, "decode 512": 1.5, "decode 2048": 2.0,
-           "decode 512, of the floor": 0.75, "decode 2048, of the floor": 0.75, "ragged, of the promise": 0.8,
-           "compress 512": 1.1, "compress 2048": 1.1, "compress 8000": 1.1}  # compress: at most; all else: at least
+TARGETS = {  # of "compress": at most; of all others: at least
+    "prefill 512 bf16": 1.2, "prefill 2048 bf16": 1.1, "decode 512": 1.5, "decode 2048": 2.0,
+    "decode 512, of the floor": 0.75, "decode 2048, of the floor": 0.75,
+    "compressed, of the promise": 0.8,
+    "compress 512": 1.1, "compress 2048": 1.1, "compress 8000": 1.1,
+}
+KEEP = 0.1
+BATCH = 8  # rows that decode from a compressed cache
 
 
 def now() -> float:
@@ -35,127 +43,163 @@ def now() -> float:
     return time.perf_counter()
 
 
-def timed(f) -> float:
+def timed(function, *args) -> float:
     start = now()
-    f()
+    function(*args)
     return now() - start
 
 
 def in_turns(repeats: int, **ways) -> dict[str, float]:
-    """Median seconds of each way, measured A B A B after one round that warms up. A way returns its own seconds."""
-    rounds = [{name: way() for name, way in ways.items()} for _ in range(repeats + 1)][1:]
-    return {name: statistics.median(r[name] for r in rounds) for name in ways}
+    """The median seconds of each way, measured in turns after a round that
+    warms up.
+
+    A way is a function and its arguments; the function returns its own seconds.
+    """
+    rounds = []
+    for _ in range(repeats + 1):
+        rounds.append({name: function(*args) for name, (function, *args) in ways.items()})
+    return {name: statistics.median(r[name] for r in rounds[1:]) for name in ways}
 
 
-def promise(weights: int, whole: int, short: int) -> float:
-    """The speed-up of decoding from a short cache if reading bytes were all: every step reads weights and cache."""
-    return (weights + whole) / (weights + short)
+def promise(weights: int, full: int, compressed: int) -> float:
+    """The speed-up of decoding if only bytes counted: a step reads the weights
+    and the cache."""
+    return (weights + full) / (weights + compressed)
 
 
-def greedy(logits_of, rows: int, steps: int, device) -> float:
-    """Seconds per step; logits_of: (B, 1) tokens -> (B, 1, V)."""
-    token, start = torch.full((rows, 1), 5, device=device), now()
-    for _ in range(steps):
-        token = logits_of(token).argmax(-1)
-    return (now() - start) / steps
-
-
-@torch.inference_mode()  # as `generate` does; transformers' generates under no_grad
 def decode(model, cache, steps: int) -> float:
-    buffer = cache.with_room(steps)
-    return greedy(lambda token: model.logits(model(token, buffer)), len(cache.next_position), steps, model.device)
+    """Seconds per step, one token of each row."""
+    rows = len(cache.next_position)
+    tokens = generate(model, cache, [[5]] * rows, steps + 1)
+    next(tokens)
+    return timed(list, tokens) / steps
 
 
-def decode_theirs(theirs, cache, length: int, steps: int) -> float:
-    """By transformers, which appends to `cache`; its first `length` entries are left in the end."""
-    step = lambda token: theirs(token, past_key_values=cache, use_cache=True).logits  # noqa: E731
-    seconds = greedy(step, 1, steps, theirs.device)
+@torch.inference_mode()
+def decode_transformers(theirs, cache, length: int, steps: int) -> float:
+    """The same by transformers, which appends to its cache; that is undone in
+    the end."""
+    token = torch.full((1, 1), 5, device=theirs.device)
+    start = now()
+    for _ in range(steps):
+        token = theirs(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+    seconds = (now() - start) / steps
     cache.crop(length)
     return seconds
 
 
 def read_once(nbytes: int, device) -> float:
-    """Seconds to multiply a bf16 matrix of that many bytes with a vector: what memory and processor allow at most."""
-    matrix, vector = (torch.ones(n, 1024, dtype=torch.bfloat16, device=device) for n in (nbytes // 2048, 1))
+    """Seconds to multiply a bf16 matrix of so many bytes with a vector."""
+    matrix = torch.ones(nbytes // 2048, 1024, dtype=torch.bfloat16, device=device)
+    vector = torch.ones(1, 1024, dtype=torch.bfloat16, device=device)
     F.linear(vector, matrix)
-    return statistics.median(timed(partial(F.linear, vector, matrix)) for _ in range(5))
+    return statistics.median(timed(F.linear, vector, matrix) for _ in range(5))
 
 
 @torch.no_grad()
-def measure(folder, device, sizes, long, repeats, steps) -> tuple[dict, dict]:
-    """All cells, {name: {way: seconds, …}}, and ratios, {name: number}. long: tokens of the long document."""
+def measure(folder, device, sizes, long: int, repeats: int, steps: int) -> tuple[dict, dict]:
+    """Returns the seconds, {name: {way: seconds, …}}, and the ratios, {name:
+    number}.
+
+    sizes: tokens of the documents; long: of one more, for compressing.
+    """
     from transformers import AutoModelForCausalLM, utils
     utils.logging.disable_progress_bar()
     cells, ratios = {}, {}
-    document = lambda n: torch.randint(model.cfg.vocab_size, (1, n), device=device)  # noqa: E731
 
-    def note(name, ratio, seconds, **more):
-        cells[name], ratios[name] = seconds | more, ratio
-        print(f"{name:28} {ratio:6.2f}   " + "  ".join(f"{way} {1000 * x:.1f} ms" for way, x in seconds.items()),
-              flush=True)
+    def note(name: str, ratio: float, seconds: dict, **more) -> None:
+        cells[name] = seconds | more
+        ratios[name] = ratio
+        each = "  ".join(f"{way} {1000 * x:.1f} ms" for way, x in seconds.items())
+        print(f"{name:28} {ratio:6.2f}   {each}", flush=True)
 
-    for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):  # the last model stays, for what follows
+    # prefill: the last model, of bf16, stays for what follows
+    for dtype, label in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         model = load_llama(folder, device, dtype)
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        vocabulary = model.cfg.vocab_size
+        documents = {n: torch.randint(vocabulary, (1, n), device=device) for n in (*sizes, long)}
         for n in sizes:
-            ids = document(n)
-            s = in_turns(repeats, ours=lambda: timed(lambda: model.prefill(ids)),
-                         theirs=lambda: timed(lambda: theirs.model(ids, use_cache=True)))  # no output head
-            note(f"prefill {n} {short}", s["theirs"] / s["ours"], s)
+            s = in_turns(repeats, ours=(timed, model.prefill, documents[n]),
+                         theirs=(timed, theirs.model, documents[n]))  # without the output head
+            note(f"prefill {n} {label}", s["theirs"] / s["ours"], s)
+
+    # decoding one row from a full cache
     weights = sum(p.nbytes for p in model.parameters())
-
     for n in sizes:
-        ids = document(n)
-        cache, past = model.prefill(ids), theirs.model(ids, use_cache=True).past_key_values
+        cache = model.prefill(documents[n])
+        past = theirs.model(documents[n], use_cache=True).past_key_values
         nbytes = weights + cache.nbytes()
-        s = in_turns(repeats, ours=lambda: decode(model, cache, steps), floor=lambda: read_once(nbytes, device),
-                     theirs=lambda: decode_theirs(theirs, past, n, steps))
-        note(f"decode {n}", s["theirs"] / s["ours"], s, bytes=nbytes, floor_gb_per_s=nbytes / s["floor"] / 1e9)
+        s = in_turns(repeats, ours=(decode, model, cache, steps), floor=(read_once, nbytes, device),
+                     theirs=(decode_transformers, theirs, past, n, steps))
+        note(f"decode {n}", s["theirs"] / s["ours"], s, bytes=nbytes,
+             floor_gb_per_s=nbytes / s["floor"] / 1e9)
         ratios[f"decode {n}, of the floor"] = s["floor"] / s["ours"]
-    del theirs, past
 
-    torch.manual_seed(0)  # an untrained scorer costs what a trained one costs
-    comp = Compressor(model.cfg, CompressorConfig(eta=min(6, model.cfg.n_layer - 2))).requires_grad_(False).to(device)
-    for n in (*sizes, long):
-        ids = document(n)
-        s = in_turns(repeats, prefill=lambda: timed(lambda: model.prefill(ids)),
-                     compress=lambda: timed(lambda: comp.compress(model, comp.read(model, ids), keep=0.1)))
+    # compressing: an untrained scorer costs what a trained one costs
+    torch.manual_seed(0)
+    config = CompressorConfig(eta=min(6, model.cfg.n_layer - 2))
+    compressor = Compressor(model.cfg, config).requires_grad_(False).to(device)
+
+    def compress(ids):
+        return compressor.compress(model, compressor.read(model, ids), keep=KEEP)
+
+    for n, ids in documents.items():
+        s = in_turns(repeats, prefill=(timed, model.prefill, ids), compress=(timed, compress, ids))
         note(f"compress {n}", s["compress"] / s["prefill"], s)
 
-    whole, short = (c.rows([0] * 8) for c in (model.prefill(ids), comp.compress(model, comp.read(model, ids), 0.1)))
-    s = in_turns(repeats, whole=lambda: decode(model, whole, steps), ragged=lambda: decode(model, short, steps))
-    promised = promise(weights, whole.nbytes(), short.nbytes())
-    note("ragged, of the promise", s["whole"] / s["ragged"] / promised, s, speed_up=s["whole"] / s["ragged"],
-         promised=promised, whole_bytes=whole.nbytes(), ragged_bytes=short.nbytes(), entries_per_head=[
-             int(short.entries().min()), int(short.entries().max())])
+    # decoding a batch from the full and the compressed cache of the long document
+    full = model.prefill(documents[long]).rows([0] * BATCH)
+    compressed = compress(documents[long]).rows([0] * BATCH)
+    s = in_turns(repeats, full=(decode, model, full, steps),
+                 compressed=(decode, model, compressed, steps))
+    speed_up = s["full"] / s["compressed"]
+    promised = promise(weights, full.nbytes(), compressed.nbytes())
+    note("compressed, of the promise", speed_up / promised, s, speed_up=speed_up,
+         promised=promised, full_bytes=full.nbytes(), compressed_bytes=compressed.nbytes())
     return cells, ratios
 
 
 def main() -> None:
     p = Parser(description="Measure prefill, decoding and compression on this machine.")
-    p.add_argument("--weights", metavar="DIR", help="a Llama in the Hugging Face layout; default: the project's own")
+    p.add_argument("--weights", metavar="DIR", help="default: SmolLM2-135M-Instruct")
     p.add_argument("--device", default="cpu", help="cpu (the default), or cuda")
-    p.add_argument("--quick", action="store_true", help="small sizes, few repeats; written only where --out says")
-    p.add_argument("--out", metavar="FILE", help="default: results/speed.json, on a GPU speed-cuda.json")
-    a = p.parse_args()
+    p.add_argument("--quick", action="store_true", help="small sizes, few repeats; written "
+                   "only where --out says")
+    p.add_argument("--out", metavar="FILE", help="default: results/speed.json, on a GPU "
+                   "results/speed-cuda.json")
+    args = p.parse_args()
     try:
         import transformers
     except ImportError:
-        raise BadInput("transformers is what is compared with; pip install transformers==5.2") from None
+        raise BadInput("transformers is compared with; pip install transformers==5.2") from None
+
     keep_freed_memory()
-    device = pick_device(a.device)
-    settings = dict(sizes=(64, 128), long=256, repeats=3, steps=8) if a.quick else dict(
-        sizes=(512, 2048), long=8000, repeats=5, steps=32)
-    out = provenance(seed=0) | {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-                                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-                                "settings": settings, "batch of ragged": 8, "keep": 0.1}
+    device = pick_device(args.device)
+    settings = {"sizes": (512, 2048), "long": 8000, "repeats": 5, "steps": 32}
+    name = "speed.json"
+    if args.quick:
+        settings = {"sizes": (64, 128), "long": 256, "repeats": 3, "steps": 8}
+    where = str(device)
+    if device.type == "cuda":
+        name = "speed-cuda.json"
+        where = torch.cuda.get_device_name(device)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    about = provenance(seed=0) | {"device": where, "versions": versions, "settings": settings,
+                                  "batch": BATCH, "keep": KEEP}
+
     start = time.perf_counter()
-    cells, ratios = measure(a.weights or fetch(), device, **settings)
-    rows = {name: {"ratio": round(x, 4), "target": TARGETS.get(name)} for name, x in ratios.items()}
-    print("\n" + "\n".join(f"{name:28} {r['ratio']:6.2f}   target {r['target'] or '-'}" for name, r in rows.items()))
-    if a.out or not a.quick:
-        path = Path(a.out or ROOT / "results" / ("speed.json" if device.type == "cpu" else f"speed-{device.type}.json"))
-        write_json(path, out | {"seconds": round(time.perf_counter() - start), "ratios": rows, "cells": cells})
+    cells, ratios = measure(args.weights or fetch(), device, **settings)
+    seconds = round(time.perf_counter() - start)
+    rows = {}
+    print()
+    for row, ratio in ratios.items():
+        target = TARGETS.get(row)
+        rows[row] = {"ratio": round(ratio, 4), "target": target}
+        print(f"{row:28} {ratio:6.2f}   target {target or '-'}")
+    if args.out or not args.quick:
+        path = Path(args.out or ROOT / "results" / name)
+        write_json(path, about | {"seconds": seconds, "ratios": rows, "cells": cells})
         print(path)
 
 

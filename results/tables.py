@@ -1,7 +1,9 @@
-"""Rewrite the tables from results/*.json:  python results/tables.py
+"""Rewrite the tables of the pages from results/*.json:  python
+results/tables.py
 
-results/README.md has a block `<!-- table: NAME -->` … `<!-- end -->` for each result of eval.py; README.md and the
-adapter's card have one, `headline`.
+A page has a block `<!-- table: NAME -->` … `<!-- end -->` for each table.
+results/README.md has one for each result of eval.py. README.md and the card of
+the adapter have one named `headline`.
 """
 import math
 import re
@@ -11,21 +13,28 @@ import textwrap
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports below just ends it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends them
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from eval import BASELINES  # noqa: E402
 from run.errors import BadInput, expect, read_json, reading, run_program, write_atomic  # noqa: E402
+from run.records import MIN_UNITS, keeps_of  # noqa: E402
 
-RESULTS, CARD = ROOT / "results", ROOT / "adapters" / "smollm2-135m-instruct" / "README.md"
+RESULTS = ROOT / "results"
+CARD = ROOT / "adapters" / "smollm2-135m-instruct" / "README.md"
 KINDS = ("recite", "cloze", "title", "squad", "continue")
-LABELS = {"question": "question (sees the question)", "no-routing": "no-routing: our choice alone"}
+FIGURES = {
+    "fidelity": ("fidelity-quality.png", "KL against the kept fraction"),
+    "squad": ("squad-quality.png", "F1 against the kept fraction"),
+    "niah": ("niah-needles.png", "Needles found, by depth and length"),
+    "cost": ("cost-cost.png", "Bytes, seconds and rates against length"),
+}
 MISSING = "Not measured with this version yet."
-OURS = ("no-routing", "untrained", "kvdistill")
-BUDGETS = {"all": "one for all heads", "layer": "one for each layer", "head": "each head its own",
-           "ours": "as the adapter's (one for all heads, unless it was trained with `--choice token`)"}
+HEADLINE = ("full", "none", "random", "h2o", "kvzip:equal", "kvzip", "kvzip:recent",
+            "no-routing", "kvdistill")
 
+
+# ------------------------------------------------------------------- numbers and text
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
@@ -33,233 +42,322 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def paragraph(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def number(x: float) -> str:
     return f"{x:.2f}" if abs(x) >= 0.0995 or not x else f"{x:.3f}"
 
 
+def three(x: float) -> str:
+    return f"{x:.3f}"
+
+
 def signed(x: float) -> str:
-    return ("+" if x > 0 else "−" if x < 0 else "") + number(abs(x))
+    sign = "+" if x > 0 else "−" if x < 0 else ""
+    return sign + number(abs(x))
 
 
-def command_lines(command: str) -> str:
-    """A result's command as a block; a result that several runs made has several, in one line."""
-    lines = [" \\\n    ".join(textwrap.wrap(re.sub(" (?!--)", "\0", part), 112, break_long_words=False,
-                                        break_on_hyphens=False)).replace("\0", " ") for part in command.split("; ")]
-    return "\n".join(["```bash", *lines, "```"])
+def command_block(command: str) -> str:
+    """The commands that made a result, each broken before its flags."""
+    blocks = []
+    for part in command.split("; "):
+        glued = re.sub(" (?!--)", "\0", part)  # a flag and its value stay together
+        lines = textwrap.wrap(glued, 92, break_long_words=False, break_on_hyphens=False)
+        blocks.append(" \\\n    ".join(lines).replace("\0", " "))
+    return "\n".join(["```bash", *blocks, "```"])
 
 
-def source(result: dict, name: str, note: str) -> str:
-    """What stands under a table: the note, whose budgets are which, and where the numbers come from."""
-    threads, minutes, processes = result["threads"], result["seconds"] / 60, result["processes"]
-    each = f"{processes} processes of " if processes != 1 else ""
-    return (paragraph(f"{note} {budgets(result)} `results/{name}.json`: {result['model']}, "
-                      f"{result['settings']['dtype']}, {each}{threads} thread{'s' * (threads != 1)}, {minutes:.0f} "
-                      f"minutes, commit {result['commit']}:") + f"\n\n{command_lines(result['command'])}")
-
-
-def budgets(result: dict) -> str:
-    """Who shares a budget, for every method with one."""
-    found = {}
-    for m in dict.fromkeys(c["method"] for c in result["cells"]):
-        if m in BASELINES or m.startswith(OURS):
-            found.setdefault(BASELINES[m][1] if m in BASELINES else "ours", []).append(m)
-    return "Budgets: " + "; ".join(f"{BUDGETS[x]}: {', '.join(found[x])}" for x in BUDGETS if x in found) + "."
+def source(result: dict, name: str) -> str:
+    """Where the numbers of a table come from."""
+    return paragraph(
+        f"`results/{name}.json`: {result['model']}, {result['settings']['dtype']}, "
+        f"threads: {result['threads']}, processes: {result['processes']}, "
+        f"{result['seconds'] / 60:.0f} minutes, commit {result['commit']}:"
+    ) + f"\n\n{command_block(result['command'])}"
 
 
 class Cells:
-    """Look cells up by kind, method and nominal kept fraction; the full cache and no document have one each."""
+    """The cells of one task, found by kind, method and kept fraction."""
 
     def __init__(self, result: dict, task: str):
-        mine = [c for c in result["cells"] if c["task"] == task]
-        self.at = {(c["kind"], c["method"], expect(c["keep"], int, float)): c for c in mine}
+        mine = [cell for cell in result["cells"] if cell["task"] == task]
+        self.found = {(c["kind"], c["method"], expect(c["keep"], int, float)): c for c in mine}
         self.methods = list(dict.fromkeys(c["method"] for c in mine))
-        self.keeps = sorted({c["keep"] for c in mine if c["method"] not in ("full", "none")}, reverse=True)
-        if mine and not {"full", "none"} <= set(self.methods):
-            raise BadInput(f"no cells of {task} for the methods full and none, its ceiling and floor; measure them too")
+        keeps = {c["keep"] for c in mine if c["method"] not in ("full", "none")}
+        self.keeps = sorted(keeps, reverse=True)
+        if not {"full", "none"} <= set(self.methods):
+            raise BadInput(f"no cells of {task} for the methods full and none, its ceiling "
+                           "and floor; measure them too")
 
     def __call__(self, kind: str, method: str, keep: float) -> dict | None:
-        return self.at.get((kind, method, {"full": 1.0, "none": 0.0}.get(method, keep)))
+        return self.found.get((kind, method, keeps_of(method, [keep])[0]))
 
     def measured(self, keep: float) -> list[str]:
-        return [m for m in self.methods if self("all", m, keep)]
+        return [method for method in self.methods if self("all", method, keep)]
 
-    def sizes(self, *keeps) -> str:
-        k = [next(c["K"] for (kind, _, x), c in self.at.items() if kind == "all" and x == keep) for keep in keeps]
-        return f"K = {', '.join(f'{x:.0f}' for x in k)} of N = {self('all', 'full', 1)['N']:.0f} tokens on average"
+    def fewer_bytes(self, keep: float) -> str:
+        """How many times fewer bytes a compressed cache takes, as stored."""
+        full = self("all", "full", 1)
+        some = next(c for (kind, method, k), c in self.found.items()
+                    if kind == "all" and k == keep and method not in ("full", "none"))
+        return f"{full['cache_bytes'] / some['cache_bytes']:.1f}× fewer bytes"
 
-    def text(self, kind, method, keep, metric, among=None, lowest=False, interval=False, form=number) -> str:
-        """A mean, in bold where it is its column's best. Ceiling, floor and what sees the question do not compete.
-        among: the methods that do, or None; interval: with its 95 % interval."""
-        c = self(kind, method, keep)
-        if c is None:
+    def size(self, keep: float) -> str:
+        """What stands under a table of one kept fraction."""
+        k = next(c["K"] for (kind, _, x), c in self.found.items() if kind == "all" and x == keep)
+        n = self("all", "full", 1)["N"]
+        return (f"keep {keep:g}: {self.fewer_bytes(keep)}; K = {k:.0f} of N = {n:.0f} tokens "
+                "on average.")
+
+    def text(self, kind: str, method: str, keep: float, metric: str, form=number,
+             interval: bool = True, best=None) -> str:
+        """The mean and its interval; in bold if it is the best of the methods.
+
+        best: min or max; None: nothing is bold. Ceiling and floor do not
+        compete.
+        """
+        cell = self(kind, method, keep)
+        if cell is None:
             return "–"
-        out, not_these = form(c["mean"][metric]), ("full", "none", "question")
-        rivals = [self(kind, m, keep) for m in among or () if m not in not_these]
-        best = (min if lowest else max)((r["mean"][metric] for r in rivals if r), default=None)
-        if method not in not_these and c["mean"][metric] == best:
-            out = f"**{out}**"
-        if interval and c["ci95"][metric]:
-            out += " ({}–{})".format(*map(form, c["ci95"][metric]))
-        return out
+        mean = cell["mean"][metric]
+        text = form(mean)
+        if best and method not in ("full", "none"):
+            rivals = [self(kind, m, keep) for m in self.methods if m not in ("full", "none")]
+            if mean == best(rival["mean"][metric] for rival in rivals if rival):
+                text = f"**{text}**"
+        if interval and cell["units"] >= MIN_UNITS:
+            low, high = cell["ci95"][metric]
+            if low < high:
+                text += f" ({form(low)}–{form(high)})"
+        return text
+
+    def difference(self, kind: str, method: str, keep: float, metric: str) -> str:
+        """The paired difference; nothing for the method that the others are
+        compared with."""
+        cell = self(kind, method, keep)
+        difference = (cell or {}).get("difference")
+        if difference is None or difference["against"] == method:
+            return ""
+        text = signed(difference["mean"][metric])
+        if cell["units"] >= MIN_UNITS:
+            low, high = difference["ci95"][metric]
+            text += f" ({signed(low)} to {signed(high)})"
+        return text
 
 
-def paired(cell: dict | None, metric: str, form=signed) -> str:
-    """The paired difference to another method with its interval; nothing in that method's own row."""
-    d = (cell or {}).get("difference")
-    if not d or cell["method"] == d["against"]:
-        return ""
-    return form(d["mean"][metric]) + (" ({} to {})".format(*map(form, d["ci95"][metric])) if d["ci95"][metric] else "")
-
+# ------------------------------------------------------------------------- the tables
 
 def headline_table(result: dict, name: str = "fidelity") -> str:
-    """KL over all kinds with its interval and of SQuAD's answers, and bytes; few methods. Of SnapKV and H2O the better
-    at 0.1."""
-    cells, keeps = Cells(result, "fidelity"), (0.25, 0.1, 0.05)
-    old = [m for m in ("snapkv", "h2o") if cells("all", m, 0.1)]
-    old = sorted(old, key=lambda m: cells("all", m, 0.1)["mean"]["kl"])[:1]
-    methods = [m for m in ("full", "none", "random", *old, "kvzip:equal", "kvzip", "no-routing", "kvdistill")
-               if m in cells.methods]
+    """KL over all kinds and of SQuAD's answers, for few methods and kept
+    fractions."""
+    cells = Cells(result, "fidelity")
+    keeps = [keep for keep in (0.25, 0.1, 0.05) if keep in cells.keeps]
     rows = []
-    for m in methods:
-        text = lambda kind, keep, interval: "0" if m == "full" else (  # noqa: E731, B023
-            cells.text(kind, m, keep, "kl", methods, True, interval))  # noqa: B023
-        size = cells("all", m, 0.1)
-        rows.append([LABELS.get(m, m).replace("no-routing: ", ""), *(text("all", keep, True) for keep in keeps),
-                     *(text("squad", keep, False) for keep in keeps),
-                     f"{size['cache_bytes'] / 1e6:.2f}" if size else "–"])
-    head = ["KL, nats per token", "keep 0.25 (95 %)", "0.1", "0.05", "SQuAD 0.25", "0.1", "0.05", "MB at 0.1"]
-    n, squad = cells("all", "full", 1), cells("squad", "full", 1)
-    note = f"n = {n['n']} answers to {n['contexts']} held-out documents" + (
-        f", {squad['n']} to {squad['contexts']} of them SQuAD's, a kind that training never saw" if squad else "")
-    note += f"; {cells.sizes(*(x for x in keeps if x in cells.keeps))}."
-    return f"{markdown(head, rows)}\n\n{paragraph(note + f' From `results/{name}.json`.')}"
+    for method in HEADLINE:
+        if method not in cells.methods:
+            continue
+        row = [method]
+        row += [cells.text("all", method, keep, "kl", best=min) for keep in keeps]
+        row += [cells.text("squad", method, keep, "kl", interval=False, best=min)
+                for keep in keeps]
+        rows.append(row)
+
+    head = ["KL, nats per token"]
+    head += [f"keep {keep:g}: {cells.fewer_bytes(keep)} (95 %)" for keep in keeps]
+    head += [f"SQuAD's answers, {keep:g}" for keep in keeps]
+    all_kinds = cells("all", "full", 1)
+    note = f"n = {all_kinds['n']} answers about {all_kinds['contexts']} held-out documents"
+    squad = cells("squad", "full", 1)
+    if squad:
+        note += (f"; {squad['n']} of them answer SQuAD's questions about {squad['contexts']} "
+                 "documents, a kind of question that training never saw")
+    return f"{markdown(head, rows)}\n\n{paragraph(f'{note}. From `results/{name}.json`.')}"
 
 
 def fidelity_table(result: dict, name: str = "fidelity") -> str:
-    """KL by kind and over all kinds, top-1 agreement, and the paired difference to `--against`: a table per keep."""
-    cells, parts, other = Cells(result, "fidelity"), [], result.get("against")
-    kinds = [k for k in KINDS if cells(k, "full", 1)]
+    """KL by kind of question, agreement and paired differences: a table per
+    kept fraction."""
+    cells = Cells(result, "fidelity")
+    kinds = [kind for kind in KINDS if cells(kind, "full", 1)]
+    parts = []
     for keep in cells.keeps:
-        rows, methods = [], cells.measured(keep)
-        for m in methods:
-            text = lambda k, interval: cells.text(k, m, keep, "kl", methods, True, interval)  # noqa: E731, B023
-            rows.append([LABELS.get(m, m), *(text(k, k == "squad") for k in kinds), text("all", True),
-                         f"{cells('all', m, keep)['mean']['agree']:.0%}",
-                         *([paired(cells(k, m, keep), "kl") for k in ("all", "squad")] if other else [])])
-        head = [f"keep {keep:g}: KL, nats per token", *(k + " (95 %)" * (k == "squad") for k in kinds),
-                "all kinds (95 %)", "top-1 agreement",
-                *([f"minus {other}, paired: all kinds", "squad"] if other else [])]
-        parts.append(f"{markdown(head, rows)}\n\n{cells.sizes(keep)}.")
-    n = ", ".join(f"{k} {c['n']} answers to {c['contexts']} documents of {c['units']} units"
-                  for k in (*kinds, "all") for c in [cells(k, "full", 1)])
-    return "\n\n".join([*parts, source(result, name, f"n: {n}.")])
+        head = [f"keep {keep:g}: KL, nats per token"]
+        head += [f"{kind} (95 %)" if kind == "squad" else kind for kind in kinds]
+        head += ["all kinds (95 %)", "top-1 agreement"]
+        if result["against"]:
+            head += [f"minus {result['against']}, paired: all kinds", "squad"]
+        rows = []
+        for method in cells.measured(keep):
+            row = [method]
+            row += [cells.text(kind, method, keep, "kl", interval=kind == "squad", best=min)
+                    for kind in kinds]
+            row.append(cells.text("all", method, keep, "kl", best=min))
+            row.append(f"{cells('all', method, keep)['mean']['agree']:.0%}")
+            if result["against"]:
+                row += [cells.difference(kind, method, keep, "kl") for kind in ("all", "squad")]
+            rows.append(row)
+        parts.append(f"{markdown(head, rows)}\n\n{cells.size(keep)}")
+
+    counts = []
+    for kind in (*kinds, "all"):
+        cell = cells(kind, "full", 1)
+        counts.append(f"{kind} {cell['n']} about {cell['contexts']} documents")
+    note = paragraph(f"Answers: {', '.join(counts)}.")
+    return "\n\n".join([*parts, note, source(result, name)])
 
 
-def gap(cells: Cells, method: str, keep: float, metric: str) -> str:
-    """(ours − none) / (full − none)."""
-    floor, ceiling = (cells("all", m, keep)["mean"][metric] for m in ("none", "full"))
+def gap(cells: Cells, method: str, keep: float) -> str:
+    """(method − none) / (full − none), of F1."""
+    floor = cells("all", "none", 0)["mean"]["f1"]
+    ceiling = cells("all", "full", 1)["mean"]["f1"]
     if ceiling <= floor:
         return "–"
-    return f"{(cells('all', method, keep)['mean'][metric] - floor) / (ceiling - floor):.0%}"
+    return f"{(cells('all', method, keep)['mean']['f1'] - floor) / (ceiling - floor):.0%}"
 
 
 def squad_table(result: dict, name: str = "squad") -> str:
-    """F1, exact match and contained answers, and the share of the gap between no document and the full cache: a table
-    per keep."""
-    cells, parts, three = Cells(result, "squad"), [], "{:.3f}".format
-    c, other = cells("all", "full", 1), result.get("against")
+    """F1 and its share of the gap, exact match, contained answers: a table per
+    kept fraction."""
+    cells = Cells(result, "squad")
+    parts = []
     for keep in cells.keeps:
-        methods = cells.measured(keep)
-        rows = [[LABELS.get(m, m), cells.text("all", m, keep, "f1", methods, interval=True, form=three),
-                 gap(cells, m, keep, "f1"), *([paired(cells("all", m, keep), "f1")] if other else []),
-                 *(cells.text("all", m, keep, metric, form=three) for metric in ("em", "contains"))] for m in methods]
-        head = [f"SQuAD, keep {keep:g}", "F1 (95 %)", "share of the gap",
-                *([f"F1 minus {other}, paired"] if other else []), "exact match", "answer contained"]
-        parts.append(f"{markdown(head, rows)}\n\n{cells.sizes(keep)}.")
-    pack = result["settings"]["tasks"]["squad"]["pack"]
-    note = f"{c['n']} questions about {c['contexts']} documents of {pack} paragraph{'s' * (pack != 1)}."
-    return "\n\n".join([*parts, source(result, name, note)])
+        head = [f"SQuAD, keep {keep:g}", "F1 (95 %)", "share of the gap"]
+        if result["against"]:
+            head.append(f"F1 minus {result['against']}, paired")
+        head += ["exact match", "answer contained"]
+        rows = []
+        for method in cells.measured(keep):
+            row = [method, cells.text("all", method, keep, "f1", three, best=max),
+                   gap(cells, method, keep)]
+            if result["against"]:
+                row.append(cells.difference("all", method, keep, "f1"))
+            row += [cells.text("all", method, keep, metric, three, interval=False)
+                    for metric in ("em", "contains")]
+            rows.append(row)
+        parts.append(f"{markdown(head, rows)}\n\n{cells.size(keep)}")
+
+    cell = cells("all", "full", 1)
+    note = f"{cell['n']} questions about {cell['contexts']} documents."
+    return "\n\n".join([*parts, note, source(result, name)])
 
 
 def niah_table(result: dict, name: str = "niah") -> str:
-    """Share of values found, by length for one needle, and for four: a table per keep."""
-    cells, parts = Cells(result, "niah"), []
-    lengths = sorted({int(k.split("/")[1]) for k, _, _ in cells.at if k.startswith("single/")})
-    kinds = [*(f"single/{x}" for x in lengths), "single", "multi"]
+    """The share of values found, by length, and of four in one document: a
+    table per keep."""
+    cells = Cells(result, "niah")
+    singles = {kind.split("/")[1] for kind, _, _ in cells.found if kind.startswith("single/")}
+    lengths = sorted(singles, key=int)
+    kinds = [*(f"single/{length}" for length in lengths), "single", "multi"]
+    parts = []
     for keep in cells.keeps:
-        methods = cells.measured(keep)
-        rows = [[LABELS.get(m, m), *(cells.text(k, m, keep, "match", methods, interval=k in ("single", "multi"),
-                                                form="{:.2f}".format) for k in kinds)] for m in methods]
-        head = [f"values found, keep {keep:g}", *map(str, lengths), "all lengths (95 %)", "four needles (95 %)"]
-        parts.append(markdown(head, rows))
-    one, four = cells(kinds[0], "full", 1), cells("multi", "full", 1)
-    note = ("Columns: tokens of the document, with one needle; four needles: all lengths together. K is keep times "
-            f"the length. n = {one['n']} for each length, {four['n']} values for four needles.")
-    return "\n\n".join([*parts, source(result, name, note)])
+        head = [f"values found, keep {keep:g}", *lengths, "all lengths (95 %)",
+                "four needles (95 %)"]
+        rows = []
+        for method in cells.measured(keep):
+            row = [cells.text(kind, method, keep, "match", "{:.2f}".format, best=max,
+                              interval=kind in ("single", "multi")) for kind in kinds]
+            rows.append([method, *row])
+        parts.append(f"{markdown(head, rows)}\n\nkeep {keep:g}: {cells.fewer_bytes(keep)}.")
+
+    note = paragraph(
+        "Columns: the tokens of a document with one needle; four needles: all lengths together. "
+        f"n = {cells(kinds[0], 'full', 1)['n']} for each length, "
+        f"{cells('multi', 'full', 1)['n']} values for four needles.")
+    return "\n\n".join([*parts, note, source(result, name)])
+
+
+def cost_rows(result: dict) -> list[dict]:
+    """Per length and method: bytes, seconds, rates, and after how many short
+    questions compressing has paid (None: never). H2O's second reading is left
+    out (see eval.h2o)."""
+    cells = {(int(c["kind"]), c["method"], c["keep"]): c for c in result["cells"]
+             if c["task"] == "cost" and c["kind"] != "all"}
+    if not any(method == "full" for _, method, _ in cells):
+        raise BadInput("cost is shown against the method full; measure it too")
+    rows = []
+    for (length, method, keep), cell in sorted(cells.items(), key=lambda item: item[0][0]):
+        full = cells[length, "full", 1.0]
+        prefill = full["seconds"]["prefill"]
+        seconds = cell["seconds"]["prefill"] + cell["seconds"]["compress"]
+        if method == "h2o":
+            seconds -= prefill
+        gain = full["mean"]["question_s"] - cell["mean"]["question_s"]
+        rows.append({"length": length, "method": method, "keep": keep, "K": cell["K"],
+                     "bytes": cell["cache_bytes"],
+                     "fewer": full["cache_bytes"] / cell["cache_bytes"],
+                     "seconds": seconds, "ratio": seconds / prefill,
+                     "tokens_per_s": cell["mean"]["tokens_per_s"],
+                     "tokens_per_s_8": cell["mean"]["tokens_per_s_8"],
+                     "break_even": max(0.0, (seconds - prefill) / gain) if gain > 0 else None})
+    return rows
 
 
 def cost_table(result: dict, name: str = "cost") -> str:
-    from results.plots import cost_rows
-    rows, keeps = [], sorted({c["keep"] for c in result["cells"] if 0 < c["keep"] < 1}, reverse=True)
-    for r in cost_rows(result):
-        pays = "never" if r["break_even"] is None else str(math.ceil(r["break_even"]))
-        kept = f" {r['keep']:g}" if len(keeps) > 1 and 0 < r["keep"] < 1 else ""
-        rows.append([str(r["length"]), LABELS.get(r["method"], r["method"]) + kept,
-                     "–" if r["bytes"] is None else f"{r['bytes'] / 1e6:.1f}", f"{r['seconds']:.1f}",
-                     f"{r['ratio']:.2f}", f"{r['tokens_per_s']:.1f}", f"{r['tokens_per_s_8']:.1f}",
-                     "–" if r["method"] in ("full", "none", "question") else pays])
-    sizes = {(round(c["N"]), round(c["K"])) for c in result["cells"] if 0 < c["keep"] < 1 and c["kind"] != "all"}
-    head = ["tokens", f"method, keep {', '.join(f'{k:g}' for k in keeps)}", "MB", "seconds",
-            "(prefill + compression) / prefill", "tokens/s, batch 1", "tokens/s, batch 8", "pays after … questions"]
-    sizes = ", ".join(f"{k} of {length}" for length, k in sorted(sizes))
-    note = (f"K = {sizes}. MB: as stored, header and bookkeeping included. Seconds: prefill and compression, median of "
-            f"{result['settings']['tasks']['cost']['n']} repeats; tokens per second, and what a question of one short "
-            "answer saves: means. Differences of a few per cent are noise. H2O's second reading of the document is "
-            "left out.")
-    return f"{markdown(head, rows)}\n\n{source(result, name, note)}"
+    rows = []
+    for row in cost_rows(result):
+        pays = "never" if row["break_even"] is None else str(math.ceil(row["break_even"]))
+        if row["method"] in ("full", "none"):
+            pays = "–"
+        rows.append([
+            str(row["length"]), row["method"], f"{row['keep']:g}", f"{row['K']:.0f}",
+            f"{row['bytes'] / 1e6:.1f}", f"{row['fewer']:.1f}×", f"{row['seconds']:.1f}",
+            f"{row['ratio']:.2f}", f"{row['tokens_per_s']:.1f}", f"{row['tokens_per_s_8']:.1f}",
+            pays])
+    head = ["tokens", "method", "keep", "K", "MB", "fewer bytes", "seconds",
+            "seconds / prefill", "tokens/s, batch 1", "tokens/s, batch 8",
+            "pays after … questions"]
+    return f"{markdown(head, rows)}\n\n{source(result, name)}"
 
 
-TABLES = {"fidelity": fidelity_table, "squad": squad_table, "niah": niah_table, "cost": cost_table}
-FIGURES = {"fidelity": ("fidelity-quality.png", "KL against kept fraction"),
-           "squad": ("squad-quality.png", "F1 against kept fraction"),
-           "niah": ("niah-needles.png", "Needles found, by depth and length"),
-           "cost": ("cost-cost.png", "Bytes, seconds and rates against length")}
+TABLES = {"fidelity": fidelity_table, "squad": squad_table, "niah": niah_table,
+          "cost": cost_table}
 
+
+# ------------------------------------------------------------------------ the program
 
 def load(name: str) -> dict:
     return read_json(RESULTS / f"{name}.json")
 
 
-def made(name: str, table=None) -> str:
-    """The content of a block, its figure first; a result that does not exist is said to be missing."""
-    path, (figure, title) = RESULTS / f"{name}.json", FIGURES[name]
-    if not path.exists():
+def made(name: str) -> str:
+    """The content of a block, its figure first."""
+    if not (RESULTS / f"{name}.json").exists():
         return MISSING
-    with reading(path, "make it again with eval.py"):
-        shown = f"![{title}]({figure})\n\n" if table is None and (RESULTS / figure).exists() else ""
-        return shown + (table or TABLES[name])(load(name), name)
+    with reading(RESULTS / f"{name}.json", "make it again with eval.py"):
+        table = TABLES[name](load(name))
+    figure, title = FIGURES[name]
+    if (RESULTS / figure).exists():
+        return f"![{title}]({figure})\n\n{table}"
+    return table
 
 
-def fill(path: Path, tables: dict[str, str]) -> None:
+def headline() -> str:
+    if not (RESULTS / "fidelity.json").exists():
+        return MISSING
+    with reading(RESULTS / "fidelity.json", "make it again with eval.py"):
+        return headline_table(load("fidelity"))
+
+
+def fill(page: Path, tables: dict[str, str]) -> None:
     """Put the tables into the blocks of their names."""
-    with reading(path):
-        text = path.read_text(encoding="utf-8")
+    with reading(page):
+        text = page.read_text(encoding="utf-8")
     for name, table in tables.items():
-        block = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        text, n = re.subn(block, lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)  # noqa: B023
-        if n != 1:
-            raise BadInput(f"{path}: {n} blocks '<!-- table: {name} -->' … '<!-- end -->', expected one; add it")
-    write_atomic(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+        start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+        before, found, rest = text.partition(start)
+        _, found_end, after = rest.partition(end)
+        if not found or not found_end:
+            raise BadInput(f"{page}: no block '{start.strip()}' … '{end}'; add it")
+        text = f"{before}{start}{table}\n{end}{after}"
+    write_atomic(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def main() -> None:
-    """Of the figures, those are shown that plots.py has drawn before."""
+    """Figures are shown if plots.py has drawn them before."""
     fill(RESULTS / "README.md", {name: made(name) for name in TABLES})
     for page in (ROOT / "README.md", CARD):
-        fill(page, {"headline": made("fidelity", headline_table)})
+        fill(page, {"headline": headline()})
 
 
 if __name__ == "__main__":

@@ -1,89 +1,93 @@
-"""What every program here shares: the error a user sees, files written whole or not at all, and how a program ends."""
+"""What every program needs: one-line errors, atomic files, an orderly end.
+
+Nothing of ours and no torch is imported here, so a program can check its flags
+before torch is loaded.
+"""
 import argparse
 import json
-import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
+import traceback
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
-
+ROOT = Path(__file__).resolve().parent.parent
 UMASK = os.umask(0)  # the only way to ask for it is to set it
 os.umask(UMASK)
 
+# Numbers in JSON are refused beyond this, because sums and products of them would
+# overflow. Many a tokenizer_config.json holds 1e30, which means "no limit".
+LARGEST_NUMBER = 1e32
+
 
 class BadInput(Exception):
-    """Something the user gave us is wrong; the message is the one line they see, and the exit code is 2."""
+    """Something that the user gave is wrong; the message is the one line they see."""
 
     def __init__(self, message):
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message))  # it may quote a stranger's file
-        super().__init__(line if len(line) <= 1000 else f"{line[:600]} … {line[-300:]}")
+        # It may quote a file from a stranger, so control characters are escaped.
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message))
+        if len(line) > 1000:
+            line = f"{line[:600]} … {line[-300:]}"
+        super().__init__(line)
 
+
+# ---------------------------------------------------------------------- reading
 
 @contextmanager
 def reading(path, advice: str = "write, train or download it again"):
-    """Whatever goes wrong in the block, which reads a file that the user named, becomes the one line that names file
-    and cause: no list of what can be wrong in a stranger's file is complete. Sizes are checked in the block before
-    memory is taken; what follows a clean exit may trust what was read. Links are followed: they are the user's."""
+    """Turn whatever goes wrong in the block, which reads a file, into one line.
+
+    No list of what can be wrong in a file from a stranger is complete. The
+    block checks sizes before it takes memory; after the block, the program
+    trusts what it read. Links are followed.
+    """
     try:
         yield
-    except (BadInput, torch.OutOfMemoryError):  # it has its sentence; it is no fault of the file
-        raise
-    except Exception as e:
-        cause = (e.strerror or str(e)).lower().replace(" or directory", "") if isinstance(e, OSError) else str(e)
-        if not isinstance(e, (OSError, ValueError, SafetensorError)):
-            cause = f"not as expected ({type(e).__name__}: {e})"
-        raise BadInput(f"{path}: {cause}; {advice}") from e
+    except Exception as error:
+        if isinstance(error, BadInput) or type(error).__name__ == "OutOfMemoryError":
+            raise  # it has its own line; it is not the file's fault
+        cause = str(error).removeprefix(f"{path}: ")  # model.py names the file itself
+        if isinstance(error, OSError):
+            cause = (error.strerror or cause).lower().replace(" or directory", "")
+        elif not isinstance(error, (ValueError, SafetensorError)):
+            cause = f"not as expected ({type(error).__name__}: {error})"
+        raise BadInput(f"{path}: {cause}; {advice}") from error
 
 
 def expect(value, *kinds):
-    """The value, if its type is one of `kinds` (a bool is no int here); for what is read from files, in `reading`."""
+    """The value, if its type is one of `kinds`. For use in `reading`.
+
+    A bool is no int here.
+    """
     if type(value) not in kinds:
-        raise ValueError(f"{value!r:.50} where {' or '.join(k.__name__ for k in kinds)} was expected")
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{value!r:.50} where {names} was expected")
     return value
 
 
-def write_atomic(path, write) -> None:
-    """Call write(temporary path), flush to disk, then rename: `path` holds either the old file or the whole new one."""
-    path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")  # process numbers repeat on hosts
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(tmp)
-        with open(tmp, "rb") as f:
-            os.fsync(f.fileno())
-        os.chmod(tmp, 0o666 & ~UMASK)  # safetensors makes its files private
-        os.replace(tmp, path)
-    except (OSError, SafetensorError) as e:
-        raise BadInput(f"{path}: cannot be written ({e}); what was there before is still there") from None
-    finally:
-        if tmp.exists():
-            tmp.unlink()
-
-
-def write_json(path, value, indent: int | None = 2) -> None:
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
-    write_atomic(path, lambda tmp: tmp.write_text(text + "\n", encoding="utf-8"))
-
-
-def finite(digits: str) -> float:
-    if not math.isfinite(x := float(digits)):
-        raise ValueError(f"{digits:.20} is not a finite number")
-    return x
+def parse_number(digits: str) -> int | float:
+    """A number in JSON. Errors: ValueError for NaN, and beyond LARGEST_NUMBER."""
+    value = float(digits)
+    if not abs(value) <= LARGEST_NUMBER:
+        raise ValueError(f"{digits:.20} is not finite, or larger than {LARGEST_NUMBER}")
+    return int(digits) if digits.lstrip("-").isdecimal() else value
 
 
 def parse_json(text: str) -> dict:
-    """A JSON object with finite numbers and whole characters; for use in `reading`."""
+    """A JSON object, its numbers and characters checked. For use in `reading`."""
     try:
-        value = expect(json.loads(text, parse_float=finite, parse_constant=finite), dict)
-    except (json.JSONDecodeError, RecursionError) as e:
-        raise ValueError(f"not valid JSON ({e})") from None
+        value = json.loads(
+            text, parse_int=parse_number, parse_float=parse_number, parse_constant=parse_number)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+
+    expect(value, dict)
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()  # raises for half of a surrogate pair
     return value
@@ -94,67 +98,144 @@ def read_json(path) -> dict:
         return parse_json(Path(path).read_text(encoding="utf-8-sig"))
 
 
-def provenance(seed: int) -> dict:
-    """Where a number comes from: threads, command, commit, seed. Call it before the work: the code may change after."""
+# ---------------------------------------------------------------------- writing
+
+def write_atomic(path, write) -> None:
+    """Write a file that is always complete: with its old or its new content.
+
+    write: called with a temporary path beside it. What a killed writer left
+    there is removed once it is an hour old, for a younger file may belong to a
+    writer that lives, perhaps on another host.
+    """
+    path = Path(path)
+    unique = f"{os.getpid()}-{os.urandom(4).hex()}"  # process numbers repeat on other hosts
+    temporary = path.with_name(f".{path.name}.{unique}.tmp")
     try:
-        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], text=True,
-                             capture_output=True, check=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~UMASK)  # safetensors makes its files private
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(
+            f"{path}: cannot be written ({error}); what was there before is still there") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+    with suppress(OSError):
+        for file in path.parent.iterdir():
+            ours = file.name.startswith(f".{path.name}.") and file.suffix == ".tmp"
+            if ours and time.time() - file.stat().st_mtime > 3600:
+                file.unlink()
+
+
+def write_json(path, value, indent: int | None = 2) -> None:
+    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def provenance(seed: int) -> dict:
+    """Where a number comes from: threads, command, commit and seed.
+
+    Call it before the work, because the code may change during it.
+    """
+    import torch  # which takes seconds: not before the flags are checked
+
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        git = subprocess.run(describe, text=True, capture_output=True, check=True)
         commit = git.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"  # no git, or not a checkout
-    many = os.environ.get("LOCAL_WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
-    launcher = f"torchrun --nproc_per_node {many} --" if many else "python"  # without --, it takes our --n for its own
-    return {"threads": torch.get_num_threads(), "command": f"{launcher} {shlex.join(sys.argv)}", "commit": commit,
-            "seed": seed}
 
+    launcher = "python"
+    if "TORCHELASTIC_RUN_ID" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
+        # without --, torchrun would take our --n for its own
+        launcher = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} --"
+    return {
+        "threads": torch.get_num_threads(),
+        "command": f"{launcher} {shlex.join(sys.argv)}",
+        "commit": commit,
+        "seed": seed}
+
+
+# --------------------------------------------------------------------- programs
 
 class Parser(argparse.ArgumentParser):
-    """Flags; what is wrong with them is one line, without the usage."""
+    """Says what is wrong with the flags in one line, without the usage."""
 
     def error(self, message):
         raise BadInput(f"{message} (--help lists the flags)" if "argument" in message else message)
 
 
 def leave(code: int) -> None:
-    """End one of torchrun's processes without Python's own shutdown: a thread of torch's that wakes in it aborts the
-    process, with everything written, and torchrun calls the run failed (a third of runs on a busy machine)."""
+    """End one of torchrun's processes without Python's own shutdown.
+
+    A thread of torch may wake during that and abort the process, with
+    everything written, and then torchrun calls the run failed (a third of the
+    runs on a busy machine).
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def run_program(main) -> None:
-    """Run main(). What ends it early is one line on stderr: BadInput, with exit code 2; SIGTERM or a first Ctrl-C, with
-    128 + the signal (the second one waits for nothing). Anything else is a bug of ours, and keeps its traceback.
+def is_input_error(error: Exception) -> bool:
+    """Whether it is BadInput, or comes from a `raise ValueError` in model.py.
 
-    Programs have two lines before they import torch or numpy, which take long enough for a Ctrl-C and a traceback:
+    model.py is a file to copy into other projects, so it knows no BadInput.
+    """
+    if isinstance(error, BadInput):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    if Path(last.filename).resolve() != ROOT / "model.py" or "raise" not in last.line:
+        return False
+    return type(error) is ValueError
+
+
+def run_program(main) -> None:
+    """Run main(); what the user caused ends it with one line, not a traceback.
+
+    Exit codes: 2 for bad input, 128 + the signal for SIGTERM or Ctrl-C. Any
+    other exception is a bug of ours and keeps its traceback. A second signal
+    ends the program at once.
+
+    Programs have two lines before they import torch, which takes long enough
+    for a Ctrl-C:
         if __name__ == "__main__":
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_program: Ctrl-C just ends it
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C just ends it
     """
     def stop(number, frame):
         signal.signal(number, signal.SIG_DFL)
         raise KeyboardInterrupt(number)
 
     name = Path(sys.argv[0]).name
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     signal.signal(signal.SIGINT, stop)
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun ends processes at once that wait for others, and says so
+    if not under_torchrun:  # which ends processes that wait for others at once, and says so
         signal.signal(signal.SIGTERM, stop)
+
     code = 0
     try:
         main()
         sys.stdout.flush()
-    except SystemExit as e:
-        code = e.code or 0
-    except BadInput as e:
-        print(f"{name}: error: {e}", file=sys.stderr)
-        code = 2
+    except SystemExit as error:
+        code = error.code or 0
     except BrokenPipeError:  # of `| head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt as e:
-        number = e.args[0] if e.args else signal.SIGINT
-        print(f"{name}: stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        print(f"{name}: stopped by {signal.Signals(number).name}", file=sys.stderr)
         code = 128 + number
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    except Exception as error:
+        if not is_input_error(error):
+            raise
+        print(f"{name}: error: {BadInput(error)}", file=sys.stderr)
+        code = 2
+
+    if under_torchrun:
         leave(code)
     if code:
         sys.exit(code)

