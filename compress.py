@@ -72,6 +72,9 @@ class CompressorConfig:
     tau: float = 0.5             # temperature of "threshold", in nats of score
     rank: int = 32               # of LoRA on W_Q and W_O
     routing_strength: str = "growing"  # with the compression; or "full", the paper's
+    registers: int = 0           # tokens that are read behind the document, and
+                                 # kept in every head, to carry what is dropped
+    register_id: int = 0         # their token: train.py takes a blank line
 
 
 # ------------------------------------------------------------ part 1: the scorer
@@ -131,11 +134,19 @@ class Selection:
                               # recent tokens, protected tokens, and padding
     theta: torch.Tensor       # (B, 1, 1, 1) fp32, the threshold: midway between
                               # the last kept score and the next
+    registers: torch.Tensor | None = None  # (B, N) bool, if there are any
 
     @property
     def head_fraction(self):
-        """The fraction of a layer's heads that keep a token: (B, l, N) fp32."""
-        return self.kept.float().mean(2)
+        """The fraction of a layer's heads that keep a token: (B, l, N) fp32.
+
+        With registers, these are kept by all, and the recent tokens do not
+        count: they are kept whatever they say, and have to stay what they are.
+        """
+        if self.registers is None:
+            return self.kept.float().mean(2)
+        fraction = (self.kept & ~self.not_scored).float().mean(2)
+        return torch.where(self.registers[:, None], 1.0, fraction)
 
 
 def select(scores, compressible, k, recent=0, check: bool = True) -> Selection:
@@ -316,12 +327,31 @@ class Context:
     lengths: torch.Tensor       # (B,) int64, real tokens of each row
     compressible: torch.Tensor  # (B, N) bool; the others are padding or protected
     padded: bool                # whether rows differ in length
+    n_registers: int = 0        # the last tokens of each row, not compressible
 
     @property
     def protected(self):
-        """The tokens that every head keeps, outside of the budget: (B, N) bool."""
+        """The tokens that every head keeps by rule: (B, N) bool."""
         columns = torch.arange(self.h.shape[1], device=self.h.device)
         return (columns < self.lengths[:, None]) & ~self.compressible
+
+    @property
+    def registers(self):
+        """(B, N) bool"""
+        columns = torch.arange(self.h.shape[1], device=self.h.device)
+        ends = self.lengths[:, None]
+        return (columns >= ends - self.n_registers) & (columns < ends)
+
+    def without_registers(self) -> "Context":
+        """The documents alone, as any other method reads them."""
+        if self.n_registers == 0:
+            return self
+        N = self.h.shape[1] - self.n_registers
+        return Context(
+            self.h[:, :N], [(k[:, :, :N], v[:, :, :N]) for k, v in self.kvs],
+            self.tokens[:, :N], self.lengths - self.n_registers,
+            self.compressible[:, :N], self.padded,
+        )
 
     def full_cache(self, kvs, bias=None) -> Cache:
         return full_cache(kvs, self.lengths if self.padded else None, bias)
@@ -377,25 +407,42 @@ class Compressor(nn.Module):
         compressible = torch.arange(N, device=tokens.device) < lengths[:, None]
         if protect is not None:
             compressible = compressible & ~protect
+
+        R = self.cfg.registers
+        if R > 0:
+            columns = lengths[:, None] + torch.arange(R, device=tokens.device)
+            tokens = F.pad(tokens, (0, R)).scatter(1, columns, self.cfg.register_id)
+            lengths = lengths + R
+            compressible = F.pad(compressible, (0, R))
         h, kvs = model.run_layers(model.embed(tokens), 0, self.cfg.eta)
-        return Context(h, kvs, tokens, lengths, compressible, padded)
+        return Context(h, kvs, tokens, lengths, compressible, padded, R)
 
     @torch.no_grad()
     def full_cache(self, model: Llama, ctx: Context) -> Cache:
-        """The full cache: the frozen layers after η read the same hidden states."""
+        """The full cache of the documents, without registers: the frozen layers
+        after η read the same hidden states."""
+        ctx = ctx.without_registers()
         _, kvs = model.run_layers(ctx.h, self.cfg.eta)
         return ctx.full_cache(ctx.kvs + kvs)
 
     def scores(self, ctx: Context):
         """(B, l, g, N) fp32"""
-        return self.scorer(ctx.h, ctx.lengths)
+        return self.scorer(ctx.h, ctx.lengths - ctx.n_registers)
 
     def select(self, scores, ctx: Context, k, check: bool = True) -> Selection:
-        """`select` with this compressor's number of recent tokens."""
+        """`select` with this compressor's number of recent tokens.
+
+        k: (B,) int64, kept tokens per head on average, registers included.
+        """
+        if ctx.n_registers > 0:
+            k = (k - ctx.n_registers).clamp(min=1)
         recent = 0
         if self.cfg.selection == "head":
             recent = (k // 8).clamp(1, self.cfg.recent)
-        return select(scores, ctx.compressible, k, recent, check)
+        selection = select(scores, ctx.compressible, k, recent, check)
+        if ctx.n_registers > 0:
+            selection.registers = ctx.registers
+        return selection
 
     def routing_strength(self, n, k):
         """The strength of LoRA by how much is dropped: (B,) fp32, from 0 to 1.
@@ -452,13 +499,17 @@ class Compressor(nn.Module):
         """The compressed cache of a context. keep = 1 gives the full cache.
 
         keep, tokens: see `kept_count`.
-        scores: (B, l, g, N), to select by other scores than the scorer's.
+        scores: (B, l, g, N), to select by other scores than the scorer's; of
+            the documents alone.
         """
         n = ctx.compressible.sum(1)
         k = kept_count(n, keep, tokens)
         if bool((k == n).all()):
             return self.full_cache(model, ctx)
-        own_scores = self.scores(ctx) if scores is None else scores
+        if scores is None:
+            own_scores = self.scores(ctx)
+        else:
+            own_scores = F.pad(scores, (0, ctx.n_registers))
         selection = self.select(own_scores, ctx, k)
 
         beta = None
@@ -477,7 +528,7 @@ def check_compressor_config(cfg: CompressorConfig, n_layer: int) -> None:
             f"eta is {cfg.eta!r:.20}, expected 1 … {n_layer - 2} for a model of "
             f"{n_layer} layers"
         )
-    for name in ("hidden", "recent", "rank"):
+    for name in ("hidden", "recent", "rank", "registers", "register_id"):
         value = getattr(cfg, name)
         if type(value) is not int or value < 0:
             raise BadInput(f"{name} is {value!r:.20}, expected a whole number")
@@ -687,9 +738,10 @@ def main() -> None:
     full, prefill_seconds = timed(model.prefill, tokens)
     (ctx, cache), compress_seconds = timed(compress)
 
-    n_protected = int(ctx.protected.sum())
-    ids = ctx.tokens[0, n_protected:].tolist()
-    kept = kept_map(cache, tokens.shape[1])[..., n_protected:]  # (L, G, N)
+    text_ctx = ctx.without_registers()
+    n_protected = int(text_ctx.protected.sum())
+    ids = text_ctx.tokens[0, n_protected:].tolist()
+    kept = kept_map(cache, ctx.tokens.shape[1])[..., n_protected:tokens.shape[1]]  # (L, G, N)
     in_color = sys.stdout.isatty()
     print("\n" + highlight(tokenizer, ids, kept.float().mean((0, 1)).tolist(), in_color))
     per_head = kept.sum(-1)

@@ -378,7 +378,8 @@ class Document:
         tokens = torch.tensor([case.context], device=model.device)
         protect = torch.arange(tokens.shape[1], device=model.device)[None] < case.n_protect
         start = clock(model)
-        self.ctx = compressor.read(model, tokens, protect=protect)
+        self.compressor_ctx = compressor.read(model, tokens, protect=protect)
+        self.ctx = self.compressor_ctx.without_registers()
         self.read_seconds = clock(model) - start
         self.full = compressor.full_cache(model, self.ctx)
         self.prefill_seconds = clock(model) - start
@@ -442,10 +443,11 @@ class Document:
         if method == "full" or int(k) == self.case.n:
             return self.full
         if method == "kvdistill":
-            return self.compressor.compress(model, ctx, tokens=int(k))
+            return self.compressor.compress(model, self.compressor_ctx, tokens=int(k))
         if method == "kvdistill:random":
             scores = self.for_compressor(self.scores("random", int(k)))
-            return self.compressor.compress(model, ctx, tokens=int(k), scores=scores)
+            return self.compressor.compress(
+                model, self.compressor_ctx, tokens=int(k), scores=scores)
         return prune_cache(self.full, ctx, self.kept(method, k))
 
     def timed_cache(self, method: str, keep: float) -> tuple[Cache, dict]:

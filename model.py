@@ -98,10 +98,14 @@ class Config:
         Run run.loading.read_config on files of strangers: it checks the rest.
         """
         raw = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        # transformers 5 writes rope_parameters, earlier versions rope_scaling; where
+        # both stand, it reads the older one
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         for key, known in SUPPORTED.items():
-            if raw.get(key) not in known:
+            value = rope.get(key, raw.get(key))
+            if value not in known:
                 expected = " or ".join(map(repr, known))
-                raise ValueError(f"{path}: {key} is {raw.get(key)!r:.50}, expected {expected}")
+                raise ValueError(f"{path}: {key} is {value!r:.50}, expected {expected}")
 
         family = raw["model_type"]
         fields = {ours: raw.get(theirs) for ours, theirs in KEYS.items()}
@@ -116,8 +120,6 @@ class Config:
             fields["bias"] = "qkv"
         fields["head_norm"] = family == "qwen3"
 
-        # transformers 5 writes rope_parameters, earlier versions rope_scaling
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
         fields["rope_theta"] = theta
         fields["rope_scaling"] = llama3_scaling(path, rope)
@@ -258,6 +260,12 @@ class Cache:
         groups = [g for groups in self.layers for g in groups]
         tensors = [x for g in groups for x in g.tensors()]
         return [*tensors, self.next_position, self.n_written]
+
+    def layout(self) -> list:
+        """Shapes, and which groups share a bias: what a CUDA graph depends on."""
+        number = {id(bias): i for i, bias in enumerate(self.slot_biases)}
+        groups = [g for groups in self.layers for g in groups]
+        return [(g.k.shape, g.bias.shape, number[id(g.bias)]) for g in groups]
 
     def entries(self) -> torch.Tensor:
         """How many context tokens each head holds: (B, L, G) int64."""
@@ -691,7 +699,7 @@ class Llama(nn.Module):
             written to, any other is left as it is.
         segments: (B, T) int64, for several continuations of a cache in one row:
             a token sees its own segment, and every segment starts at the
-            cache's next position. -1 is padding.
+            cache's next position. -1 is padding. Not with reserved slots.
         lengths: (B,) int64, the real tokens of each row, where rows differ; not
             together with segments.
         on_weights: called as on_weights(layer, weights, first_query) with the
@@ -906,8 +914,13 @@ def decode_step(model: Llama, tokens, cache: Cache):
     return model.logits(h[:, -1])
 
 
+def next_token(model: Llama, cache: Cache, temperature: float, rng, tokens):
+    """(B,) tokens -> the (B,) tokens that follow them."""
+    return sample(decode_step(model, tokens, cache), temperature, rng)
+
+
 class CapturedStep:
-    """`decode_step` and `sample` on a GPU, captured once and then replayed.
+    """`next_token` on a GPU, captured once and then replayed.
 
     A step is about a thousand small kernels, and a GPU takes longer to start
     them than to run them. A CUDA graph starts all of them at once. It always
@@ -916,39 +929,42 @@ class CapturedStep:
 
     def __init__(self, model: Llama, cache: Cache, temperature: float, rng):
         self.cache = cache
+        self.temperature = temperature
         self.rng = rng
         self.tokens = torch.zeros_like(cache.next_position)
-        before = cache.n_written.clone(), cache.next_position.clone()
+        n_written = cache.n_written.clone()
+        next_position = cache.next_position.clone()
+        random_state = rng.get_state()
 
-        def step():
-            return sample(decode_step(model, self.tokens, cache), temperature, rng)
+        step = partial(next_token, model, cache, temperature, rng)
 
         # a first step outside of the graph, as libraries allocate memory in it
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
-            step()
+            step(self.tokens)
         torch.cuda.current_stream().wait_stream(side_stream)
 
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(rng)
         with torch.cuda.graph(self.graph):
-            self.new = step()
+            self.new = step(self.tokens)
 
         # that step wrote to a slot, which the next one shall write to again
-        cache.n_written.copy_(before[0])
-        cache.next_position.copy_(before[1])
+        cache.n_written.copy_(n_written)
+        cache.next_position.copy_(next_position)
+        rng.set_state(random_state)
 
     def __call__(self, tokens):
         self.tokens.copy_(tokens)
         self.graph.replay()
         return self.new
 
-    def start(self, cache: Cache, seed: int) -> None:
-        """Use the graph for another cache, which has the same shapes."""
+    def start(self, cache: Cache, rng) -> None:
+        """Use the graph for another cache, which has the same layout."""
         for own, other in zip(self.cache.tensors(), cache.tensors()):
             own.copy_(other)
-        self.rng.manual_seed(seed)
+        self.rng.set_state(rng.get_state())
 
 
 @torch.inference_mode()
@@ -978,38 +994,38 @@ def generate(
     rng = torch.Generator(model.device).manual_seed(seed)
     new = sample(logits, temperature, rng)  # (B,)
 
-    captured = None
-    if model.device.type == "cuda":
-        captured = capture(model, cache, temperature, seed, rng)
+    step = partial(next_token, model, cache, temperature, rng)
+    if model.device.type == "cuda" and max_new_tokens > 1:
+        step = capture(model, cache, temperature, rng)
 
     alive = [True] * len(prompts)
     for i in range(max_new_tokens):
-        step = new.tolist()  # the only time that a step waits for the device
-        if -1 in step:
+        ids = new.tolist()  # the only time that a step waits for the device
+        if -1 in ids:
             raise ValueError(
                 "the logits are not finite: weights or adapter are damaged, "
                 "or try --dtype fp32"
             )
-        alive = [a and token not in stop_ids for a, token in zip(alive, step)]
+        alive = [a and token not in stop_ids for a, token in zip(alive, ids)]
         if not any(alive):
-            return
-        yield [token if a else None for a, token in zip(alive, step)]
-        if i + 1 == max_new_tokens:
-            return
-        if captured is not None:
-            new = captured(new)
-        else:
-            new = sample(decode_step(model, new, cache), temperature, rng)
+            break
+        yield [token if a else None for a, token in zip(alive, ids)]
+        if i + 1 < max_new_tokens:
+            new = step(new)
+    if isinstance(step, CapturedStep):
+        model.captured = step  # for the next call
 
 
-def capture(model: Llama, cache: Cache, temperature: float, seed: int, rng):
-    """A CapturedStep for this cache; the last one again, where shapes agree."""
-    shapes = temperature, [x.shape for x in cache.tensors()]
-    if model.captured is None or model.captured[0] != shapes:
-        model.captured = shapes, CapturedStep(model, cache, temperature, rng)
-    else:
-        model.captured[1].start(cache, seed)
-    return model.captured[1]
+def capture(model: Llama, cache: Cache, temperature: float, rng) -> CapturedStep:
+    """A CapturedStep for this cache: that of the last call, if it fits."""
+    last = model.captured
+    model.captured = None  # nobody else may use it meanwhile
+    if last is None or last.temperature != temperature or (
+        last.cache.layout() != cache.layout()
+    ):
+        return CapturedStep(model, cache, temperature, rng)
+    last.start(cache, rng)
+    return last
 
 
 def answer(

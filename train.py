@@ -128,6 +128,10 @@ class TrainConfig:
     routing_strength: str = flag(
         CompressorConfig.routing_strength, "strength of the LoRA: growing with "
         "the compression, or full, as in the paper", choices=("growing", "full"))
+    registers: int = flag(
+        CompressorConfig.registers, "blank lines that are read behind the context, "
+        "and kept in every head, to carry what is dropped; 0: the paper's way",
+        COUNT_OR_0)
 
     # the loss
     lam: float = flag(
@@ -165,7 +169,7 @@ class TrainConfig:
         False, "compute activations again in the backward pass, to save memory")
 
     def compressor(self) -> CompressorConfig:
-        names = [f.name for f in fields(CompressorConfig)]
+        names = {f.name for f in fields(CompressorConfig)} & vars(self).keys()
         return CompressorConfig(**{name: getattr(self, name) for name in names})
 
 
@@ -255,6 +259,7 @@ def parse_args() -> tuple[argparse.Namespace, TrainConfig]:
         with reading(folder / "adapter.json"):
             about = read_about(folder / "adapter.json")
             shape = asdict(CompressorConfig(**about["config"]))
+            shape.pop("register_id")
     p.set_defaults(**PRESETS[known.preset] | shape)
 
     a = p.parse_args()
@@ -262,7 +267,7 @@ def parse_args() -> tuple[argparse.Namespace, TrainConfig]:
     c = TrainConfig(**{f.name: getattr(a, f.name) for f in fields(TrainConfig)})
     if c.init_adapter:
         c.init_adapter = str(folder)
-        if asdict(c.compressor()) != shape:
+        if not shape.items() <= asdict(c.compressor()).items():
             p.error(f"{folder} has {shape}; leave out the flags that say otherwise")
     check(c)
     return a, c
@@ -415,6 +420,7 @@ class Distiller(nn.Module):
         reading of each context; the scorer learns to predict it.
         """
         b = m.batch
+        ctx = ctx.without_registers()
         target = max_attention(
             self.model[0], full, b.continuation, segments=b.segments,
             max_position=m.max_position)                  # (B, L, G, N)
@@ -458,8 +464,9 @@ class Distiller(nn.Module):
     def ask(self, m, cache):
         """Hidden states of the supervised tokens, read after a cache: (R, D)."""
         b = m.batch
+        max_position = m.max_position + self.compressor.cfg.registers
         hidden = self.model[0](
-            b.continuation, cache, b.segments, max_position=m.max_position)
+            b.continuation, cache, b.segments, max_position=max_position)
         return hidden.flatten(0, 1)[m.rows]
 
 
@@ -752,7 +759,9 @@ def run(a: argparse.Namespace, c: TrainConfig, about: dict, world: World) -> Non
     if c.init_adapter:
         compressor = load_adapter(c.init_adapter, model, tokenizer)
     else:
-        compressor = Compressor(model.cfg, c.compressor()).to(model.device)
+        blank_line = tokenizer.encode("\n\n", joined=True)[0]
+        settings = replace(c.compressor(), register_id=blank_line)
+        compressor = Compressor(model.cfg, settings).to(model.device)
     sampler = BatchSampler(c, tokenizer, world)
 
     about = {"train": asdict(c), "system": a.system, **about}

@@ -146,7 +146,7 @@ def tokens_with(tok: Tokenizer, characters: str) -> frozenset[int]:
 
 def clamp(n: int, available: int, what: str) -> int:
     if n > available:
-        print(f"--n {n} is more than there is: {available} {what}, so {available}")
+        print(f"there are only {available} {what}, not {n}")
     return min(n, available)
 
 

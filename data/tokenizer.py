@@ -6,7 +6,8 @@ A tokenizer.json holds byte-pair encoding (BPE) of one of two kinds:
 The ids are those of the tokenizers library. What we cannot reproduce is refused.
 
 Text from a user never becomes a special token, because `encode` knows none. Only
-the chat format puts special tokens in, by their ids.
+the chat format puts special tokens in, by their ids. Added tokens that are words,
+such as Qwen3's <think>, are found in text, as the library finds them.
 """
 import hashlib
 import heapq
@@ -84,12 +85,19 @@ CHATS = {
     ),
     "[INST]": ChatFormat("[INST]", "[INST]{}\n\n", "[/INST]", "</s>"),
 }
-MARK = re.compile(r"<\|\w+\|>|\[/?INST\]|\[/?SYSTEM_PROMPT\]")
+# These never come out of text, even where a file calls them words.
+MARK = re.compile(r"<\|\w+\|>|\[/?[A-Z_]+\]|</?s>|<unk>|<pad>")
 
 # A template may bring a system prompt along. Llama 3.1's has dates in it; these
 # are the ones that it takes where nobody knows the day.
-DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}|]+)<\|im_end\|>")
+DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system\n([^'\"{}|]+)<\|im_end\|>")
 LLAMA31_SYSTEM = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+
+# What else opens the model's turn: the empty block by which Qwen3 does not think, or
+# the start of a block in a model that always thinks.
+THINKING = re.compile(
+    r"<think>\n\n</think>\n\n(?=['\"])|(?<=<\|im_start\|>assistant\n)<think>\n(?=['\"])"
+)
 
 
 # ------------------------------------------------------------ BPE of bytes
@@ -126,6 +134,44 @@ def read_merge(merge: str | list) -> tuple:
     return tuple(merge.split(" ") if isinstance(merge, str) else merge)
 
 
+def made_by_merges(merges: list[tuple], vocab: dict[str, int]) -> set[str]:
+    """The tokens that the library makes of their own bytes.
+
+    A merge of a and b is never reached where an earlier one joins the end of a to
+    the start of b. heads and tails: what begins and ends a token while it grows,
+    each with the id of the token that takes it up.
+    """
+    # A merge whose part has a higher id is never reached, if each token is made.
+    result = {(a, b): vocab[a + b] for a, b in merges}
+    result = {pair: i for pair, i in result.items() if i > max(map(vocab.get, pair))}
+    heads = {byte: [] for byte in byte_alphabet()}
+    tails = dict(heads)
+    for (a, b), i in result.items():
+        if a + b in heads or a not in heads or b not in heads:
+            continue
+
+        left = [(a, i), *tails[a]]
+        right = [(b, i), *heads[b]]
+        crossed = any(
+            result.get((x, y), i) < min(x_end, y_end + 1)
+            for x, x_end in left for y, y_end in right
+        )
+        if not crossed:
+            heads[a + b] = [(a, i), *heads[a]]
+            tails[a + b] = [(b, i), *tails[b]]
+
+    made = set(heads)
+    if len(result) < len(merges) and not made.issuperset(vocab):
+        raise ValueError("some tokens have no merge, some a lower id than their parts")
+    return made
+
+
+def has_all_merges(merges: list[tuple], vocab: dict[str, int]) -> bool:
+    """Whether any two tokens that spell a third one have a merge."""
+    cuts = ((token[:i], token[i:]) for token in vocab for i in range(1, len(token)))
+    return sum(a in vocab and b in vocab for a, b in cuts) == len(set(merges))
+
+
 def cut_long_blanks(text: str) -> Iterator[str]:
     start = 0
     for run in LONG_BLANKS.finditer(text):
@@ -152,28 +198,31 @@ class ByteLevel:
         pattern = split_pattern(spec["pre_tokenizer"])
         self.rules = [pattern, self.nfc]
 
-        alphabet = byte_alphabet()
-        ranks = {}
-        for token, i in model["vocab"].items():
-            if token not in special:
-                ranks[bytes(alphabet[c] for c in token)] = i
-        self.vocabulary = sorted(ranks.items())
-        self.pieces = {i: token for token, i in ranks.items()}
+        # tiktoken merges by id, the file lists merges by priority.
+        vocab = {t: i for t, i in model["vocab"].items() if t not in special}
+        merges = [read_merge(merge) for merge in model["merges"]]
+        order = [vocab[a + b] for a, b in merges]
+        if order != sorted(order):
+            raise ValueError("the merges are not in the order of their ids")
 
-        # tiktoken merges by id, the file lists merges by priority. Both agree when
-        # the ids rise along the list. Llama 3 lists every split of a token, and its
-        # ignore_merges says that the ids decide.
-        last = -1
-        for merge in model["merges"]:
-            a, b = read_merge(merge)
-            i = model["vocab"].get(a + b, -1)
-            if i < last and not model.get("ignore_merges"):
-                raise ValueError(f"merge {merge!r:.100} is out of the order of the ids")
-            last = i
+        # tiktoken makes a token of any two that spell it, so it gets only tokens that
+        # merges make. With ignore_merges any token may be a whole piece: it gets all,
+        # which is right if any two have a merge (Llama 3).
+        usable = set(vocab)
+        whole_pieces = model.get("ignore_merges")
+        if not whole_pieces or not has_all_merges(merges, vocab):
+            usable = made_by_merges(merges, vocab)
+        if whole_pieces and not usable.issuperset(vocab):
+            raise ValueError("ignore_merges is true, and some tokens have no merge")
+        alphabet = byte_alphabet()
+        self.pieces = {i: bytes(alphabet[c] for c in t) for t, i in vocab.items()}
+        ranks = {self.pieces[i]: i for t, i in vocab.items() if t in usable}
+        self.vocabulary = sorted(ranks.items())
 
         # tiktoken wants a token for each byte, and SmolLM2 lacks 21: 13 that UTF-8
         # never uses, six control characters, two unassigned planes. They get ids
-        # above the vocabulary, which `encode` drops.
+        # above the vocabulary, which `encode` drops. (The library drops them before it
+        # merges, so it may join their neighbours.)
         self.n_ids = max(self.pieces) + 1
         for b in range(256):
             ranks.setdefault(bytes([b]), self.n_ids + b)
@@ -318,6 +367,18 @@ def chat_template(folder: Path, config: dict) -> str:
     return expect(found, str)
 
 
+def stop_ids_of_model(folder: Path) -> set[int]:
+    """What ends an answer by generation_config.json, or else by config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        with reading(path, "expected the files of one model"):
+            ids = read_json(path).get("eos_token_id") if path.exists() else None
+            if ids is not None:
+                ids = ids if isinstance(ids, list) else [ids]
+                return {expect(i, int) for i in ids}
+    return set()
+
+
 class Tokenizer:
     """Token ids of texts and of the pieces of a chat.
 
@@ -351,9 +412,10 @@ class Tokenizer:
 
             ends = {eos, "<|endoftext|>", "<|end_of_text|>", "</s>"}
             self.stop_ids = {i for name, i in self.special.items() if name in ends}
+            self.stop_ids |= stop_ids_of_model(folder)
             self.system = system
             if template:
-                self.set_chat(template, bos)
+                self.set_chat(template, bos, folder)
             elif system is None:
                 self.set_plain(spec)
             else:
@@ -370,7 +432,15 @@ class Tokenizer:
             if model.get(key):
                 raise ValueError(f"{key} is {model[key]!r:.50}, expected none")
 
-        self.special = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
+        added = spec.get("added_tokens") or []
+        self.special = {t["content"]: t["id"] for t in added}
+        words = [t for t in added if not t.get("special", True)]
+        words = [t for t in words if not MARK.fullmatch(t["content"])]
+        self.words = sorted(t["content"] for t in words)
+        for word in words:
+            flags = {key for key, value in word.items() if value is True}
+            if flags - {"normalized"} or flags and spec.get("normalizer"):
+                raise ValueError(f"the added token {word!r:.200} is not a plain word")
         ids = (model["vocab"] | self.special).values()
         in_range = all(0 <= expect(i, int) < 1 << 22 for i in ids)
         if not in_range or len(set(ids)) < len(ids):
@@ -386,6 +456,8 @@ class Tokenizer:
         hashed = [self.bpe.vocabulary, sorted(self.special.items())]
         if self.bpe.rules != [SMOLLM, False]:
             hashed.append(self.bpe.rules)
+        if self.words:
+            hashed.append(self.words)
         self.fingerprint = hashlib.sha256(repr(tuple(hashed)).encode()).hexdigest()
 
     def set_plain(self, spec: dict) -> None:
@@ -405,14 +477,16 @@ class Tokenizer:
         self.turn = self.encode("\n", joined=True)
         self.end = self.turn
 
-    def set_chat(self, template: str, bos: str | None) -> None:
+    def set_chat(self, template: str, bos: str | None, folder: Path) -> None:
         family = next((mark for mark in CHATS if mark in template), None)
         if family is None:
-            raise ValueError(
-                f"the chat template has none of the marks {', '.join(CHATS)}; without "
-                "a chat_template the model is asked in plain text"
+            raise BadInput(
+                f"{folder}: the chat template has none of the marks {', '.join(CHATS)}; "
+                "delete chat_template from tokenizer_config.json, or the file "
+                "chat_template.jinja, and the model is asked in plain text"
             )
         chat = CHATS[family]
+        template = template.replace("\\n", "\n")
         system = self.system
         default = DEFAULT_SYSTEM.search(template)
         if system is None and default:
@@ -428,9 +502,12 @@ class Tokenizer:
                 with_system = with_system.replace(mark + "{", mark + " {")
         self.marks_are_text = " [/INST]" in template
         reply = " [/INST]" if self.marks_are_text else chat.reply
+        thinking = THINKING.search(template)
+        reply += thinking[0] if thinking else ""
         layout = chat.user if system is None else with_system
 
-        begin = [self.special[bos]] if bos and "bos_token" in template else []
+        begins = bos and ("bos_token" in template or bos in template.replace(family, ""))
+        begin = [self.special[bos]] if begins else []
         no_blank = not self.bpe.blank_after_special
         self.header = begin + self.marked(layout, bool(begin) and no_blank, system)
         self.turn = self.marked(reply, True)
@@ -448,18 +525,26 @@ class Tokenizer:
 
         The system prompt is filled in afterwards, so no mark in it does.
         """
-        marks = MARK.findall(layout)
-        if self.marks_are_text:
-            marks = [mark for mark in marks if mark in self.special]
-        pattern = "|".join(map(re.escape, marks)) or "(?!)"  # which never matches
+        names = set(self.special)
+        if not self.marks_are_text:
+            names.update(MARK.findall(layout))
 
+        def fill(section: str, joined: bool) -> list[int]:
+            return self.encode(section.replace("{}", system or ""), joined)
+
+        return self.split_at(names, layout, joined, fill)
+
+    def split_at(self, names, text: str, joined: bool, encode) -> list[int]:
+        """Ids of a text in which each of the names is one id."""
+        longest_first = sorted(names, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first)) or "(?!)"  # which never matches
         ids = []
-        for section in re.split(f"({pattern})", layout):
-            if section in marks:
+        for section in re.split(f"({pattern})", text):
+            if section in names:
                 ids.append(self.special[section])
                 joined = not self.bpe.blank_after_special
             elif section:
-                ids += self.encode(section.replace("{}", system or ""), joined)
+                ids += encode(section, joined)
         return ids
 
     def encode(self, text: str, joined: bool = False) -> list[int]:
@@ -468,7 +553,7 @@ class Tokenizer:
         joined: the text goes on from other text. (SentencePiece begins a new text
         with a blank of its own.)
         """
-        return self.bpe.encode(text, joined)
+        return self.split_at(self.words, text, joined, self.bpe.encode)
 
     def decode(self, ids) -> str:
         """Text of ids. What is no UTF-8, such as half a character, becomes U+FFFD."""

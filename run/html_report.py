@@ -98,7 +98,8 @@ def make_report(
     answers = []
     for i, k in enumerate(counts):
         cache = make_cache(k)
-        kept = kept_map(cache, n_protected + n)[..., n_protected:]
+        end = n_protected + n
+        kept = kept_map(cache, int(cache.next_position))[..., n_protected:end]
         bits |= kept.permute(2, 0, 1).to(torch.uint8) << i
         sizes.append(cache.nbytes())
         answers.append(answer(model, tokenizer, cache, questions, *settings))

@@ -195,7 +195,34 @@ def load_checked(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama
             raise BadInput(
                 f"{folder}: {name} holds numbers that are not finite, or not in {dtype}; "
                 "download it again")
+    warn_of_contradictions(folder, model)
     return model
+
+
+def warn_of_contradictions(folder: Path, model: Llama) -> None:
+    """Say on stderr what a model's files say twice, and differently."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    ropes = [raw] + [raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    thetas = {rope["rope_theta"] for rope in ropes if rope.get("rope_theta")}
+    used = model.cfg.rope_theta
+    if thetas - {used}:
+        print(
+            f"warning: {path}: rope_theta is {' and '.join(map(str, sorted(thetas)))}; {used} "
+            "is used, as in transformers 5", file=sys.stderr)
+
+    if not model.cfg.tied:
+        return
+    embedding, first = local_shard(model.embed.weight)
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            if first == 0 and "lm_head.weight" in tensors.keys():
+                head = tensors.get_slice("lm_head.weight")[:len(embedding)]
+                if not torch.equal(head.to(embedding), embedding):
+                    print(
+                        f"warning: {file}: lm_head.weight is not the embedding matrix, and is "
+                        f"not used, because {path} says tie_word_embeddings; transformers 5 "
+                        "uses it: set tie_word_embeddings to false for that", file=sys.stderr)
 
 
 def open_model(flags: argparse.Namespace, shard=None) -> tuple[Llama, Tokenizer]:

@@ -43,7 +43,8 @@ def test_1_scores():
     expected = scorer.w2(F.gelu(scorer.w1(torch.cat([second, distances])))).view(3, 2)
     assert torch.allclose(scores[0, :, :, 1], expected, atol=1e-5), (
         "W₂·GELU(W₁·x), and output l·G + g belongs to head g of layer l")
-    assert scorer(h.bfloat16(), lengths).dtype == torch.float32, "scores are fp32 for bf16 models, too"
+    dtype = scorer(h.bfloat16(), lengths).dtype
+    assert dtype == torch.float32, "scores are fp32 for bf16 models, too"
 
 
 def test_2_shared_budget():
@@ -53,7 +54,7 @@ def test_2_shared_budget():
     assert selection.kept.sum() == 4, "K = 2 per head on average, and two heads: four entries"
     assert selection.kept[0, 0, 1, 4], "every head keeps its recent token, whatever its score"
     assert torch.equal(selection.kept, KEPT), "the best of both heads together, not of each head"
-    assert torch.equal(selection.theta, THETA), "midway between −1.5, the last kept, and −2, the next"
+    assert torch.equal(selection.theta, THETA), "midway between −1.5, the last kept, and −2"
     assert torch.equal(selection.not_scored, RECENT), "not_scored: what no score could have changed"
 
     compressible[0, 0] = False  # the first token is protected
@@ -120,7 +121,8 @@ def test_5_routing():
     selection = Selection(kept, torch.zeros(1, 1, 1, 100).bool(), torch.zeros(1, 1, 1, 1))
 
     def lora_at(k):
-        lora = compressor.token_lora(selection, torch.tensor([100]), torch.tensor([k]), torch.float32)
+        n, k = torch.tensor([[100], [k]])
+        lora = compressor.token_lora(selection, n, k, torch.float32)
         return [lora(layer) for layer in range(6)]
 
     def strengths(k):

@@ -50,8 +50,9 @@ class Browser:
     def __init__(self, binary: str, profile):
         self.replies, theirs = os.pipe()
         ours, self.requests = os.pipe()
+        flags = (*FLAGS, f"--user-data-dir={profile}")
         self.process = subprocess.Popen(
-            ["bash", "-c", START.format(ours, theirs), binary, *FLAGS, f"--user-data-dir={profile}"],
+            ["bash", "-c", START.format(ours, theirs), binary, *flags],
             pass_fds=(ours, theirs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )
         os.close(ours)
@@ -238,12 +239,12 @@ def test_a_token_shows_its_heads(browser, page):
     browser.open(path.as_uri())
     starts = np.cumsum([0] + [count for _, count in report["units"]])
     n_heads = [int(kept[start].sum()) for start in starts[:-1]]
-    letters = [u for u, (text, _) in enumerate(report["units"]) if text.isascii() and text.isalpha()]
+    units = [text for text, _ in report["units"]]
+    letters = [u for u, text in enumerate(units) if text.isascii() and text.isalpha()]
     u = max(letters[5:-9], key=lambda u: (0 < n_heads[u] < kept[0].size, n_heads[u]))
     browser.point(f"spans[{u}]")
     shown = state(browser)
-    text = report["units"][u][0]
-    assert shown["caption"] == f"“{text}” is kept by {n_heads[u]} of {kept[0].size} heads."
+    assert shown["caption"] == f"“{units[u]}” is kept by {n_heads[u]} of {kept[0].size} heads."
     boxes = np.array(shown["boxes"]).reshape(report["heads"], report["layers"])
     assert (boxes.T == kept[starts[u]]).all()
     for layer, heads in re.findall(r"layer (\d+): ([\d, ]+)", shown["heads"]):

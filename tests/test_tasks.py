@@ -121,7 +121,7 @@ def test_squad_packs_paragraphs_and_spreads_questions(tok, tmp_path, capsys):
 
     assert squad(tok, path, 12, 0, pack=2) == cases != squad(tok, path, 12, 1, pack=2)
     assert sum(len(case.queries) for case in squad(tok, path, 999, 0)) == 24
-    assert "--n 999 is more than there is: 24 questions" in capsys.readouterr().out
+    assert "there are only 24 questions, not 999" in capsys.readouterr().out
 
 
 def test_squad_answers_fill_documents_of_a_given_length(tok, tmp_path):

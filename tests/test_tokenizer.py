@@ -162,6 +162,15 @@ def unchanged(spec: dict) -> None:
     pass
 
 
+def add_words(spec: dict, *words: str, **flags) -> None:
+    """Added tokens that are not special, behind all ids."""
+    for word in words:
+        n = 1 + max(spec["model"]["vocab"].values())
+        n = max([n] + [1 + token["id"] for token in spec["added_tokens"]])
+        plain = dict.fromkeys(["special", "normalized", "lstrip", "rstrip", "single_word"], False)
+        spec["added_tokens"].append({"id": n, "content": word} | plain | flags)
+
+
 def folder_of(folder, kind: str, template=None, change=unchanged, **config) -> Path:
     """A tokenizer's folder; `change` may change its tokenizer.json."""
     spec = json.loads(trained(kind))
@@ -202,6 +211,35 @@ def test_metaspace_schemes_equal_the_tokenizers_library(tmp_path, scheme):
     reference = Reference.from_file(str(tmp_path / "tokenizer.json"))
     for text in ("", " ", "a", " a", "  a   b", "▁a", "The house  is"):
         assert ours.encode(text) == reference.encode(text, add_special_tokens=False).ids, text
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama3", "mistral", "llama2"])
+def test_added_words_are_found_in_text_as_the_library_finds_them(tmp_path, kind):
+    def change(spec):
+        add_words(spec, "<think>", "</think>", "<thi")
+        add_words(spec, "<|fim|>")  # which looks like a mark: never from text
+
+    ours = Tokenizer(folder_of(tmp_path, kind, change=change))
+    reference = Reference.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("<think>", "a <think>\n\n</think> b", "<thin <think><think>é</think", " <think>\u0338"):
+        ids = ours.encode(text)
+        assert ids == reference.encode(text, add_special_tokens=False).ids, text
+        assert ours.special["<thi"] in ids or ours.special["<think>"] in ids
+    assert ours.special["<|fim|>"] not in ours.encode("<|fim|>")
+
+    plain = Tokenizer(folder_of(tmp_path, kind))
+    assert plain.fingerprint != ours.fingerprint
+
+
+@pytest.mark.parametrize("kind, flags", [
+    ("llama3", {"lstrip": True}), ("llama3", {"single_word": True}), ("qwen2", {"normalized": True}),
+])
+def test_added_words_that_we_would_find_elsewhere_are_refused(tmp_path, kind, flags):
+    def change(spec):
+        add_words(spec, "word", **flags)
+
+    with pytest.raises(BadInput, match="the added token .* is not a plain word"):
+        Tokenizer(folder_of(tmp_path, kind, change=change))
 
 
 # ------------------------------------------------------------- chat formats
@@ -327,6 +365,10 @@ TEMPLATES = {
 }
 # mistralai/Mistral-Nemo-Instruct-2407 (tekken): v0.3's without the blank
 TEMPLATES["nemo"] = TEMPLATES["mistral-v0.3"].replace('"[INST] "', '"[INST]"')
+# Qwen/QwQ-32B, which always thinks
+TEMPLATES["qwq"] = TEMPLATES["qwen2.5"].replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
+# A template that writes its first token out
+TEMPLATES["literal"] = TEMPLATES["nemo"].replace("{{- bos_token }}", "{{- '<s>' }}")
 SYSTEMS = (None, "Be brief.")
 
 
@@ -334,6 +376,7 @@ SYSTEMS = (None, "Be brief.")
     ("smollm2", "smollm2", SYSTEMS), ("qwen2", "qwen2", SYSTEMS), ("qwen2.5", "qwen2", SYSTEMS),
     ("qwen3", "qwen2", SYSTEMS), ("llama3", "llama3", SYSTEMS), ("llama3.1", "llama3", SYSTEMS),
     ("nemo", "tekken", SYSTEMS), ("mistral-v7", "tekken", SYSTEMS[1:]),
+    ("qwen3", "thinking", SYSTEMS), ("qwq", "thinking", SYSTEMS), ("literal", "tekken", SYSTEMS),
     # SentencePiece: a document begins with a blank behind a special token, not behind text.
     ("llama2", "llama2", SYSTEMS), ("mistral-v0.2", "llama2", (None,)),
     ("mistral-v0.3", "mistral", SYSTEMS), ("qwen3", "mistral", SYSTEMS),
@@ -348,10 +391,12 @@ def test_chats_are_the_templates(tmp_path, template, kind, systems):
         if kind == "legacy":
             spec["normalizer"] = json.loads(trained("llama2"))["normalizer"]
             spec["pre_tokenizer"] = None
+        if kind == "thinking":
+            add_words(spec, "<think>", "</think>")
 
     layout = TEMPLATES[template]
     bos = "<|begin_of_text|>" if kind == "llama3" else "<s>"
-    trained_kind = "mistral" if kind == "legacy" else kind
+    trained_kind = {"legacy": "mistral", "thinking": "qwen2"}.get(kind, kind)
     folder = folder_of(tmp_path, trained_kind, layout, change, bos_token=bos)
     reference = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), bos_token=bos, eos_token="</s>",
@@ -367,7 +412,7 @@ def test_chats_are_the_templates(tmp_path, template, kind, systems):
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         assert ids == reference.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False,
+            messages, add_generation_prompt=True, return_dict=False, enable_thinking=False,
         )
         assert t.end == [t.special[end]] and t.end[0] in t.stop_ids
 
@@ -417,8 +462,7 @@ def test_templates_are_found_where_transformers_puts_them(tmp_path):
 
 
 @pytest.mark.parametrize("config", [
-    {"chat_template": "{{ '<｜User｜>' + x }}"}, {"chat_template": 5},
-    {"chat_template": [{"name": "default"}]}, {"chat_template": "<|im_start|>"},
+    {"chat_template": 5}, {"chat_template": [{"name": "default"}]}, {"chat_template": "<|im_start|>"},
     {"chat_template": "[INST][/INST]"}, {"chat_template": "[INST] [/INST]"},
     {"chat_template": "bos_token [INST] [/INST]", "bos_token": "<nowhere>"},
     {"bos_token": {"text": 5}},
@@ -429,6 +473,34 @@ def test_odd_chats_are_refused(tmp_path, config):
 
     folder_of(tmp_path, "smollm2", change=change, **config)
     with pytest.raises(BadInput, match="tokenizer_config.json: .* files of one model"):
+        Tokenizer(tmp_path)
+
+
+def test_an_unknown_template_is_refused_with_advice(tmp_path):
+    folder_of(tmp_path, "smollm2", "{{ '<｜User｜>' + x }}")
+    with pytest.raises(BadInput, match=f"^{tmp_path}: .* delete chat_template from tokenizer_config"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("generation, model, expected", [
+    ({"eos_token_id": [7, 8]}, {"eos_token_id": 9}, {7, 8}),
+    ({}, {"eos_token_id": 9}, {9}), (None, {"eos_token_id": [9, 0]}, {9, 0}),
+    ({"eos_token_id": 0}, None, {0}), ({"eos_token_id": None}, {}, set()),
+])
+def test_stop_ids_of_the_model_count(tmp_path, generation, model, expected):
+    """transformers reads config.json only without a generation_config.json's own."""
+    write_tokenizer(tmp_path)
+    for name, config in {"generation_config": generation, "config": model}.items():
+        if config is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    assert Tokenizer(tmp_path).stop_ids == {304, 301} | expected
+
+
+@pytest.mark.parametrize("ids", ["2", [None], [[2]], {"id": 2}, 2.5])
+def test_odd_stop_ids_are_refused(tmp_path, ids):
+    write_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(BadInput, match="generation_config.json: .* where int was expected"):
         Tokenizer(tmp_path)
 
 
@@ -492,6 +564,51 @@ def pre(first=(), last=()) -> dict:
 METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
 
 
+def small_bpe(more: list[str], merges: list[str], ignore_merges: bool) -> dict:
+    """A tokenizer.json with every byte and a few tokens."""
+    vocab = {c: i for i, c in enumerate([*sorted(byte_alphabet()), *more])}
+    model = bpe(vocab=vocab, merges=merges, ignore_merges=ignore_merges)
+    return tiny_tokenizer_json(**model, added_tokens=[])
+
+
+@pytest.mark.parametrize("more, merges, ignore_merges, text, n", [
+    (["ab", "abc", "bc"], ["a b"], False, "abc", 2),
+    (["bc", "ab", "abc"], ["b c", "a b", "ab c"], False, "abc", 2),  # b c comes before a b
+    (["ab", "bc", "abc"], ["a b", "b c", "ab c", "a bc"], True, "xabc", 2),
+])
+def test_tokens_are_made_by_merges_only(tmp_path, more, merges, ignore_merges, text, n):
+    spec = small_bpe(more, merges, ignore_merges)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    ids = Tokenizer(tmp_path).encode(text)
+    assert ids == Reference.from_str(json.dumps(spec)).encode(text).ids and len(ids) == n
+
+
+def test_random_merges_are_reproduced_or_refused(tmp_path):
+    rng = random.Random(0)
+    equal = 0
+    for _ in range(300):
+        tokens = list("ab")
+        merges = []
+        for _ in range(rng.randint(1, 8)):
+            a, b = rng.choice(tokens), rng.choice(tokens)
+            if a + b not in tokens:
+                tokens.append(a + b)
+                merges += [f"{a} {b}"] * (rng.random() < 0.8)
+        spec = small_bpe(tokens[2:], merges, rng.random() < 0.5)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+        try:
+            ours = Tokenizer(tmp_path)
+        except BadInput:
+            assert spec["model"]["ignore_merges"] and len(merges) < len(tokens) - 2
+            continue
+        equal += 1
+        reference = Reference.from_str(json.dumps(spec))
+        for _ in range(20):
+            text = "".join(rng.choices("ab", k=12))
+            assert ours.encode(text) == reference.encode(text).ids, (text, tokens, merges)
+    assert equal > 150
+
+
 @pytest.mark.parametrize("change", [
     # What we could not reproduce
     {"model": {"type": "Unigram"}}, bpe(dropout=0.1), {"normalizer": {"type": "NFKC"}},
@@ -501,6 +618,7 @@ METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
     bpe(byte_fallback=True, ignore_merges=False) | {"pre_tokenizer": METASPACE},
     bpe(byte_fallback=True, ignore_merges=False) | {"pre_tokenizer": METASPACE | {"split": True}},
     bpe(vocab={"a": 0, "b": 1, "ab": 3, "ba": 2}, merges=["a b", "b a"], ignore_merges=False),
+    bpe(vocab={"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}, merges=["a b"]),
     # Ids that are no ids
     *[{"added_tokens": [{"content": "x", "id": i}]} for i in ("1", 258, 1 << 40)],
     *[bpe(vocab={"a": i}) for i in (1.5, True, -1)], bpe(vocab={}, merges=[]),
