@@ -4,16 +4,17 @@ The method (arXiv 2503.10337) has five parts. Four are here, in this order, and
 the fifth, the loss, is in train.py:
   1. Scorer           a small network reads each token's hidden state after
                       layer η and gives a score for every head
-  2. select, gather   the highest scores of all heads together are kept, under
-                      one shared budget
-  3. decay            attention to an entry is decayed by its score, so that the
-                      gradient of the loss reaches the scorer
-  4. TokenLoRA        while the context is encoded, kept tokens go through
-                      LoRA-adapted W_Q and W_O
-`Compressor` puts them together. As a program, this file compresses a text and
-answers questions about it:
+  2. select, gather   the entries with the highest scores of all heads together
+                      are kept, under one shared budget
+  3. decay            attention to an entry is decayed by its score, so that a
+                      gradient of the loss can reach the scorer; the shipped
+                      scorer learned by regression instead (train.py)
+  4. TokenLoRA        while the context is encoded, kept tokens get a low-rank
+                      addition to W_Q and W_O
+`Compressor` puts them together. An entry is the key and the value of one token
+in one head. As a program, this file compresses a text and answers questions:
 
-    python compress.py --keep 0.1 --question "Who built the lighthouse?"
+    python compress.py --keep 0.1 --question "What did the first lamp burn?"
 
 How a gradient passes through a top-k selection, in ten lines (part 3):
 
@@ -22,23 +23,25 @@ How a gradient passes through a top-k selection, in ten lines (part 3):
 >>> from model import attention
 >>> scores = torch.tensor([[[[2.0, 1.0, -1.0, 0.0]]]], requires_grad=True)
 >>> selection = select(scores, torch.ones(1, 4, dtype=torch.bool), torch.tensor([2]))
->>> beta = decay(scores, selection, "threshold", tau=0.5)
->>> q, k, v = torch.arange(72.0).sin().view(1, 1, 9, 8).split([1, 4, 4], dim=2)
+>>> beta = decay(scores, selection, "threshold", tau=0.5)  # 0, 0, -1e9, -1e9
+>>> q, k, v = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 4, 8), torch.randn(1, 1, 4, 8)
 >>> loss = attention(q, k, v, bias=beta[:, 0]).square().sum()
 >>> loss.backward()
->>> scores.grad.flatten() != 0  # a hard step: the two kept entries
+>>> scores.grad.flatten() != 0  # the two kept entries have a gradient
 tensor([ True,  True, False, False])
 
-With `soft=True` in `decay`, all four have a gradient.
+This is a hard step, in which dropped entries are masked. In a soft step nothing
+is dropped, only decayed: with `soft=True` in `decay`, all four have a gradient.
 
 Shapes: B batch, N context tokens, K kept tokens per head on average, L layers,
 G key-value heads per layer, d head width, D model width, r LoRA rank. Scores,
 selections and biases are (B, l, g, N). With a selection per head, l = L and
-g = G. With a selection per token, the paper's way, l = g = 1.
+g = G. With a selection per token, the paper's way, l = g = 1: one score stands
+for all heads. Layers count from 1 in the prose: layer η is `layers[eta - 1]`.
 """
-import argparse
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -46,18 +49,25 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from run.errors import BadInput, read_json, reading, run_program
+from run.flags import parse_compress_flags
+
 if __name__ == "__main__":
+    run_program(parse_compress_flags)  # a typo is answered before torch is imported
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports just ends them
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import NEG, Cache, HeadGroup, Llama, TokenLoRA, answer, full_cache
+from data.tasks import SQUAD_ANSWER, SQUAD_END, SQUAD_PROMPT, tokens_with
+from model import NEG, Cache, HeadGroup, Llama, TokenLoRA, answer_ids, full_cache
+from run.chat import Conversation, NextTurn, chat
 from run.checkpoint import ROOT, cache_header, load_cache, read_adapter, save_cache
-from run.errors import BadInput, Parser, read_json, reading, run_program
-from run.html_report import highlight, kept_map, make_report, write_report
-from run.loading import add_model_flags, model_name, open_model, seed_flag
+from run.html_report import (
+    can_color, in_column, kept_map, make_report, terminal_width, view, write_report)
+from run.loading import model_name, open_model, open_tokenizer
 
 
 @dataclass
@@ -80,10 +90,12 @@ class CompressorConfig:
 # ------------------------------------------------------------ part 1: the scorer
 
 class Scorer(nn.Module):
-    """s = W₂·GELU(W₁·x), in fp32: a score for each token and head.
+    """A network with one hidden layer, in fp32: a score for each token and head.
 
-    x is the RMS-normalised hidden state, and how many tokens stand after and
-    before it: a causal hidden state cannot know how much text is still to come.
+    A score predicts the logarithm of the largest attention weight that the entry
+    will get (see `max_attention`); −4 is a typical value. The input is the
+    RMS-normalised hidden state, log(1 + tokens after it) and log(1 + tokens
+    before it): a causal hidden state cannot know how much text is to come.
     """
 
     def __init__(self, n_embd: int, hidden: int, n_layer: int, n_kv_head: int):
@@ -110,8 +122,10 @@ class Scorer(nn.Module):
 def kept_count(n, keep: float | None = None, tokens: int | None = None):
     """K, the number of tokens that each head keeps on average.
 
-    n: (B,) int64, compressible tokens. Give either keep, the kept fraction, or
-    tokens, an absolute number. K = ceil(keep·n), never more than n: (B,) int64.
+    n: (B,) int64, compressible tokens.
+    keep: the kept fraction; K = ceil(keep·n).
+    tokens: an absolute number instead; K = min(tokens, n).
+    Returns: (B,) int64. Errors: BadInput for a value that makes no sense.
     """
     if (keep is None) == (tokens is None):
         raise BadInput("give either keep (a fraction) or tokens (a number), not both")
@@ -120,8 +134,8 @@ def kept_count(n, keep: float | None = None, tokens: int | None = None):
     if tokens is not None and tokens < 1:
         raise BadInput(f"tokens is {tokens}, expected at least 1")
     if keep is None:
-        return n.clamp(max=min(tokens, 1 << 62))
-    # on the CPU, as not every device has float64
+        return n.clamp(max=min(tokens, 1 << 62))  # more does not fit into int64
+    # on the CPU, as not every device has float64; 1e-9 as 0.1·30 is above 3
     k = (keep * n.cpu().double() - 1e-9).ceil().clamp(min=1).long()
     return k.to(n.device).minimum(n)
 
@@ -129,9 +143,10 @@ def kept_count(n, keep: float | None = None, tokens: int | None = None):
 @dataclass
 class Selection:
     """Which entries of the cache are kept."""
-    kept: torch.Tensor        # (B, l, g, N) bool, without the protected tokens
-    not_scored: torch.Tensor  # (B, 1, 1, N) bool, what no score can change:
-                              # recent tokens, protected tokens, and padding
+    kept: torch.Tensor        # (B, l, g, N) bool; recent tokens are in it,
+                              # protected ones are not
+    not_scored: torch.Tensor  # (B, 1, 1, N) bool, kept or dropped whatever the
+                              # score: recent and protected tokens, padding
     theta: torch.Tensor       # (B, 1, 1, 1) fp32, the threshold: midway between
                               # the last kept score and the next
     registers: torch.Tensor | None = None  # (B, N) bool, if there are any
@@ -169,7 +184,8 @@ def select(scores, compressible, k, recent=0, check: bool = True) -> Selection:
             "diverged: use a lower --scorer-lr"
         )
 
-    # every head's recent tokens come first, what is not compressible last
+    # +∞ ranks recent tokens first, so that they use up budget; −∞ ranks protected
+    # tokens and padding last
     from_end = compressible.flip(1).cumsum(1).flip(1)  # 1 for the last token
     is_recent = compressible & (from_end <= k.clamp(max=recent)[:, None])
     is_recent = is_recent[:, None, None]
@@ -184,8 +200,9 @@ def select(scores, compressible, k, recent=0, check: bool = True) -> Selection:
 
     last = ranked.gather(1, (budget - 1).clamp(min=0))
     next_ = ranked.gather(1, budget.clamp(max=l * g * N - 1))
-    last = torch.where(last == math.inf, next_ + 1, last)      # all kept are recent
-    next_ = torch.where(next_ == -math.inf, last - 1, next_)   # nothing is dropped
+    # θ must be finite, also where all kept entries are recent, or none is dropped
+    last = torch.where(last == math.inf, next_ + 1, last)
+    next_ = torch.where(next_ == -math.inf, last - 1, next_)
     theta = ((last + next_) / 2)[..., None, None]
     return Selection(kept.view_as(scores), is_recent | others, theta)
 
@@ -195,7 +212,8 @@ def gather(keep_mask, beta=None):
 
     Returns store(layer, k, v), which takes the keys and values (B, G, N, d) of a
     layer and returns its head groups. Neighbouring heads that keep equally many
-    entries share a group. Rows of a batch that keep fewer are padded.
+    entries share a group. In a batch, a head is as long as in the row where it
+    keeps most; the other rows are padded.
 
     keep_mask: (B, L or 1, G or 1, N) bool, all that is kept.
     beta: as large, fp32, a bias of the kept entries; or None.
@@ -205,33 +223,36 @@ def gather(keep_mask, beta=None):
     order = keep_mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
     is_kept = torch.arange(keep_mask.shape[-1], device=keep_mask.device) < counts[..., None]
     positions = torch.where(is_kept, order, -1).to(torch.int32)
-    most = counts.amax(0).tolist()    # entries of each head, in its longest row
-    least = counts.amin(0).tolist()
+    index = torch.where(is_kept, order, 0)  # padding is a copy of the first token
+    row = torch.arange(len(index), device=index.device)[:, None, None]
+    # entries of each head in its longest row and its shortest: (l, g) numbers;
+    # a GPU is waited for here, and not in `store`
+    most, least = torch.stack([counts.amax(0), counts.amin(0)]).tolist()
     per_head = keep_mask.shape[2] > 1
 
     def store(layer: int, k, v) -> list[HeadGroup]:
         if len(most) == 1:
             layer = 0  # one selection for all layers
-        row = torch.arange(k.shape[0], device=k.device)[:, None, None]
         head = torch.arange(k.shape[1], device=k.device)[:, None]
 
         groups = []
-        for size, same in groupby(range(len(most[layer])), key=most[layer].__getitem__):
-            same = list(same)
-            heads = slice(same[0], same[-1] + 1)
+        first = 0
+        # runs of neighbouring heads of one size: sizes 12, 4, 4 are two groups
+        for size, run in groupby(most[layer]):
+            heads = slice(first, first + len(list(run)))
+            first = heads.stop
             group_positions = positions[:, layer, heads, :size].clone()  # (B, g, S)
-            index = group_positions.clamp(min=0)
+            group_index = index[:, layer, heads, :size]
+            # one selection for all heads: its (B, 1, S) positions serve all of them
             own_heads = head[heads] if per_head else head
             bias = None
             if beta is not None:
-                bias = beta[:, layer, heads].gather(2, order[:, layer, heads, :size])
+                bias = beta[:, layer, heads].gather(2, group_index)
             if bias is not None or min(least[layer][heads]) < size:
                 real = 0.0 if bias is None else bias
                 bias = torch.where(group_positions < 0, NEG, real)
-            groups.append(HeadGroup(
-                k[row, own_heads, index], v[row, own_heads, index],  # (B, g, S, d)
-                group_positions, bias,
-            ))
+            entries = (row, own_heads, group_index)  # of k and v: (B, g, S, d)
+            groups.append(HeadGroup(k[entries], v[entries], group_positions, bias))
         return groups
 
     return store
@@ -251,7 +272,7 @@ def decay(scores, selection: Selection, kind: str, tau: float, soft: bool = Fals
         passes through it. For θ = −4, τ = 0.5, the scores −3, −4.2 and −7
         become −0.13, −0.91 and −6.0.
     soft: nothing is dropped, and every entry is decayed by its β. Otherwise (a
-        hard step, and a finished cache) dropped entries have −1e9, and under
+        hard step) dropped entries have −1e9, which masks them, and under
         "threshold" the *value* of β is 0 for kept ones, which leaves its
         gradient.
     Returns: (B, l, g, N) fp32; 0 for recent and protected tokens.
@@ -286,6 +307,7 @@ def max_attention(
         `segments`; see Llama.forward.
     first, end: look at entries first … end−1. Attention is then counted as if
         only these, the first `sinks` entries and the tokens themselves existed.
+    max_position: see Llama.forward.
     Returns: (B, L, G, end − first) fp32.
     """
     S = cache.layers[0][0].k.shape[2]
@@ -301,13 +323,14 @@ def max_attention(
     def on_weights(layer: int, weights, first_query: int):  # (B, G, H/G, t, s)
         received = weights[..., first:end]
         if end - first < S:
-            visible = received.sum(-1) + weights[..., S:].sum(-1)
-            visible = visible + weights[..., :min(sinks, first)].sum(-1)
-            received = received / visible.clamp(min=1e-30)[..., None]
+            total = received.sum(-1) + weights[..., S:].sum(-1)
+            total = total + weights[..., :min(sinks, first)].sum(-1)
+            received = received / total.clamp(min=1e-30)[..., None]
         if is_token is not None:
             queries = is_token[:, first_query:first_query + weights.shape[3]]
             received = received.masked_fill(~queries[:, None, None, :, None], 0)
         received = received.amax((2, 3))  # (B, G, end − first)
+        # a layer comes once for each block of queries
         if layer in best:
             received = torch.maximum(best[layer], received)
         best[layer] = received
@@ -353,7 +376,7 @@ class Context:
             self.compressible[:, :N], self.padded,
         )
 
-    def full_cache(self, kvs, bias=None) -> Cache:
+    def as_cache(self, kvs, bias=None) -> Cache:
         return full_cache(kvs, self.lengths if self.padded else None, bias)
 
 
@@ -376,7 +399,7 @@ class Compressor(nn.Module):
         start = -4.0 if cfg.decay == "threshold" else 4.0
         nn.init.constant_(self.scorer.w2.bias, start)
 
-        # A ~ N(0, 1/D) and B = 0, so that at first LoRA changes nothing
+        # a ~ N(0, 1/D) and b = 0, so that at first LoRA changes nothing
         n = self.n_adapted(model_cfg, cfg)
         D = model_cfg.n_embd
         inner = model_cfg.n_head * model_cfg.head_dim
@@ -395,7 +418,7 @@ class Compressor(nn.Module):
 
     @torch.no_grad()
     def read(self, model: Llama, tokens, lengths=None, protect=None) -> Context:
-        """Read contexts up to layer η.
+        """Read contexts up to layer η, with registers behind them.
 
         tokens: (B, N) int64, padded on the right to `lengths` (B,), if given.
         protect: (B, N) bool, tokens that every head keeps.
@@ -423,7 +446,7 @@ class Compressor(nn.Module):
         after η read the same hidden states."""
         ctx = ctx.without_registers()
         _, kvs = model.run_layers(ctx.h, self.cfg.eta)
-        return ctx.full_cache(ctx.kvs + kvs)
+        return ctx.as_cache(ctx.kvs + kvs)
 
     def scores(self, ctx: Context):
         """(B, l, g, N) fp32"""
@@ -460,19 +483,23 @@ class Compressor(nn.Module):
     def token_lora(self, selection: Selection, n, k, dtype):
         """Part 4: a function that maps a layer to its TokenLoRA, or to None.
 
-        A token has the strength of the fraction of the *next* layer's heads that
-        keep it: theirs are the first keys and values that LoRA changes.
+        A token's strength is `routing_strength` times the fraction of the *next*
+        layer's heads that keep it: LoRA changes the hidden state after a layer,
+        and with it first the keys and values of the next one.
         """
+        # (B, l, N) · (B, 1, 1)
         strength = selection.head_fraction * self.routing_strength(n, k)[:, None, None]
         strength = strength.to(dtype)[..., None]  # (B, l, N, 1)
+
+        # of all layers at once: a matrix alone is a small thing to convert
+        layers = [x.to(dtype).unbind() for x in self.lora_parameters()]
 
         def of_layer(layer: int) -> TokenLoRA | None:
             i = layer - self.cfg.eta
             if not 0 <= i < len(self.a_q):
                 return None
             next_layer = layer + 1 if strength.shape[1] > 1 else 0
-            matrices = [x[i].to(dtype) for x in self.lora_parameters()]
-            return TokenLoRA(strength[:, next_layer], *matrices)
+            return TokenLoRA(strength[:, next_layer], *[x[i] for x in layers])
 
         return of_layer
 
@@ -484,12 +511,14 @@ class Compressor(nn.Module):
                     full and          kept tokens: frozen      only
                     compressed cache  plus LoRA
 
+        Every token still attends to every earlier one; entries are dropped when
+        the cache is stored.
         store(layer, k, v): see Llama.run_layers. Returns what it returned, for
         all layers.
         """
         lower = ctx.kvs
         if store is not None:
-            lower = [store(layer, k_, v) for layer, (k_, v) in enumerate(ctx.kvs)]
+            lower = [store(i, keys, values) for i, (keys, values) in enumerate(ctx.kvs)]
         n = ctx.compressible.sum(1)
         lora = self.token_lora(selection, n, k, model.dtype)
         _, upper = model.run_layers(ctx.h, self.cfg.eta, token_lora=lora, store=store)
@@ -499,8 +528,8 @@ class Compressor(nn.Module):
         """The compressed cache of a context. keep = 1 gives the full cache.
 
         keep, tokens: see `kept_count`.
-        scores: (B, l, g, N), to select by other scores than the scorer's; of
-            the documents alone.
+        scores: (B, l, g, N), to select by other scores than the scorer's, with
+            no decay; of the documents alone, without registers.
         """
         n = ctx.compressible.sum(1)
         k = kept_count(n, keep, tokens)
@@ -515,6 +544,7 @@ class Compressor(nn.Module):
         beta = None
         if self.cfg.decay == "sigmoid" and scores is None:
             beta = decay(own_scores, selection, "sigmoid", self.cfg.tau)
+            # a row that keeps everything is a full cache, without decay
             decayed = selection.kept & (k < n)[:, None, None, None]
             beta = torch.where(decayed, beta, 0.0)
         store = gather(selection.kept | ctx.protected[:, None, None], beta)
@@ -560,24 +590,29 @@ def prune_cache(full: Cache, ctx: Context, kept) -> Cache:
 
 DEMO = ROOT / "data" / "lighthouse.txt"
 DEMO_QUESTIONS = [
-    "How tall is the tower?",
-    "Who was the first keeper of the lighthouse?",
-    "Who built the lighthouse?",
+    "What did the first lamp burn?",
+    "How many steps does the tower have?",
+    "When was the lighthouse built?",
 ]
 SHIPPED_ADAPTER = ROOT / "adapters" / "smollm2-135m-instruct"
 
 
-def open_text(compressor: Compressor, model: Llama, tokenizer, text: str) -> Context:
+def open_text(compressor: Compressor, model: Llama, tokenizer, text: str, keep=()) -> Context:
     """A text as the user's turn of a chat, read up to layer η.
 
     The header of the chat is protected, or without one the first token.
+    keep: spans of the text that every head keeps, too, as (start, end) in
+        characters. Errors: BadInput for one that is not in the text.
     """
     if not text.strip():
         raise BadInput("the text is empty; there is nothing to compress")
-    ids = tokenizer.header + tokenizer.document(text.strip())
-    tokens = torch.tensor([ids], device=model.device)
-    columns = torch.arange(len(ids), device=model.device)
-    protect = columns[None] < max(1, len(tokenizer.header))
+    n_header = len(tokenizer.header)
+    ids = tokenizer.document(text.strip())
+    tokens = torch.tensor([tokenizer.header + ids], device=model.device)
+    protect = torch.zeros_like(tokens, dtype=torch.bool)
+    protect[0, :max(1, n_header)] = True
+    for first, end in tokenizer.token_spans(ids, text, keep):
+        protect[0, n_header + first:n_header + end] = True
     return compressor.read(model, tokens, protect=protect)
 
 
@@ -622,61 +657,92 @@ def open_compressor(adapter, weights, model: Llama, tokenizer) -> tuple[Compress
     adapter: --adapter, or None for the shipped one, which belongs to the default
     model. weights: --weights, or None for the default model.
     """
-    if adapter is None and weights is not None:
+    folder = adapter_folder(adapter, weights)
+    return load_adapter(folder, model, tokenizer), folder
+
+
+def adapter_folder(adapter, weights) -> Path:
+    """The folder of the adapter that the flags name; see `open_compressor`."""
+    if adapter is not None:
+        return find_adapter(adapter)
+    if weights is not None:
         raise BadInput(
             f"no adapter is shipped for {weights}; give --adapter, a folder that "
             f"`python train.py --weights {weights}` has made"
         )
-    folder = SHIPPED_ADAPTER if adapter is None else find_adapter(adapter)
-    return load_adapter(folder, model, tokenizer), folder
+    return SHIPPED_ADAPTER
+
+
+# -------------------------------------------------------- questions and their answers
+
+class Extracting:
+    """A tokenizer for `model.answer` by which the default model answers in few words.
+
+    The model's turn is opened with a quotation mark, and the answer ends with it.
+    (notes/LOG.md, 2026-11-28, compares wordings.)
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.decode = tokenizer.decode
+        self.stop_ids = tokenizer.stop_ids | tokens_with(tokenizer, SQUAD_END)
+
+    def ask(self, question: str) -> list[int]:
+        prompt = self.tokenizer.ask(SQUAD_PROMPT.format(question))
+        return prompt + self.tokenizer.encode(SQUAD_ANSWER)
+
+
+@torch.no_grad()
+def kl_of_answer(model: Llama, full: Cache, cache: Cache, prompt: list[int], ids: list[int]) -> float:
+    """KL(full ‖ cache) in nats per token, over the full cache's own answer: the
+    mean over the predictions of its ids and of what follows them."""
+    tokens = torch.tensor([prompt + ids], device=model.device)
+    room = model.cfg.max_positions - int(full.next_position[0])
+    tokens = tokens[:, :room]  # the last id of an answer may have had no position
+    log_p, log_q = [
+        model.logits(model(tokens, c)[:, len(prompt) - 1:]).log_softmax(-1)
+        for c in (full, cache)
+    ]
+    kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q)
+    return max(0.0, float(kl.mean()))
+
+
+def ask_all(model: Llama, tokenizer, caches: dict[str, Cache], questions: list[str], *settings):
+    """Print every question with the answer of each cache.
+
+    Beside a cache "full", also how far the others are from it.
+    tokenizer, settings: as in `model.answer`.
+    """
+    answers = {}
+    seconds = []
+    for name, cache in caches.items():
+        start = time.perf_counter()
+        answers[name] = answer_ids(model, tokenizer, cache, questions, *settings)
+        seconds.append(f"{time.perf_counter() - start:.1f}")
+
+    full = caches.get("full")
+    width = max(map(len, answers))
+    for i, question in enumerate(questions):
+        print(f"\n? {in_column(question, 2)}")
+        for name, cache in caches.items():
+            ids = answers[name][i]
+            print(f"  {name:{width}}  {in_column(tokenizer.decode(ids).strip(), width + 4)}")
+            if full is None or name == "full":
+                continue
+            own = answers["full"][i]
+            kl = kl_of_answer(model, full, cache, tokenizer.ask(question), own)
+            same = "the same answer" if ids == own else "another answer"
+            print(f"  {'':{width}}  ({same}, KL {kl:.3f})")
+    print(f"\nanswering took {', '.join(seconds)} s")
 
 
 # -------------------------------------------------------------------- the program
 
-def parse_args() -> argparse.Namespace:
-    p = Parser(description="Compress the cache of a text and answer questions from it.")
-    p.add_argument("--context", metavar="FILE", help="text to compress; - for standard "
-                   "input; default: data/lighthouse.txt")
-    size = p.add_mutually_exclusive_group()
-    size.add_argument("--keep", type=float, help="fraction of the text's tokens to keep, "
-                      "on average over heads; default 0.1")
-    size.add_argument("--tokens", type=int, help="the same as a number of tokens")
-    p.add_argument("--question", action="append", metavar="TEXT", help="repeatable")
-    p.add_argument("--adapter", metavar="DIR", help="a trained compressor; default: the "
-                   "shipped one, for the default model")
-    p.add_argument("--html", metavar="FILE", help="write a page that shows which heads "
-                   "keep which token, and the answers, at several kept fractions")
-    p.add_argument("--save", metavar="FILE", help="write the compressed cache to a file")
-    p.add_argument("--load", metavar="FILE", help="ask a saved cache; no text is read")
-    p.add_argument("--max-new-tokens", type=int, default=64, help="default 64")
-    p.add_argument("--temperature", type=float, default=0.0, help="0, the default, is "
-                   "greedy decoding")
-    p.add_argument("--seed", type=seed_flag, default=0, help="of sampling")
-    add_model_flags(p)
-    args = p.parse_args()
-
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise BadInput("this program is one process; start it without torchrun")
-    if args.load is not None:
-        for flag in ("context", "keep", "tokens", "adapter", "save", "html"):
-            if getattr(args, flag) is not None:
-                p.error(f"--{flag} does not go with --load, which asks a cache as it is")
-        if not args.question:
-            p.error("--load needs at least one --question")
-    if not all(question.strip() for question in args.question or ()):
-        p.error("--question is empty; ask something")
-    if args.max_new_tokens < 1:
-        p.error(f"--max-new-tokens is {args.max_new_tokens}, expected at least 1")
-    if not 0 <= args.temperature < math.inf:
-        p.error(f"--temperature is {args.temperature}, expected 0 or more")
-    for flag in ("save", "html"):
-        path = getattr(args, flag)
-        if path is not None and (not path or Path(path).is_dir()):
-            p.error(f"--{flag} {path!r}: expected the name of a file")
-    if args.keep is None and args.tokens is None:
-        args.keep = 0.1
-    kept_count(torch.tensor([1]), args.keep, args.tokens)  # refuses what it cannot use
-    return args
+WHAT_TO_EXPECT = (
+    "The default model has 135M parameters. Even from the full cache it answers only about one\n"
+    "question in three about a paragraph right, and one in five about a page. So look whether\n"
+    "both caches say the same."
+)
 
 
 def read_text(path) -> str:
@@ -688,24 +754,39 @@ def read_text(path) -> str:
             text = Path(path).read_text(encoding="utf-8-sig")
     if not text.strip():
         raise BadInput(f"{path}: the text is empty; there is nothing to compress")
-    return text.strip()
+    return text
 
 
-def ask_all(model: Llama, tokenizer, caches: dict[str, Cache], questions: list[str], *settings):
-    """Print every question with the answer of each cache. settings: as in `answer`."""
-    answers = {}
-    seconds = []
-    for name, cache in caches.items():
-        start = time.perf_counter()
-        answers[name] = answer(model, tokenizer, cache, questions, *settings)
-        seconds.append(f"{time.perf_counter() - start:.1f}")
+def spans_to_keep(text: str, passages: list[str], lines: list[tuple[int, int]]) -> list:
+    """What --keep-text and --keep-lines name, as spans (start, end) of characters."""
+    spans = []
+    for passage in passages:
+        found = [m.span() for m in re.finditer(re.escape(passage), text)]
+        if not found:
+            raise BadInput(f"--keep-text {passage!r}: these words are not in the text")
+        spans += found
 
-    width = max(map(len, answers))
-    for i, question in enumerate(questions):
-        print(f"\n? {question}")
-        for name in answers:
-            print(f"  {name:{width}}  {answers[name][i]}")
-    print(f"\nanswering took {', '.join(seconds)} s")
+    all_lines = text.split("\n")
+    for first, last in lines:
+        if last > len(all_lines):
+            raise BadInput(
+                f"--keep-lines {first}-{last}: the text has {len(all_lines)} lines"
+            )
+        start = sum(len(line) + 1 for line in all_lines[:first - 1])
+        end = start + len("\n".join(all_lines[first - 1:last]))
+        if start < end:  # not an empty line
+            spans.append((start, end))
+    return spans
+
+
+def check_length(tokenizer, text: str, questions: list[str], max_positions: int) -> None:
+    n = len(tokenizer.header + tokenizer.document(text.strip()))
+    n_question = max(len(tokenizer.ask(question)) for question in questions)
+    if n + n_question > max_positions:
+        raise BadInput(
+            f"the text has {n} tokens with the chat's header, and a question {n_question}: more "
+            f"than the model's {max_positions} positions; use a shorter text"
+        )
 
 
 def timed(function, *args):
@@ -719,56 +800,70 @@ def timed(function, *args):
 
 @torch.no_grad()
 def main() -> None:
-    args = parse_args()
-    settings = (args.max_new_tokens, args.temperature, args.seed)
+    args = parse_compress_flags()
     if args.load is not None:
-        return ask_saved_cache(args, settings)
+        return use_saved_cache(args)
+
     text = read_text(DEMO if args.context is None else args.context)
-    if args.adapter is not None:
-        read_json(find_adapter(args.adapter) / "adapter.json")  # before the weights
-    model, tokenizer = open_model(args)
-    compressor, folder = open_compressor(args.adapter, args.weights, model, tokenizer)
-    print(f"adapter: {folder}")
-
-    def compress():
-        ctx = open_text(compressor, model, tokenizer, text)
-        return ctx, compressor.compress(model, ctx, args.keep, args.tokens)
-
-    tokens = torch.tensor([tokenizer.header + tokenizer.document(text)], device=model.device)
-    full, prefill_seconds = timed(model.prefill, tokens)
-    (ctx, cache), compress_seconds = timed(compress)
-
-    text_ctx = ctx.without_registers()
-    n_protected = int(text_ctx.protected.sum())
-    ids = text_ctx.tokens[0, n_protected:].tolist()
-    kept = kept_map(cache, ctx.tokens.shape[1])[..., n_protected:tokens.shape[1]]  # (L, G, N)
-    in_color = sys.stdout.isatty()
-    print("\n" + highlight(tokenizer, ids, kept.float().mean((0, 1)).tolist(), in_color))
-    per_head = kept.sum(-1)
-    ratio = full.nbytes() / cache.nbytes()
-    print(
-        f"\ntokens   {len(ids)} -> {per_head.float().mean():.0f} per head on average "
-        f"({per_head.min()} to {per_head.max()}), and {n_protected} of the header in "
-        f"every head\n"
-        f"bytes    {full.nbytes():,} -> {cache.nbytes():,}, {ratio:.1f}x fewer, with "
-        f"header and positions\n"
-        f"seconds  {compress_seconds:.2f} to read and compress the text, "
-        f"{prefill_seconds:.2f} to read it only"
-    )
-    if args.save is not None:
-        save_cache(args.save, cache, model, tokenizer)
-        print(f"saved    {args.save}, {os.path.getsize(args.save):,} bytes")
-
+    spans = spans_to_keep(text, args.keep_text or [], args.keep_lines or [])
     questions = args.question
     if not questions:
         questions = ["What is this text about?"] if args.context else DEMO_QUESTIONS
-    ask_all(model, tokenizer, {"full": full, "compressed": cache}, questions, *settings)
+    read_json(adapter_folder(args.adapter, args.weights) / "adapter.json")
+    tokenizer, model_cfg = open_tokenizer(args)
+    check_length(tokenizer, text, questions, model_cfg.max_positions)
+    model, _ = open_model(args, tokenizer=tokenizer)
+    compressor, _ = open_compressor(args.adapter, args.weights, model, tokenizer)
+    adapter = args.adapter or str(SHIPPED_ADAPTER.relative_to(ROOT))
+    print(f"adapter  {adapter}")
+
+    def compress():
+        ctx = open_text(compressor, model, tokenizer, text, spans)
+        return ctx, compressor.compress(model, ctx, args.keep, args.tokens)
+
+    ids = tokenizer.header + tokenizer.document(text.strip())
+    n_header = max(1, len(tokenizer.header))
+    full, prefill_seconds = timed(model.prefill, torch.tensor([ids], device=model.device))
+    (ctx, cache), compress_seconds = timed(compress)
+
+    ids = ids[n_header:]
+    own = ctx.without_registers().protected[0, n_header:].cpu()
+    kept = kept_map(cache, ctx.tokens.shape[1])[..., n_header:n_header + len(ids)]  # (L, G, N)
+    counts = kept.sum((0, 1)).tolist()
+    n_heads = kept.shape[0] * kept.shape[1]
+    print()
+    print(view(tokenizer, ids, counts, own.tolist(), n_heads, can_color(), terminal_width()))
+    per_head = kept[..., ~own].sum(-1)
+    print_counts(per_head, int(own.sum()), len(ids), n_header, full, cache)
+    print(
+        f"seconds  {compress_seconds:.2f} to read and compress the text, "
+        f"{prefill_seconds:.2f} to read it only"
+    )
+
+    about = {
+        "adapter": adapter,
+        "tokens": len(ids),
+        "keep": round(float(per_head.float().mean()) / max(1, int((~own).sum())), 4),
+        "begins": " ".join(text.split())[:60],
+    }
+    settings = (args.max_new_tokens, args.temperature, args.seed)
+    if args.chat:
+        return talk(args, Conversation(model, tokenizer, cache), about, settings)
+    if args.save is not None:
+        save(args.save, cache, model, tokenizer, about)
+
+    asking = tokenizer
+    if args.weights is None and not args.plain:
+        asking = Extracting(tokenizer)
+    print("" if args.weights else f"\n{WHAT_TO_EXPECT}")
+    print("KL: nats per token of the full cache's answer, from full to compressed; 0 is equal.")
+    ask_all(model, asking, {"full": full, "compressed": cache}, questions, *settings)
 
     if args.html is not None:
-        print("\nanswering again at all kept fractions of the page …", flush=True)
+        print("\nanswering again at all keep ratios of the page …", flush=True)
         report = make_report(
-            model, tokenizer, full, ids, n_protected, questions, settings,
-            keep=float(per_head.float().mean()) / len(ids),
+            model, asking, full, ids, own.tolist(), n_header, questions, settings,
+            kept=float(per_head.float().mean()),
             make_cache=lambda k: compressor.compress(model, ctx, tokens=k),
         )
         report["model"] = model_name(args.weights)
@@ -776,15 +871,58 @@ def main() -> None:
         print(f"page     {args.html}, {os.path.getsize(args.html):,} bytes")
 
 
-def ask_saved_cache(args, settings) -> None:
-    cache_header(args.load)  # before the weights
+def print_counts(per_head, n_own: int, n: int, n_header: int, full: Cache, cache: Cache) -> None:
+    """per_head: (L, G), the kept tokens of each head, without the n_own ones that
+    the user wanted kept; n: the text's."""
+    always = f"{n_header} of the header"
+    if n_own > 0:
+        always += f" and {n_own} that you asked for"
+    ratio = full.nbytes() / cache.nbytes()
+    print(
+        f"\ntokens   {n - n_own} -> {per_head.float().mean():.0f} per head on average "
+        f"({per_head.min()} to {per_head.max()}), and {always} in every head\n"
+        f"bytes    {full.nbytes():,} -> {cache.nbytes():,}, {ratio:.1f}x fewer, with "
+        f"header and positions"
+    )
+
+
+def save(path, cache: Cache, model: Llama, tokenizer, about: dict) -> None:
+    save_cache(path, cache, model, tokenizer, about)
+    print(f"saved    {path}, {os.path.getsize(path):,} bytes")
+
+
+def talk(args, conversation: Conversation, about: dict, settings) -> None:
+    """--chat. What was said is saved also if Ctrl-C ends it."""
+    try:
+        chat(conversation, *settings)
+    finally:
+        if args.save is not None:
+            about = {**about, "turns": conversation.turns}
+            save(args.save, conversation.cache, conversation.model, conversation.tokenizer, about)
+
+
+def use_saved_cache(args) -> None:
+    about = cache_header(args.load)["about"]  # before the weights
+    turns = about.get("turns", 0)
     model, tokenizer = open_model(args)
     cache = load_cache(args.load, model, tokenizer)
     print(
         f"{args.load}: {cache.entries().float().mean():.0f} of "
         f"{int(cache.next_position[0])} tokens per head, {cache.nbytes():,} bytes"
     )
-    ask_all(model, tokenizer, {"saved": cache}, args.question, *settings)
+    for name in ("adapter", "keep", "tokens", "begins", "turns"):
+        if name in about:
+            print(f"{name:8} {in_column(str(about[name])[:200], 9)}")
+
+    settings = (args.max_new_tokens, args.temperature, args.seed)
+    if args.chat:
+        return talk(args, Conversation(model, tokenizer, cache, turns), about, settings)
+    asking = tokenizer
+    if turns > 0:
+        asking = NextTurn(tokenizer)
+    elif args.weights is None and not args.plain:
+        asking = Extracting(tokenizer)
+    ask_all(model, asking, {"saved": cache}, args.question, *settings)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ from model import Cache, HeadGroup, Llama, generate
 from run.checkpoint import ROOT, base_of
 from run.dist import World
 from run.errors import BadInput, Parser, provenance, run_program
-from run.loading import add_model_flags, model_name, open_model, seed_flag
+from run.flags import add_model_flags, seed_flag
+from run.loading import model_name, open_model
 from run.records import Results, cells_of, keeps_of, print_table
 
 # The baselines: whose scores rank the entries, and who shares a budget.
@@ -729,7 +730,7 @@ def ask(args, model: Llama, tokenizer, compressor: Compressor) -> None:
     """Print the cache of every method for one text, and what the model answers
     from it."""
     queries = [Query("ask", tokenizer.ask(question)) for question in args.question]
-    case = make_case(tokenizer, tokenizer.document(read_text(args.ask)), queries, args.ask)
+    case = make_case(tokenizer, tokenizer.document(read_text(args.ask).strip()), queries, args.ask)
     fit([case], "ask", model.cfg.max_positions)
     document = Document(model, tokenizer, compressor, case, str(args.seed))
 

@@ -6,16 +6,17 @@ a norm of each head's queries and keys, heads of any width.
 Three things differ from the plainest Llama, because the compressor needs them:
   - the heads of a cache may hold different tokens, and different numbers of
     them; a bias per entry is added to every attention logit towards it
-  - attention takes an optional `TokenLoRA`: a low-rank addition to W_Q and W_O
-    for the tokens that will be kept
+  - an attention layer takes an optional `TokenLoRA`: a low-rank addition to W_Q
+    and W_O for the tokens that will be kept
   - a caller may look at the attention weights while they are computed
 
 This file needs nothing else of this repository. It raises ValueError, with a
 message of one line, where its input is wrong.
 
-Shapes: B batch, T new tokens, S cached tokens, D model width, H query heads,
-G key-value heads, d head width, V vocabulary. Each key-value head serves H / G
-query heads. Layers are counted from 0 here and from 1 in the text.
+Shapes: B batch, T new tokens, S keys that they see, D model width, H query
+heads, G key-value heads, g of them in a group, d head width, V vocabulary, r
+LoRA rank. Each key-value head serves H / G query heads. The code counts layers
+from 0, the prose from 1.
 
 References: Llama 3, arXiv 2407.21783; Qwen3, arXiv 2505.09388; rotary
 positions, arXiv 2104.09864.
@@ -177,95 +178,84 @@ class Cache:
         layer 18   [head 1: ▮▮▮▮▮▮▮▮▮▮▮▮] [heads 2, 3: ▮▮▮▮]
         layer 19   [heads 1, 2, 3: ▮▮▮▮]
 
-    A forward pass leaves a cache as it was, and gradients flow through it. Only
-    the copy that `reserve` makes is written to: new tokens fill its free slots.
+    A forward pass changes only a cache with slots (see `reserve`), which new
+    tokens fill. Any other cache stays as it was, and gradients flow through it.
     """
     layers: list[list[HeadGroup]]
     next_position: torch.Tensor  # (B,) int64, where the continuation starts:
                                  # the length of the *original* context
-    reserved: int = 0            # slots at the end of every group, used or free
-    n_written: torch.Tensor | None = None  # (1,) int64, how many are used
-    slot_biases: list[torch.Tensor] | None = None  # all different biases
+    slots: "Slots | None" = None
 
     def reserve(self, extra: int) -> "Cache":
-        """A copy with `extra` free slots at the end of every head group.
+        """A copy with `extra` free slots at the end of every head."""
+        layers = []
+        keys = []
+        values = []
+        starts = []
+        for groups in self.layers:
+            groups, k, v, start = add_slots(groups, extra)
+            layers.append(groups)
+            keys.append(k)
+            values.append(v)
+            starts.append(start)
 
-        A bias of NEG hides a slot until it is written. How many are written is
-        a tensor, so that every decoding step is the same computation.
-        """
-        def pad(x, value):
-            width = (0, 0, 0, extra) if x.ndim == 4 else (0, extra)
-            return F.pad(x, width, value=value)
-
-        biases = []
-        shared = {}  # groups of one size, and without a bias, share one
-
-        def with_slots(group: HeadGroup) -> HeadGroup:
-            B, _, S, _ = group.k.shape
-            bias = shared.get(S) if group.bias is None else None
-            if bias is None:
-                before = group.bias
-                if before is None:
-                    before = group.k.new_zeros(B, 1, S)
-                bias = pad(before.to(group.k.dtype), NEG)
-                biases.append(bias)
-            if group.bias is None:
-                shared[S] = bias
-            return HeadGroup(
-                pad(group.k, 0), pad(group.v, 0), pad(group.positions, -1), bias
-            )
-
-        layers = [[with_slots(group) for group in groups] for groups in self.layers]
+        biases = add_biases([g for groups in layers for g in groups], extra)
         n_written = torch.zeros(1, dtype=torch.long, device=self.next_position.device)
-        return Cache(layers, self.next_position.clone(), extra, n_written, biases)
+        starts = torch.tensor(starts, device=n_written.device)
+        slots = Slots(extra, n_written, starts, keys, values, biases)
+        return Cache(layers, self.next_position.clone(), slots)
 
-    def slots(self, T: int) -> torch.Tensor:
-        """Where the next T tokens are written, among the reserved: (T,) int64."""
-        return self.n_written + torch.arange(T, device=self.n_written.device)
+    def update(self, layer: int, index, k, v) -> list[tuple]:
+        """What new tokens see in each head group of a layer, themselves included.
 
-    def reveal(self, slots, hidden) -> None:
-        """Make the slots visible, but those of padding; hidden: (B, 1, T) bool."""
-        new = torch.where(hidden, NEG, 0.0).to(self.slot_biases[0].dtype)
-        for bias in self.slot_biases:
-            own = new.expand(-1, bias.shape[1], -1)
-            bias[:, :, -self.reserved:].index_copy_(2, slots, own)
-
-    def update(self, group: HeadGroup, k, v, slots=None):
-        """The keys, values and biases that new tokens see, their own included.
-
-        k, v: (B, g, T, d). slots: (T,), where they are written; None: nowhere.
+        k, v: (B, G, T, d).
+        index: (L, G·T), where each layer writes them; None: nowhere.
+        Returns: keys, values and bias, or None, of each group.
         """
-        if slots is None:
+        groups = self.layers[layer]
+        if index is not None:
+            self.slots.keys[layer].index_copy_(1, index[layer], k.flatten(1, 2))
+            self.slots.values[layer].index_copy_(1, index[layer], v.flatten(1, 2))
+            return [(group.k, group.v, group.bias) for group in groups]
+
+        seen = []
+        sizes = [group.k.shape[1] for group in groups]
+        for group, own_k, own_v in zip(groups, k.split(sizes, 1), v.split(sizes, 1)):
             bias = group.bias
             if bias is not None:
                 bias = F.pad(bias, (0, k.shape[2]))
-            return torch.cat([group.k, k], 2), torch.cat([group.v, v], 2), bias
-        group.k[:, :, -self.reserved:].index_copy_(2, slots, k)
-        group.v[:, :, -self.reserved:].index_copy_(2, slots, v)
-        return group.k, group.v, group.bias
+            keys = torch.cat([group.k, own_k], 2)
+            values = torch.cat([group.v, own_v], 2)
+            seen.append((keys, values, bias))
+        return seen
 
     def advance(self, T: int, lengths=None) -> None:
         """After all layers have written T tokens, of them `lengths` (B,) real."""
-        self.n_written.add_(T)
+        self.slots.n_written.add_(T)
         self.next_position.add_(T if lengths is None else lengths)
 
     def rows(self, index: list[int]) -> "Cache":
-        """The named rows, each as often as it is named: several questions."""
+        """A new cache of these rows. An index may repeat, where several questions
+        are asked about one context."""
         i = torch.as_tensor(index, device=self.next_position.device)
-        layers = [[g.map(lambda x: x[i]) for g in groups] for groups in self.layers]
+        layers = [[group.map(lambda x: x[i]) for group in groups] for groups in self.layers]
         return Cache(layers, self.next_position[i])
 
-    def tensors(self) -> list[torch.Tensor]:
-        """Every tensor of a reserved cache."""
-        groups = [g for groups in self.layers for g in groups]
-        tensors = [x for g in groups for x in g.tensors()]
-        return [*tensors, self.next_position, self.n_written]
+    def state(self) -> list[torch.Tensor]:
+        """Every tensor that a decoding step from a reserved cache reads."""
+        slots = self.slots
+        stored = [*slots.keys, *slots.values, *slots.biases]
+        return [*stored, slots.n_written, self.next_position]
 
     def layout(self) -> list:
-        """Shapes, and which groups share a bias: what a CUDA graph depends on."""
-        number = {id(bias): i for i, bias in enumerate(self.slot_biases)}
-        groups = [g for groups in self.layers for g in groups]
-        return [(g.k.shape, g.bias.shape, number[id(g.bias)]) for g in groups]
+        """What two reserved caches have in common whose decoding steps are alike."""
+        groups = [group for groups in self.layers for group in groups]
+        memory = [bias.untyped_storage().data_ptr() for bias in self.slots.biases]
+        layout = []
+        for group in groups:
+            own = memory.index(group.bias.untyped_storage().data_ptr())
+            layout.append((group.k.shape, group.bias.shape, own))
+        return [self.slots.n, layout]
 
     def entries(self) -> torch.Tensor:
         """How many context tokens each head holds: (B, L, G) int64."""
@@ -281,13 +271,105 @@ class Cache:
         return sum(x.numel() * x.element_size() for g in groups for x in g.tensors())
 
 
+@dataclass
+class Slots:
+    """Room for n new tokens behind every head of a cache.
+
+    The keys of a layer are one tensor, head after head, so that new ones are
+    written to all heads at once; its head groups are views of it:
+
+        layer 18   [head 1: ▮▮▮▮▮▮▮▮▮▮▮▮▯▯▯] [head 2: ▮▮▮▮▯▯▯] [head 3: ▮▮▮▮▯▯▯]
+
+    A bias of NEG hides a slot until it is written. How many are written is a
+    tensor, so that every decoding step is the same computation.
+    """
+    n: int
+    n_written: torch.Tensor     # (1,) int64
+    starts: torch.Tensor        # (L, G) int64: where each head's slots start
+    keys: list[torch.Tensor]    # of each layer: (B, entries of all heads, d)
+    values: list[torch.Tensor]
+    biases: list[torch.Tensor]  # (B, 1 or g, S) each, all that there are
+
+    def next(self, T: int) -> torch.Tensor:
+        """Which slots the next T tokens get: (T,) int64."""
+        return self.n_written + torch.arange(T, device=self.n_written.device)
+
+    def reveal(self, slots, hidden) -> None:
+        """Make slots visible, but those of padding; hidden: (B, 1, T) bool."""
+        new = torch.where(hidden, NEG, 0.0).to(self.biases[0].dtype)
+        for bias in self.biases:
+            own = new.expand(-1, bias.shape[1], -1)
+            bias[:, :, -self.n:].index_copy_(2, slots, own)
+
+
+def add_slots(groups: list[HeadGroup], extra: int):
+    """A layer with `extra` free slots behind every head.
+
+    Returns: its head groups, whose keys and values are views; the keys and the
+    values of the layer, (B, entries of all heads, d); and where in these the
+    slots of each head start: G numbers.
+    """
+    sizes = [group.k.shape[1] * (group.k.shape[2] + extra) for group in groups]
+    B, _, _, d = groups[0].k.shape
+    k = groups[0].k.new_zeros(B, sum(sizes), d)
+    v = torch.zeros_like(k)
+
+    views = []
+    starts = []
+    first = 0
+    for group, own_k, own_v in zip(groups, k.split(sizes, 1), v.split(sizes, 1)):
+        _, g, S, _ = group.k.shape
+        own_k = own_k.unflatten(1, (g, S + extra))
+        own_v = own_v.unflatten(1, (g, S + extra))
+        own_k[:, :, :S] = group.k
+        own_v[:, :, :S] = group.v
+        positions = F.pad(group.positions, (0, extra), value=-1)
+        views.append(HeadGroup(own_k, own_v, positions, group.bias))
+        for _ in range(g):
+            starts.append(first + S)
+            first += S + extra
+    return views, k, v, starts
+
+
+def add_biases(groups: list[HeadGroup], extra: int) -> list[torch.Tensor]:
+    """Give every group of a cache a bias that hides its last `extra` entries.
+
+    Groups without a bias share one: a shorter group has the end of it. It has
+    to start at a multiple of 8 numbers, which the kernels of a GPU ask for, so
+    that there are up to 8 to share. Returns: all different biases.
+    """
+    longest = max(group.k.shape[2] for group in groups)
+    biases = []
+    shared = {}
+    for group in groups:
+        B, _, S, _ = group.k.shape
+        if group.bias is not None:
+            bias = group.bias.to(group.k.dtype)
+            group.bias = aligned(F.pad(bias, (0, extra), value=NEG))
+            biases.append(group.bias)
+            continue
+        if S % 8 not in shared:
+            zeros = group.k.new_zeros(B, 1, longest + (S - longest) % 8 - extra)
+            shared[S % 8] = aligned(F.pad(zeros, (0, extra), value=NEG))
+            biases.append(shared[S % 8])
+        group.bias = shared[S % 8][..., -S:]
+    return biases
+
+
+def aligned(bias):
+    """The same, with rows that start at multiples of 8 numbers in memory."""
+    S = bias.shape[-1]
+    return F.pad(bias, (0, -S % 8))[..., :S]
+
+
 def full_cache(kvs, lengths=None, bias=None) -> Cache:
     """The cache in which every head holds all N tokens of its context.
 
     kvs: (k, v) of every layer, (B, G, N, d) each.
     lengths: (B,) int64, the real tokens of each row; None: all of them.
     bias: (B, L or 1, G or 1, N) fp32, the decay of entries, or NEG for an entry
-        that a head has to do without.
+        that a head has to do without. The gradient of one that serves all layers
+        is summed over them in fp32.
     """
     k, _ = kvs[0]
     B, _, N, _ = k.shape
@@ -332,8 +414,8 @@ def rope_frequencies(cfg: Config, device=None) -> torch.Tensor:
         return frequencies
     factor, low, high, length = (cfg.rope_scaling[key] for key in LLAMA3_SCALING)
     turns = length * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / factor)
+    ramp = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (ramp + (1 - ramp) / factor)
 
 
 def rotate(x, rope):
@@ -385,9 +467,9 @@ def attention(q, k, v, mask=None, bias=None, on_weights=None):
     k, v: (B, G, S, d), G ≤ H.
     mask: (B or 1, 1, T, R) bool, which of the last R keys a query sees; the
         keys before them are seen by all. None: the last T keys are the queries'
-        own, and attention to them is causal.
-    bias: (B, 1 or G, S), added to the logits towards a key; in training its
-        gradient is summed over the layers in fp32.
+        own, and attention to them is causal. A single query sees everything,
+        whatever the mask says; what it must not see needs a bias of NEG.
+    bias: (B, 1 or G, S), added to the logits towards a key.
     on_weights: see `attention_blockwise`.
     """
     on_cpu = q.device.type == "cpu"
@@ -409,9 +491,10 @@ def attention_one_query(q, k, v, bias=None):
     B, G, S, d = k.shape
     rows = q.reshape(B, G, -1, d)  # (B, G, H/G, d)
     if bias is not None:
-        bias = bias[:, :, None].to(q.dtype)  # (B, 1 or G, 1, S)
+        bias = bias[:, :, None].to(q.dtype)
+        bias = bias.expand(-1, -1, rows.shape[2], -1)  # (B, 1 or G, H/G, S)
 
-    # SDPA is slow at this on a CPU in bf16, but for small caches
+    # as measured on a CPU in bf16, SDPA is faster for small caches only
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or B * G * S < 2500:
         y = sdpa(rows, k, v, attn_mask=bias)
         return y.reshape(q.shape)
@@ -449,8 +532,9 @@ def attention_sdpa(q, k, v, mask=None, bias=None):
         return sdpa(q, k, v, **options)
 
     # A bias belongs to a key, so it can be one more column of the keys, which
-    # meets a one in the queries: q·k + 1·bias. This needs no mask per head and
-    # keeps the fast kernels, which want a width that is a multiple of 8.
+    # meets a one in the queries: q·k + 1·bias. (`scale` divides it by √d.) This
+    # needs no mask per head and keeps the fast kernels, which want a width that
+    # is a multiple of 8.
     width = 8 - d % 8
     ones = q.new_ones(B, H, T, 1)
     column = (bias * d ** 0.5).to(k.dtype)[..., None]
@@ -498,7 +582,7 @@ def attention_blockwise(q, k, v, mask=None, bias=None, on_weights=None, block=12
         # keys that come later need not be computed
         s = n_before + first + t
         if mask is not None and mask.shape[3] > T:
-            s = S
+            s = S  # a mask over reserved slots covers more than the new tokens
         logits = rows.flatten(2, 3) @ keys[..., :s]
         logits = logits.view(B, G, H // G, t, s)
 
@@ -564,23 +648,27 @@ class Attention(nn.Module):
         k = self.k_norm(self.split_heads(self.wk(x)))
         return rotate(k, rope), self.split_heads(self.wv(x))
 
-    def forward(self, x, rope, mask, groups, update, token_lora, on_weights):
+    def forward(self, x, rope, mask, update, token_lora, on_weights):
+        """x: (B, T, D) -> (B, T, D), and the new keys and values (B, G, T, d).
+
+        Each head group has its own number of entries, so it is one attention of
+        its own: of its g key-value heads and their g·H/G query heads.
+        """
         k, v = self.keys_values(x, rope)
         q = self.wq(x)
         if token_lora is not None:
             q = q + token_lora.query_delta(x)
         q = rotate(self.q_norm(self.split_heads(q)), rope)  # (B, H, T, d)
 
-        if groups is None:
+        if update is None:
             y = attention(q, k, v, mask, None, on_weights)
         else:
             outputs = []
             queries_per_head = q.shape[1] // k.shape[1]
             first = 0
-            for group in groups:
-                last = first + group.k.shape[1]
-                own_q = q[:, first * queries_per_head:last * queries_per_head]
-                keys, values, bias = update(group, k[:, first:last], v[:, first:last])
+            for keys, values, bias in update(k, v):
+                last = first + keys.shape[1] * queries_per_head
+                own_q = q[:, first:last]
                 outputs.append(attention(own_q, keys, values, mask, bias, on_weights))
                 first = last
             y = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
@@ -612,19 +700,19 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
 
     def forward(
-        self, h, rope, mask=None, groups=None, update=None,
+        self, h, rope, mask=None, update=None,
         token_lora=None, on_weights=None, kv_only=False,
     ):
         """One layer: h (B, T, D) -> h, and its keys and values (B, G, T, d).
 
-        groups, update: this layer's part of the cache, and Cache.update.
+        update: as Cache.update, for this layer; None: there is no cache.
         kv_only: compute only keys and values, and return h unchanged; a cache
             needs no more of the last layer.
         """
         x = self.attn_norm(h)
         if kv_only:
             return h, *self.attn.keys_values(x, rope)
-        y, k, v = self.attn(x, rope, mask, groups, update, token_lora, on_weights)
+        y, k, v = self.attn(x, rope, mask, update, token_lora, on_weights)
         h = h + y
         h = h + self.mlp(self.mlp_norm(h))
         return h, k, v
@@ -720,44 +808,41 @@ class Llama(nn.Module):
         rope = self.rope(positions)
 
         mask = None
-        slots = None
+        index = None
         if segments is not None:
             mask = segment_mask(segments)
-        if cache is not None and cache.reserved:
-            slots, mask = self.open_slots(tokens, cache, lengths)
+        if cache is not None and cache.slots is not None:
+            index, mask = self.open_slots(tokens, cache.slots, lengths)
 
         h = self.embed(tokens)
-        groups = None
         update = None
         for layer in range(self.cfg.n_layer):
             if cache is not None:
-                groups = cache.layers[layer]
-                update = partial(cache.update, slots=slots)
+                update = partial(cache.update, layer, index)
             watch = None if on_weights is None else partial(on_weights, layer)
-            h, _, _ = self.run_block(
-                layer, h, rope, mask, groups, update, on_weights=watch
-            )
+            h, _, _ = self.run_block(layer, h, rope, mask, update, on_weights=watch)
 
-        if slots is not None:
+        if index is not None:
             cache.advance(tokens.shape[1], lengths)
         return self.norm(h)
 
-    def open_slots(self, tokens, cache: Cache, lengths):
-        """The slots of a reserved cache for new tokens, and the mask over them.
+    def open_slots(self, tokens, slots: Slots, lengths):
+        """Where new tokens are written in each layer, (L, G·T), and their mask.
 
         Causal: a token sees the slots up to its own. Bias hides the free ones.
         """
         T = tokens.shape[1]
-        slots = cache.slots(T)
-        columns = torch.arange(T, device=tokens.device)
+        own = slots.next(T)
         hidden = torch.zeros_like(tokens, dtype=torch.bool)
         if lengths is not None:
+            columns = torch.arange(T, device=tokens.device)
             hidden = columns >= lengths[:, None]
-        cache.reveal(slots, hidden[:, None])
+        slots.reveal(own, hidden[:, None])
 
-        all_slots = torch.arange(cache.reserved, device=tokens.device)
-        mask = all_slots <= slots[:, None]  # (T, reserved)
-        return slots, mask[None, None]
+        all_slots = torch.arange(slots.n, device=tokens.device)
+        mask = all_slots <= own[:, None]  # (T, n)
+        index = slots.starts[..., None] + own  # (L, G, T)
+        return index.flatten(1), mask[None, None]
 
     def logits(self, h):
         """(..., D) -> (..., V) fp32"""
@@ -767,12 +852,13 @@ class Llama(nn.Module):
         """Run layers first … last−1 over whole contexts, and collect their caches.
 
         h: (B, N, D), hidden states before layer `first`; padding on the right.
-        last: None for the end of the model; then only keys and values of its
-            last layer are computed, as no cache needs more.
+        last: None for the end of the model; of its last layer only keys and
+            values are computed, as no cache needs more.
         token_lora(layer): the layer's TokenLoRA, or None.
         store(layer, k, v): called with each layer's keys and values,
             (B, G, N, d); what it returns is collected. None: the pair itself.
-        Returns: h after layer last−1 (not after the model's last), the list.
+        Returns: the hidden states after the layers that were run (of no meaning
+            after the model's last), and the list.
         Errors: ValueError for more tokens than the model has positions.
         """
         N = h.shape[1]
@@ -796,6 +882,28 @@ class Llama(nn.Module):
         """The full cache of contexts (B, N) int64, padded on the right."""
         _, kvs = self.run_layers(self.embed(tokens))
         return full_cache(kvs, lengths)
+
+    @torch.no_grad()
+    def extend(self, cache: Cache, tokens) -> Cache:
+        """The cache after it has read more tokens, (B, T) int64, which become
+        entries of every head. The given cache stays as it was."""
+        T = tokens.shape[1]
+        longer = cache.reserve(T)
+        self(tokens, longer)
+        new = cache.next_position[:, None, None] + torch.arange(T, device=tokens.device)
+
+        def with_entries(before: HeadGroup, after: HeadGroup) -> HeadGroup:
+            shared = new.expand(-1, before.positions.shape[1], -1).to(torch.int32)
+            positions = torch.cat([before.positions, shared], 2)
+            bias = before.bias
+            if bias is not None:
+                bias = F.pad(bias, (0, T))
+            return HeadGroup(after.k, after.v, positions, bias)
+
+        layers = []
+        for before, after in zip(cache.layers, longer.layers):
+            layers.append([with_entries(*pair) for pair in zip(before, after)])
+        return Cache(layers, longer.next_position)
 
 
 # --------------------------------------------------------------- public weights
@@ -900,7 +1008,9 @@ def sample(logits, temperature: float, rng):
         # the largest becomes 0, so that no temperature makes a number infinite
         logits = logits - logits.amax(-1, keepdim=True)
         probabilities = (logits / temperature).softmax(-1).nan_to_num(1.0)
-        new = torch.multinomial(probabilities, 1, generator=rng)[:, 0]
+        # torch.multinomial without its checks, which would wait for a GPU
+        noise = torch.empty_like(probabilities).exponential_(generator=rng)
+        new = (probabilities / noise).argmax(-1)
     return torch.where(is_finite, new, -1)
 
 
@@ -908,8 +1018,9 @@ def decode_step(model: Llama, tokens, cache: Cache):
     """Logits (B, V) after one more token of each row, tokens (B,).
 
     Every step is the same computation on tensors of the same shapes, whatever
-    was written before. The caller has checked the positions.
+    was written before.
     """
+    # 0 passes the check of positions, which `generate` has made for all steps
     h = model(tokens[:, None], cache, max_position=0)
     return model.logits(h[:, -1])
 
@@ -920,23 +1031,22 @@ def next_token(model: Llama, cache: Cache, temperature: float, rng, tokens):
 
 
 class CapturedStep:
-    """`next_token` on a GPU, captured once and then replayed.
+    """A decoding step on a GPU, captured once and then replayed.
 
     A step is about a thousand small kernels, and a GPU takes longer to start
     them than to run them. A CUDA graph starts all of them at once. It always
-    works on the same memory: the tokens, the cache and the result.
+    works on the same memory: the tokens, the cache and the result. The weights
+    must stay where they are, too.
     """
 
-    def __init__(self, model: Llama, cache: Cache, temperature: float, rng):
+    def __init__(self, step, cache: Cache, rng):
+        """step: (B,) tokens -> the result, from `cache` and `rng` alone."""
         self.cache = cache
-        self.temperature = temperature
         self.rng = rng
         self.tokens = torch.zeros_like(cache.next_position)
-        n_written = cache.n_written.clone()
+        n_written = cache.slots.n_written.clone()
         next_position = cache.next_position.clone()
         random_state = rng.get_state()
-
-        step = partial(next_token, model, cache, temperature, rng)
 
         # a first step outside of the graph, as libraries allocate memory in it
         side_stream = torch.cuda.Stream()
@@ -948,21 +1058,21 @@ class CapturedStep:
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(rng)
         with torch.cuda.graph(self.graph):
-            self.new = step(self.tokens)
+            self.result = step(self.tokens)
 
         # that step wrote to a slot, which the next one shall write to again
-        cache.n_written.copy_(n_written)
+        cache.slots.n_written.copy_(n_written)
         cache.next_position.copy_(next_position)
         rng.set_state(random_state)
 
     def __call__(self, tokens):
         self.tokens.copy_(tokens)
         self.graph.replay()
-        return self.new
+        return self.result
 
     def start(self, cache: Cache, rng) -> None:
         """Use the graph for another cache, which has the same layout."""
-        for own, other in zip(self.cache.tensors(), cache.tensors()):
+        for own, other in zip(self.cache.state(), cache.state()):
             own.copy_(other)
         self.rng.set_state(rng.get_state())
 
@@ -994,9 +1104,11 @@ def generate(
     rng = torch.Generator(model.device).manual_seed(seed)
     new = sample(logits, temperature, rng)  # (B,)
 
-    step = partial(next_token, model, cache, temperature, rng)
     if model.device.type == "cuda" and max_new_tokens > 1:
         step = capture(model, cache, temperature, rng)
+    else:
+        step = partial(next_token, model, cache, temperature, rng)
+    del cache  # a captured step may have one of its own
 
     alive = [True] * len(prompts)
     for i in range(max_new_tokens):
@@ -1018,22 +1130,34 @@ def generate(
 
 def capture(model: Llama, cache: Cache, temperature: float, rng) -> CapturedStep:
     """A CapturedStep for this cache: that of the last call, if it fits."""
+    layout = [cache.layout(), temperature]
     last = model.captured
     model.captured = None  # nobody else may use it meanwhile
-    if last is None or last.temperature != temperature or (
-        last.cache.layout() != cache.layout()
-    ):
-        return CapturedStep(model, cache, temperature, rng)
-    last.start(cache, rng)
-    return last
+    if last is not None and last.layout == layout:
+        last.start(cache, rng)
+        return last
+    del last  # and its cache, before another one is captured
+
+    step = partial(next_token, model, cache, temperature, rng)
+    captured = CapturedStep(step, cache, rng)
+    captured.layout = layout
+    return captured
 
 
-def answer(
+def answer(model: Llama, tokenizer, cache: Cache, questions: list[str], *settings) -> list[str]:
+    """Answers to questions about one cached context. See `answer_ids`."""
+    answers = answer_ids(model, tokenizer, cache, questions, *settings)
+    return [tokenizer.decode(ids).strip() for ids in answers]
+
+
+def answer_ids(
     model: Llama, tokenizer, cache: Cache, questions: list[str],
     max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0,
-) -> list[str]:
-    """Answers to questions about one cached context, in one ragged batch.
+) -> list[list[int]]:
+    """Answers as token ids, without the one that ends them. All questions are
+    asked in one ragged batch.
 
+    tokenizer: anything with ask(question), decode(ids) and stop_ids.
     cache: of one row.
     """
     rows = cache.rows([0] * len(questions))
@@ -1041,8 +1165,7 @@ def answer(
     steps = list(generate(
         model, rows, prompts, max_new_tokens, tokenizer.stop_ids, temperature, seed
     ))
-    answers = []
-    for i in range(len(questions)):
-        ids = [step[i] for step in steps if step[i] is not None]
-        answers.append(tokenizer.decode(ids).strip())
-    return answers
+    return [
+        [step[i] for step in steps if step[i] is not None]
+        for i in range(len(questions))
+    ]

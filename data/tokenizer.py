@@ -13,9 +13,11 @@ import hashlib
 import heapq
 import re
 import unicodedata
+from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 import tiktoken
@@ -56,6 +58,7 @@ class ChatFormat:
     with_system: str  # opens it behind a system prompt, {}
     reply: str        # ends the user's turn and opens the model's
     end: str          # ends an answer
+    between: str = ""  # stands between an answer and the user's next turn
 
 
 # A family is known by a mark in its chat template; the first one found counts.
@@ -66,6 +69,7 @@ CHATS = {
         with_system="<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n",
         reply="<|im_end|>\n<|im_start|>assistant\n",
         end="<|im_end|>",
+        between="\n",
     ),
     # Llama 3
     "<|start_header_id|>": ChatFormat(
@@ -77,7 +81,7 @@ CHATS = {
     ),
     # Llama 2
     "<<SYS>>": ChatFormat(
-        "[INST]", "[INST] <<SYS>>\n{}\n<</SYS>>\n\n", "[/INST]", "</s>",
+        "[INST]", "[INST] <<SYS>>\n{}\n<</SYS>>\n\n", "[/INST]", "</s>", "<s>",
     ),
     # Mistral from version 7 of its tokenizer on, and before
     "[SYSTEM_PROMPT]": ChatFormat(
@@ -382,9 +386,9 @@ def stop_ids_of_model(folder: Path) -> set[int]:
 class Tokenizer:
     """Token ids of texts and of the pieces of a chat.
 
-    A conversation is header + document(text) + ask(question) + answer + end. The
-    header and the document are what is compressed. A model without a chat
-    template is asked in plain text.
+    A conversation is header + document(text) + ask(question) + answer +
+    next_turn(question) + answer and so on. The header and the document are what is
+    compressed. A model without a chat template is asked in plain text.
 
     folder: where tokenizer.json lies. system: a system prompt, in place of the
     one that the template brings along. Mistral's own one, which has the day's
@@ -476,6 +480,9 @@ class Tokenizer:
         self.document_joined = False
         self.turn = self.encode("\n", joined=True)
         self.end = self.turn
+        self.next_user = self.end
+        self.next_prefix = "\n"
+        self.next_joined = True
 
     def set_chat(self, template: str, bos: str | None, folder: Path) -> None:
         family = next((mark for mark in CHATS if mark in template), None)
@@ -520,6 +527,12 @@ class Tokenizer:
         after_text = layout.endswith("\n") or "[INST]" not in self.special
         self.document_joined = no_blank or after_text
 
+        # And so may the user's next turn.
+        in_brackets = chat.user == "[INST]"
+        self.next_user = self.end + self.marked(chat.between + chat.user, no_blank)
+        self.next_prefix = " " if in_brackets and "[INST] " in template else ""
+        self.next_joined = no_blank or not in_brackets or "[INST]" not in self.special
+
     def marked(self, layout: str, joined: bool, system: str | None = None) -> list[int]:
         """Ids of a layout, whose marks become special tokens.
 
@@ -560,6 +573,35 @@ class Tokenizer:
         pieces = [self.pieces.get(i, b"\xff") for i in ids]
         return b"".join(pieces).decode("utf-8", errors="replace")
 
+    def token_spans(self, ids: list[int], text: str, spans) -> list[tuple[int, int]]:
+        """Spans (start, end) of a text's characters -> of the ids that hold them.
+
+        ids: document(text.strip()). Errors: BadInput for a span that is not in the
+        text, or a text that cannot be found in its ids.
+        """
+        pieces = [self.pieces[i] for i in ids]
+        encoded = text.strip().encode()
+        ends = list(accumulate(map(len, pieces)))  # in bytes
+        n_before = ends[-1] - len(encoded)  # of the blank that some tokenizers put first
+        if spans and (n_before > 1 or not b"".join(pieces).endswith(encoded)):
+            raise BadInput(
+                "the tokenizer changes letters of this text, so parts of it cannot be "
+                "found; write it in Unicode's form NFC, without control characters"
+            )
+        n_before -= len(text.encode()) - len(text.lstrip().encode())
+
+        found = []
+        for start, end in spans:
+            if not 0 <= start < end <= len(text):
+                raise BadInput(
+                    f"keep has ({start}, {end}), expected a start and a larger end "
+                    f"within the {len(text)} characters of the text"
+                )
+            first = bisect(ends, n_before + len(text[:start].encode()))
+            last = bisect(ends, n_before + len(text[:end].encode()) - 1)
+            found.append((first, last + 1))
+        return found
+
     def document(self, text: str) -> list[int]:
         """Ids of a text that follows the header."""
         return self.encode(self.document_prefix + text, self.document_joined)
@@ -567,3 +609,8 @@ class Tokenizer:
     def ask(self, question: str) -> list[int]:
         """Ids of a question that follows the document, and of the model's turn."""
         return self.encode("\n\n" + question, joined=True) + self.turn
+
+    def next_turn(self, question: str) -> list[int]:
+        """Ids of what follows an answer: its end, a question, and the model's turn."""
+        question = self.encode(self.next_prefix + question, self.next_joined)
+        return self.next_user + question + self.turn

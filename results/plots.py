@@ -27,7 +27,8 @@ from compress import kept_count, load_adapter  # noqa: E402
 from data.tasks import METRICS, fidelity  # noqa: E402
 from results.tables import FIGURES, RESULTS, cost_rows  # noqa: E402
 from run.errors import BadInput, Parser, read_json, reading, run_program  # noqa: E402
-from run.loading import add_model_flags, open_model  # noqa: E402
+from run.flags import add_model_flags  # noqa: E402
+from run.loading import open_model  # noqa: E402
 from run.records import MIN_UNITS, UNITS  # noqa: E402
 
 # Figures show the first eight of their methods, in this order; the tables show all.

@@ -1,18 +1,24 @@
-"""Measure how fast reading, decoding and compressing are on this machine.
+"""Measure how fast reading, decoding, compressing and training are on this machine.
 
-    python results/speed.py                  # some 6 minutes of two quiet cores; results/speed.json
-    python results/speed.py --device cuda    # results/speed-cuda.json
-    python results/speed.py --quick          # a minute, small sizes; nothing is written
+    python results/speed.py                             # SmolLM2 on the CPU; results/speed.json
+    python results/speed.py --device cuda               # results/speed-cuda.json
+    python results/speed.py --device cuda --shape 8b    # results/speed-cuda-8b.json
+    python results/speed.py --quick                     # small sizes; nothing is written
+
+`--shape` takes random weights of that model's shape, made on the device: times
+do not depend on what the weights are. It measures training, too.
 
 Reading and decoding are compared with transformers. Decoding is compared with
 the time that it takes to read the weights and the cache once ("floor"), and
-decoding from a compressed cache with what its fewer bytes promise. A machine's
-speed drifts, so what is compared is measured in turns (A B A B). All numbers
-are medians of seconds, and their ratios.
+decoding from a compressed cache with what its fewer bytes promise. Training is
+compared with what `train.py --plan` computes. A machine's speed drifts, so what
+is compared is measured in turns (A B A B). All numbers are medians of seconds,
+and their ratios. The file is written again after each measurement.
 """
 import statistics
 import sys
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -22,19 +28,126 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from compress import Compressor, CompressorConfig  # noqa: E402
 from data.fetch import fetch  # noqa: E402
-from model import generate, load_llama  # noqa: E402
+from data.samples import Case, Query, collate  # noqa: E402
+from model import KEYS, Config, Llama, generate, load_llama  # noqa: E402
+from run.dist import World  # noqa: E402
 from run.errors import BadInput, Parser, provenance, run_program, write_json  # noqa: E402
 from run.loading import keep_freed_memory, pick_device  # noqa: E402
+from run.memory_plan import (  # noqa: E402
+    HEADER,
+    LLAMA_8B_SHAPE,
+    UTILISATION,
+    memory,
+    step_flops,
+    tokens_asked,
+)
+from train import (  # noqa: E402
+    PRESETS,
+    Distiller,
+    MicroBatch,
+    TrainConfig,
+    forward_backward,
+    parse_mix,
+    start_phase,
+)
 
-TARGETS = {  # of "compress": at most; of all others: at least
-    "prefill 512 bf16": 1.2, "prefill 2048 bf16": 1.1, "decode 512": 1.5, "decode 2048": 2.0,
-    "decode 512, of the floor": 0.75, "decode 2048, of the floor": 0.75,
-    "compressed, of the promise": 0.8,
-    "compress 512": 1.1, "compress 2048": 1.1, "compress 8000": 1.1,
-}
 KEEP = 0.1
-BATCH = 8  # rows that decode from a compressed cache
 
+SHAPES = {
+    "tiny": Config(
+        vocab_size=512, n_layer=4, n_head=4, n_kv_head=2, head_dim=16, n_embd=64,
+        n_ffn=128, max_positions=1024),
+    "135m": Config(  # SmolLM2-135M
+        vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, head_dim=64, n_embd=576,
+        n_ffn=1536, max_positions=8192),
+    "1b": Config(  # Llama-3.2-1B
+        vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, head_dim=64, n_embd=2048,
+        n_ffn=8192, max_positions=131072),
+    "8b": LLAMA_8B_SHAPE,  # Llama-3.1-8B
+}
+
+# Tokens of documents, and (tokens, rows) that decode together. contexts: of one
+# training step; 0: no training.
+CPU = {
+    "prefill": (512, 2048),
+    "decode": ((512, 1), (2048, 1), (8000, 8)),
+    "compress": (512, 2048, 8000),
+    "contexts": 0,
+    "repeats": 5,
+    "steps": 32,
+}
+GPU = CPU | {
+    "prefill": (2048, 8000),
+    "decode": ((2048, 1), (2048, 8), (8000, 1), (8000, 8)),
+    "compress": (2048, 8000),
+}
+QUICK = {
+    "prefill": (64, 128),
+    "decode": ((64, 1), (128, 1), (256, 4)),
+    "compress": (64, 128, 256),
+    "contexts": 0,
+    "repeats": 3,
+    "steps": 8,
+}
+
+# what was hoped for; a number after "<" is the most, after ">" the least
+CPU_TARGETS = {
+    "prefill 512 bf16": "> 1.2", "prefill 2048 bf16": "> 1.1",
+    "decode 512 x 1": "> 1.5", "decode 512 x 1, of the floor": "> 0.75",
+    "decode 2048 x 1": "> 2", "decode 2048 x 1, of the floor": "> 0.75",
+    "compressed 8000 x 8, of the promise": "> 0.8",
+    "compress 512": "< 1.1", "compress 2048": "< 1.1", "compress 8000": "< 1.1",
+}
+GPU_TARGETS = {
+    "compressed 2048 x 1": "> 1", "compressed 2048 x 8": "> 1",
+    "compressed 8000 x 1": "> 1", "compressed 8000 x 8": "> 1",
+    "compressed 8000 x 8, of the promise": "> 0.5",
+}
+TARGETS = {
+    "135m": GPU_TARGETS | {
+        "decode 2048 x 1": "> 5", "decode 2048 x 1, ms": "< 2",
+        "compress 2048": "< 2", "compress 8000": "< 2",
+    },
+    "1b": GPU_TARGETS | {"compress 2048": "< 1.3", "compress 8000": "< 1.3"},
+    "8b": GPU_TARGETS | {
+        "decode 2048 x 1, of the floor": "> 0.7", "decode 2048 x 8, of the floor": "> 0.7",
+        "decode 8000 x 1, of the floor": "> 0.7", "decode 8000 x 8, of the floor": "> 0.7",
+        "compress 2048": "< 1.3", "compress 8000": "< 1.3",
+        "training, of the bf16 rate": "> 0.4",
+        "training seconds, of the plan": "< 1.15", "training bytes, of the plan": "< 1.15",
+    },
+}
+
+
+class Report:
+    """What was measured so far, on the screen and in a file."""
+
+    def __init__(self, path: Path | None, about: dict, targets: dict[str, str]):
+        self.path = path
+        self.about = about
+        self.targets = targets
+        self.cells = {}
+        self.ratios = {}
+        self.start = time.perf_counter()
+
+    def add(self, name: str, seconds: dict, ratios: dict, **more) -> None:
+        """seconds: of each way; ratios: the rows of the table that follow."""
+        self.cells[name] = seconds | more
+        print(f"{name}: " + "  ".join(f"{way} {1e3 * x:.2f} ms" for way, x in seconds.items()))
+        for row, ratio in ratios.items():
+            target = self.targets.get(row)
+            self.ratios[row] = {"ratio": round(ratio, 4), "target": target}
+            print(f"    {row:36} {ratio:7.3f}   {target or ''}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        if self.path is not None:
+            seconds = round(time.perf_counter() - self.start)
+            measured = {"seconds": seconds, "ratios": self.ratios, "cells": self.cells}
+            write_json(self.path, self.about | measured)
+
+
+# --------------------------------------------------------------------- measuring
 
 def now() -> float:
     """Seconds, once a GPU has done what it was asked for."""
@@ -61,6 +174,18 @@ def in_turns(repeats: int, **ways) -> dict[str, float]:
     return {name: statistics.median(r[name] for r in rounds[1:]) for name in ways}
 
 
+def peaks(**ways) -> dict[str, int]:
+    """The bytes that each way needs beside what is there before; of a GPU only."""
+    found = {}
+    if torch.cuda.is_available():
+        for name, (function, *args) in ways.items():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            function(*args)
+            found[name] = torch.cuda.max_memory_allocated() - before
+    return found
+
+
 def promise(weights: int, full: int, compressed: int) -> float:
     """The speed-up of decoding if only bytes counted: a step reads the weights
     and the cache."""
@@ -72,7 +197,9 @@ def decode(model, cache, steps: int) -> float:
     rows = len(cache.next_position)
     tokens = generate(model, cache, [[5]] * rows, steps + 1)
     next(tokens)
-    return timed(list, tokens) / steps
+    seconds = timed(list, tokens) / steps
+    model.captured = None  # its memory would count as the next one's
+    return seconds
 
 
 @torch.inference_mode()
@@ -89,86 +216,229 @@ def decode_transformers(theirs, cache, length: int, steps: int) -> float:
 
 
 def read_once(nbytes: int, device) -> float:
-    """Seconds to multiply a bf16 matrix of so many bytes with a vector."""
-    matrix = torch.ones(nbytes // 2048, 1024, dtype=torch.bfloat16, device=device)
+    """Seconds to multiply a bf16 matrix of so many bytes with a vector.
+
+    Of more than 2 GB it is the time of a matrix of 2 GB, in proportion.
+    """
+    part = min(nbytes, 2 << 30)
+    matrix = torch.ones(part // 2048, 1024, dtype=torch.bfloat16, device=device)
     vector = torch.ones(1, 1024, dtype=torch.bfloat16, device=device)
     F.linear(vector, matrix)
-    return statistics.median(timed(F.linear, vector, matrix) for _ in range(5))
+    seconds = statistics.median(timed(F.linear, vector, matrix) for _ in range(5))
+    return seconds * nbytes / part
 
 
-@torch.no_grad()
-def measure(folder, device, sizes, long: int, repeats: int, steps: int) -> tuple[dict, dict]:
-    """Returns the seconds, {name: {way: seconds, …}}, and the ratios, {name:
-    number}.
+def bf16_rate(device) -> float:
+    """Operations per second of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device).bfloat16()
+    return 2 * n ** 3 / in_turns(5, product=(timed, torch.mm, a, a))["product"]
 
-    sizes: tokens of the documents; long: of one more, for compressing.
-    """
-    from transformers import AutoModelForCausalLM, utils
-    utils.logging.disable_progress_bar()
-    cells, ratios = {}, {}
 
-    def note(name: str, ratio: float, seconds: dict, **more) -> None:
-        cells[name] = seconds | more
-        ratios[name] = ratio
-        each = "  ".join(f"{way} {1000 * x:.1f} ms" for way, x in seconds.items())
-        print(f"{name:28} {ratio:6.2f}   {each}", flush=True)
+# ------------------------------------------------------------------------ models
 
-    # prefill: the last model, of bf16, stays for what follows
-    for dtype, label in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        model = load_llama(folder, device, dtype)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-        vocabulary = model.cfg.vocab_size
-        documents = {n: torch.randint(vocabulary, (1, n), device=device) for n in (*sizes, long)}
-        for n in sizes:
-            s = in_turns(repeats, ours=(timed, model.prefill, documents[n]),
-                         theirs=(timed, theirs.model, documents[n]))  # without the output head
-            note(f"prefill {n} {label}", s["theirs"] / s["ours"], s)
+def open_weights(folder, device, dtype):
+    """The same model from a folder, ours and that of transformers."""
+    from transformers import AutoModelForCausalLM
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return load_llama(folder, device, dtype), theirs.to(device).eval()
 
-    # decoding one row from a full cache
+
+def make_weights(cfg: Config, device):
+    """Two models of this shape with random bf16 weights, made on the device."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    with torch.device("meta"):
+        model = Llama(cfg).bfloat16()
+    model = model.to_empty(device=device).requires_grad_(False).eval()
+    for p in model.parameters():
+        p.normal_(std=0.02) if p.dim() > 1 else p.fill_(1.0)
+
+    settings = {theirs: getattr(cfg, ours) for ours, theirs in KEYS.items()}
+    with torch.device(device):
+        theirs = AutoModelForCausalLM.from_config(LlamaConfig(**settings), dtype=torch.bfloat16)
+    return model, theirs.eval()
+
+
+# ------------------------------------------------------------ what is measured
+
+def measure_prefill(report: Report, ours, theirs, documents: dict, repeats: int) -> None:
+    label = {torch.float32: "fp32", torch.bfloat16: "bf16"}[ours.dtype]
+    for n, tokens in documents.items():
+        ways = {
+            "ours": (timed, ours.prefill, tokens),
+            "theirs": (timed, theirs.model, tokens),  # without the output head
+        }
+        s = in_turns(repeats, **ways)
+        name = f"prefill {n} {label}"
+        report.add(name, s, {name: s["theirs"] / s["ours"]}, peak_bytes=peaks(**ways))
+
+
+def measure_decoding(
+    report: Report, model, theirs, compress, tokens, rows: int, repeats: int, steps: int,
+) -> None:
+    """From the full and the compressed cache; of one row transformers, too."""
+    n = tokens.shape[1]
     weights = sum(p.nbytes for p in model.parameters())
-    for n in sizes:
-        cache = model.prefill(documents[n])
-        past = theirs.model(documents[n], use_cache=True).past_key_values
-        nbytes = weights + cache.nbytes()
-        s = in_turns(repeats, ours=(decode, model, cache, steps), floor=(read_once, nbytes, device),
-                     theirs=(decode_transformers, theirs, past, n, steps))
-        note(f"decode {n}", s["theirs"] / s["ours"], s, bytes=nbytes,
-             floor_gb_per_s=nbytes / s["floor"] / 1e9)
-        ratios[f"decode {n}, of the floor"] = s["floor"] / s["ours"]
+    full = model.prefill(tokens).rows([0] * rows)
+    compressed = compress(tokens).rows([0] * rows)
+    full_bytes = full.nbytes()
+    compressed_bytes = compressed.nbytes()
+    ways = {
+        "full": (decode, model, full, steps),
+        "compressed": (decode, model, compressed, steps),
+    }
+    if rows == 1:
+        past = theirs.model(tokens, use_cache=True).past_key_values
+        ways["theirs"] = (decode_transformers, theirs, past, n, steps)
+    floors = {
+        "floor": (read_once, weights + full_bytes, tokens.device),
+        "compressed_floor": (read_once, weights + compressed_bytes, tokens.device),
+    }
+    s = in_turns(repeats, **ways, **floors)
 
-    # compressing: an untrained scorer costs what a trained one costs
+    size = f"{n} x {rows}"
+    promised = promise(weights, full_bytes, compressed_bytes)
+    ratios = {
+        f"decode {size}, ms": 1000 * s["full"],
+        f"decode {size}, of the floor": s["floor"] / s["full"],
+        f"compressed {size}": s["full"] / s["compressed"],
+        f"compressed {size}, of the floor": s["compressed_floor"] / s["compressed"],
+        f"compressed {size}, of the promise": s["full"] / s["compressed"] / promised,
+    }
+    if rows == 1:
+        ratios = {f"decode {size}": s["theirs"] / s["full"]} | ratios
+    report.add(
+        f"decode {size}", s, ratios, promised=promised,
+        weight_bytes=weights, full_bytes=full_bytes, compressed_bytes=compressed_bytes,
+        floor_gb_per_s=(weights + full_bytes) / s["floor"] / 1e9, peak_bytes=peaks(**ways))
+
+
+def measure_compressing(report: Report, model, compress, documents: dict, repeats: int) -> None:
+    for n, tokens in documents.items():
+        ways = {
+            "prefill": (timed, model.prefill, tokens),
+            "compress": (timed, compress, tokens),
+        }
+        s = in_turns(repeats, **ways)
+        ratios = {f"compress {n}": s["compress"] / s["prefill"]}
+        report.add(f"compress {n}", s, ratios, peak_bytes=peaks(**ways))
+
+
+def training_config(shape: str) -> TrainConfig:
+    """--preset 8b, which a tiny model has in small."""
+    names = {field.name for field in fields(TrainConfig)}
+    preset = PRESETS["8b"].items()
+    c = TrainConfig(**{name: value for name, value in preset if name in names})
+    if shape == "tiny":
+        c = replace(c, context=64, answer=8, eta=1, hidden=32, rank=4)
+    return c
+
+
+def measure_training(
+    report: Report, model, c: TrainConfig, contexts: int, repeats: int,
+) -> None:
+    """Steps of distillation, of `contexts` contexts and one in each pass."""
+    device = model.device
+    world = World(device)
+    compressor = Compressor(model.cfg, c.compressor()).to(device)
+    optimizer = torch.optim.AdamW(compressor.parameters(), lr=1e-5)
+    model.activation_checkpointing = c.activation_checkpointing
+    distiller = Distiller(model, compressor, c.lam, c.chunk)
+    learn_scores = c.scorer_lr_phase2 > 0
+    distiller = start_phase(distiller, "hard", learn_scores, world)
+
+    # random tokens, as many as the preset's questions have
+    mix = parse_mix(c.mix)
+    asked = tokens_asked(mix, c)
+    length = asked // sum(mix.values())
+    vocabulary = model.cfg.vocab_size
+    micro_batches = []
+    for _ in range(contexts):
+        context = torch.randint(vocabulary, (HEADER + c.context,)).tolist()
+        queries = []
+        for _ in range(sum(mix.values())):
+            ids = torch.randint(vocabulary, (length,)).tolist()
+            queries.append(Query("recite", ids[:length // 2], ids[length // 2:]))
+        batch = collate([Case(context, HEADER, queries)], c.prompts)
+        micro_batches.append(MicroBatch.of(batch, KEEP))
+
+    def step():
+        forward_backward(distiller, micro_batches, "hard", world)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    s = in_turns(repeats, step=(timed, step))
+    flops = step_flops(
+        model.cfg, compressor, contexts, contexts * (HEADER + c.context), contexts * asked,
+        contexts * asked, "hard", learn_scores)
+    rate = bf16_rate(device)
+    planned = flops / (UTILISATION * rate)
+    ratios = {
+        "training, of the bf16 rate": flops / s["step"] / rate,
+        "training seconds, of the plan": s["step"] / planned,
+    }
+    more = {"flops": flops, "bf16_rate": rate, "planned_seconds": planned}
+    if device.type == "cuda":
+        more["bytes"] = torch.cuda.max_memory_allocated()
+        plan = memory(c, model, compressor, asked, "bf16", 1, "ddp")
+        more["planned_bytes"] = sum(plan.values())
+        ratios["training bytes, of the plan"] = more["bytes"] / more["planned_bytes"]
+    report.add(f"training, {contexts} contexts", s, ratios, **more)
+    model.activation_checkpointing = False
+
+
+def measure(report: Report, folder, shape: str | None, device, settings: dict) -> None:
+    """folder: of weights, without a shape."""
+    from transformers import utils
+    utils.logging.disable_progress_bar()
     torch.manual_seed(0)
+    repeats = settings["repeats"]
+    steps = settings["steps"]
+
+    def documents(sizes) -> dict:
+        return {n: torch.randint(model.cfg.vocab_size, (1, n), device=device) for n in sizes}
+
+    if shape is None:
+        model, theirs = open_weights(folder, device, torch.float32)
+        with torch.no_grad():
+            measure_prefill(report, model, theirs, documents(settings["prefill"]), repeats)
+        model, theirs = open_weights(folder, device, torch.bfloat16)
+    else:
+        with torch.no_grad():
+            model, theirs = make_weights(SHAPES[shape], device)
+
+    # an untrained scorer costs what a trained one costs
     config = CompressorConfig(eta=min(6, model.cfg.n_layer - 2))
     compressor = Compressor(model.cfg, config).requires_grad_(False).to(device)
 
-    def compress(ids):
-        return compressor.compress(model, compressor.read(model, ids), keep=KEEP)
+    def compress(tokens):
+        return compressor.compress(model, compressor.read(model, tokens), keep=KEEP)
 
-    for n, ids in documents.items():
-        s = in_turns(repeats, prefill=(timed, model.prefill, ids), compress=(timed, compress, ids))
-        note(f"compress {n}", s["compress"] / s["prefill"], s)
-
-    # decoding a batch from the full and the compressed cache of the long document
-    full = model.prefill(documents[long]).rows([0] * BATCH)
-    compressed = compress(documents[long]).rows([0] * BATCH)
-    s = in_turns(repeats, full=(decode, model, full, steps),
-                 compressed=(decode, model, compressed, steps))
-    speed_up = s["full"] / s["compressed"]
-    promised = promise(weights, full.nbytes(), compressed.nbytes())
-    note("compressed, of the promise", speed_up / promised, s, speed_up=speed_up,
-         promised=promised, full_bytes=full.nbytes(), compressed_bytes=compressed.nbytes())
-    return cells, ratios
+    with torch.no_grad():
+        measure_prefill(report, model, theirs, documents(settings["prefill"]), repeats)
+        for n, rows in settings["decode"]:
+            tokens = documents([n])[n]
+            measure_decoding(report, model, theirs, compress, tokens, rows, repeats, steps)
+        del theirs
+        measure_compressing(report, model, compress, documents(settings["compress"]), repeats)
+    if settings["contexts"] > 0:
+        measure_training(report, model, training_config(shape), settings["contexts"], repeats)
 
 
 def main() -> None:
-    p = Parser(description="Measure prefill, decoding and compression on this machine.")
+    p = Parser(description="Measure prefill, decoding, compression and training here.")
     p.add_argument("--weights", metavar="DIR", help="default: SmolLM2-135M-Instruct")
+    p.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
     p.add_argument("--device", default="cpu", help="cpu (the default), or cuda")
     p.add_argument("--quick", action="store_true", help="small sizes, few repeats; written "
                    "only where --out says")
-    p.add_argument("--out", metavar="FILE", help="default: results/speed.json, on a GPU "
-                   "results/speed-cuda.json")
+    p.add_argument("--out", metavar="FILE", help="default: results/speed.json; with a GPU or "
+                   "a shape in its name, such as results/speed-cuda-8b.json")
     args = p.parse_args()
+    if args.shape and args.weights:
+        p.error("--shape takes random weights; leave out --weights")
     try:
         import transformers
     except ImportError:
@@ -176,30 +446,29 @@ def main() -> None:
 
     keep_freed_memory()
     device = pick_device(args.device)
-    settings = {"sizes": (512, 2048), "long": 8000, "repeats": 5, "steps": 32}
-    name = "speed.json"
-    if args.quick:
-        settings = {"sizes": (64, 128), "long": 256, "repeats": 3, "steps": 8}
-    where = str(device)
-    if device.type == "cuda":
-        name = "speed-cuda.json"
-        where = torch.cuda.get_device_name(device)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    about = provenance(seed=0) | {"device": where, "versions": versions, "settings": settings,
-                                  "batch": BATCH, "keep": KEEP}
+    on_gpu = device.type == "cuda"
+    settings = GPU if on_gpu else CPU
+    if args.quick or args.shape == "tiny":
+        settings = QUICK
+    if args.shape:
+        settings = settings | {"contexts": 4}
+    targets = TARGETS.get(args.shape or "135m", {}) if on_gpu else CPU_TARGETS
 
-    start = time.perf_counter()
-    cells, ratios = measure(args.weights or fetch(), device, **settings)
-    seconds = round(time.perf_counter() - start)
-    rows = {}
-    print()
-    for row, ratio in ratios.items():
-        target = TARGETS.get(row)
-        rows[row] = {"ratio": round(ratio, 4), "target": target}
-        print(f"{row:28} {ratio:6.2f}   target {target or '-'}")
-    if args.out or not args.quick:
-        path = Path(args.out or ROOT / "results" / name)
-        write_json(path, about | {"seconds": seconds, "ratios": rows, "cells": cells})
+    path = None
+    if args.out:
+        path = Path(args.out)
+    elif not args.quick and args.shape != "tiny":
+        words = ["speed"] + ["cuda"] * on_gpu + [args.shape] * bool(args.shape)
+        path = ROOT / "results" / ("-".join(words) + ".json")
+    about = provenance(seed=0) | {
+        "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "settings": settings,
+        "keep": KEEP,
+    }
+    folder = None if args.shape else args.weights or fetch()
+    measure(Report(path, about, targets), folder, args.shape, device, settings)
+    if path is not None:
         print(path)
 
 

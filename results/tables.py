@@ -164,8 +164,8 @@ def headline_table(result: dict, name: str = "fidelity") -> str:
         rows.append(row)
 
     head = ["KL, nats per token"]
-    head += [f"keep {keep:g}: {cells.fewer_bytes(keep)} (95 %)" for keep in keeps]
-    head += [f"SQuAD's answers, {keep:g}" for keep in keeps]
+    head += [f"keep {keep:g}, {cells.fewer_bytes(keep)}" for keep in keeps]
+    head += [f"SQuAD answers, keep {keep:g}" for keep in keeps]
     all_kinds = cells("all", "full", 1)
     note = f"n = {all_kinds['n']} answers about {all_kinds['contexts']} held-out documents"
     squad = cells("squad", "full", 1)
@@ -186,7 +186,8 @@ def fidelity_table(result: dict, name: str = "fidelity") -> str:
         head += [f"{kind} (95 %)" if kind == "squad" else kind for kind in kinds]
         head += ["all kinds (95 %)", "top-1 agreement"]
         if result["against"]:
-            head += [f"minus {result['against']}, paired: all kinds", "squad"]
+            paired = f"paired difference to {result['against']}"
+            head += [f"{paired}, all kinds", f"{paired}, squad"]
         rows = []
         for method in cells.measured(keep):
             row = [method]
@@ -224,7 +225,7 @@ def squad_table(result: dict, name: str = "squad") -> str:
     for keep in cells.keeps:
         head = [f"SQuAD, keep {keep:g}", "F1 (95 %)", "share of the gap"]
         if result["against"]:
-            head.append(f"F1 minus {result['against']}, paired")
+            head.append(f"F1, paired difference to {result['against']}")
         head += ["exact match", "answer contained"]
         rows = []
         for method in cells.measured(keep):

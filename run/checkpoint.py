@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
@@ -167,11 +167,12 @@ def read_adapter(folder, model: Llama, tokenizer) -> tuple[dict, dict[str, torch
 
 # ----------------------------------------------------------------- saved caches
 
-def save_cache(path, cache: Cache, model: Llama, tokenizer) -> None:
+def save_cache(path, cache: Cache, model: Llama, tokenizer, about: dict | None = None) -> None:
     """Write a cache to one safetensors file; its header names the model.
 
     It holds next_position, and LAYER.GROUP.k, .v, .positions and perhaps .bias
     of each head group.
+    about: what the cache is of, as JSON values.
     """
     tensors = {"next_position": cache.next_position.cpu()}
     for layer, groups in enumerate(cache.layers):
@@ -182,20 +183,33 @@ def save_cache(path, cache: Cache, model: Llama, tokenizer) -> None:
                     x = x.cpu().clone(memory_format=torch.contiguous_format)
                     tensors[f"{layer}.{index}.{name}"] = x
 
-    header = {"format": CACHE_FORMAT, "base": base_of(model, tokenizer)}
+    base = base_of(model, tokenizer)
+    header = {"format": CACHE_FORMAT, "base": base, "about": about or {}}
     metadata = {CACHE_KEY: json.dumps(header)}
     write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def cache_header(path) -> dict:
-    """The header of a saved cache. Errors: BadInput for a file that is none."""
-    with reading(path, "write it again with --save"), safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        header = parse_json(metadata.get(CACHE_KEY, "no saved cache"))
+    """The header of a saved cache. Errors: BadInput for a file that is none.
+
+    Under "about" is what `save_cache` was given, or {} in an older file.
+    """
+    with reading(path, "write it again with --save; a text is read with --context"):
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+        except SafetensorError:
+            raise ValueError("not a saved cache, or a damaged one") from None
+        if CACHE_KEY not in metadata:
+            raise ValueError("not a saved cache, but other tensors")
+        header = parse_json(metadata[CACHE_KEY])
         if header.get("format") != CACHE_FORMAT:
             raise ValueError(
                 f"a cache of format {header.get('format', 1)!r:.50}, expected {CACHE_FORMAT}")
         expect(header["base"], dict)
+        about = expect(header.setdefault("about", {}), dict)
+        if not 0 <= expect(about.get("turns", 0), int):
+            raise ValueError("its number of turns is below 0")
     return header
 
 

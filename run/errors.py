@@ -206,6 +206,7 @@ def run_program(main) -> None:
     for a Ctrl-C:
         if __name__ == "__main__":
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C just ends it
+    compress.py also checks its flags there: see run/flags.py.
     """
     def stop(number, frame):
         signal.signal(number, signal.SIG_DFL)
@@ -217,7 +218,7 @@ def run_program(main) -> None:
     if not under_torchrun:  # which ends processes that wait for others at once, and says so
         signal.signal(signal.SIGTERM, stop)
 
-    code = 0
+    code = None  # goes on, once main() has returned
     try:
         main()
         sys.stdout.flush()
@@ -236,6 +237,6 @@ def run_program(main) -> None:
         code = 2
 
     if under_torchrun:
-        leave(code)
-    if code:
+        leave(code or 0)
+    if code is not None:
         sys.exit(code)

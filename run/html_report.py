@@ -5,16 +5,33 @@ html_report.html is the template of the page, which needs no network.
 import base64
 import json
 import math
+import os
+import shutil
+import sys
+import textwrap
+import unicodedata
+from itertools import groupby
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from model import Cache, answer
 from run.errors import write_atomic
 
-KEEPS = (0.5, 0.25, 0.1, 0.05, 0.02, 0.01)  # the page's, beside the user's own
+KEEPS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5)  # the page's, beside the user's own
 TEMPLATE = Path(__file__).with_suffix(".html")
 
+# The terminal's three steps: at most so many of the tokens are of this step or above.
+# So there is something to see at any keep ratio.
+SHARES = (0.35, 0.15, 0.05)
+# By level: no step, the three steps, and what the user wanted to be kept.
+MARKS = " .+#="
+STYLES = ("\033[2m", "", "\033[1m", "\033[7m", "\033[4m")  # dim, plain, bold, inverse, underlined
+OWN = 4
+
+
+# ---------------------------------------------------------------- what is kept
 
 def kept_map(cache: Cache, n: int):
     """Which of a context's n tokens each head holds: (L, G, n) bool.
@@ -35,30 +52,14 @@ def kept_map(cache: Cache, n: int):
     return torch.stack(layers)
 
 
-def highlight(tokenizer, ids: list[int], fractions: list[float], in_color: bool) -> str:
-    """The text of the ids, marked where more heads keep a token than on average.
-
-    fractions: of the heads, how many keep each token.
-    in_color: dim, plain, bold and inverse text, from few heads to many;
-        otherwise brackets around what more heads keep than on average.
-    """
-    mean = sum(fractions) / max(1, len(fractions))
-    if in_color:
-        limits = (mean / 2, mean, min(2 * mean, (mean + 1) / 2))
-        marks = [("\033[2m", "\033[0m"), ("", ""), ("\033[1m", "\033[0m"), ("\033[7m", "\033[0m")]
-    else:
-        limits = (mean,)
-        marks = [("", ""), ("[", "]")]
-    levels = [sum(fraction > limit for limit in limits) for fraction in fractions]
-
-    text = ""
-    start = 0
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or levels[end] != levels[start]:
-            opening, closing = marks[levels[start]]
-            text += opening + tokenizer.decode(ids[start:end]) + closing
-            start = end
-    return text
+def header_bytes(cache: Cache, n_header: int) -> int:
+    """The bytes of the first n_header tokens, which every head holds."""
+    total = 0
+    for groups in cache.layers:
+        for group in groups:
+            stored = sum(x.numel() * x.element_size() for x in group.tensors())
+            total += stored // group.k.shape[2] * n_header
+    return total
 
 
 def text_units(tokenizer, ids: list[int]) -> list[tuple[str, int]]:
@@ -75,52 +76,189 @@ def text_units(tokenizer, ids: list[int]) -> list[tuple[str, int]]:
     return units
 
 
-def make_report(
-    model, tokenizer, full: Cache, ids: list[int], n_protected: int,
-    questions: list[str], settings: tuple, keep: float, make_cache,
-) -> dict:
-    """What a page shows: the text, sizes and answers at several kept fractions.
+# --------------------------------------------------------------- in a terminal
 
-    ids: the compressible tokens, behind the n_protected first ones.
-    settings: of `answer`. keep: the fraction to begin with.
-    make_cache(k): the compressed cache of k tokens per head.
-    In `map` is a byte for each token, layer and head: its bit i says whether the
-    head keeps the token at the i-th fraction.
+def step_limits(counts: list[int], n_heads: int) -> list[int]:
+    """How many heads keep a token of each step at least.
+
+    counts: of the heads, how many keep each token.
     """
-    n = len(ids)
-    count_of = {}
-    for fraction in sorted({*KEEPS, keep}, reverse=True):
-        count_of[max(1, math.ceil(fraction * n - 1e-6))] = fraction
-    counts = list(count_of)
+    ordered = sorted(counts, reverse=True)
+    limits = []
+    for share in SHARES:
+        most = int(share * len(ordered))  # so many tokens may be marked
+        limit = ordered[most] + 1 if ordered else 1
+        limits.append(min(limit, n_heads))
+    return limits
 
-    bits = torch.zeros(n, model.cfg.n_layer, model.cfg.n_kv_head, dtype=torch.uint8)
+
+def view(tokenizer, ids: list[int], counts: list[int], own: list[bool], n_heads: int,
+         in_color: bool, width: int = 80) -> str:
+    """The text of the ids, marked by how many heads keep a token, and a legend.
+
+    counts: of n_heads, how many keep each token. own: what the user wanted kept.
+    in_color: marked by styles; otherwise by a row of marks under each line.
+    """
+    limits = step_limits([c for c, is_own in zip(counts, own) if not is_own], n_heads)
+    cells = []  # (character, level)
+    start = 0
+    for text, size in text_units(tokenizer, ids):
+        end = start + size
+        count = round(sum(counts[start:end]) / size)
+        level = sum(count >= limit for limit in limits)
+        if any(own[start:end]):
+            level = OWN
+        blank = not text.strip()
+        for c in text.replace("\t", "    "):
+            # a blank before a word has no mark, and a control character no effect
+            shown = c if c.isprintable() or c == "\n" else "\ufffd"
+            cells.append((shown, level if blank or not c.isspace() else 0))
+        start = end
+
+    legend = legend_of(limits, n_heads, any(own), in_color)
+    if in_color:
+        runs = groupby(cells, key=lambda cell: cell[1])
+        shown = "".join(styled("".join(c for c, _ in run), level) for level, run in runs)
+    else:
+        shown = with_marks(cells, width)
+    return f"{shown}\n\n{legend}"
+
+
+def styled(text: str, level: int) -> str:
+    return f"{STYLES[level]}{text}\033[0m"
+
+
+def legend_of(limits: list[int], n_heads: int, has_own: bool, in_color: bool) -> str:
+    ends = [*(limit - 1 for limit in limits[1:]), n_heads]
+    parts = []
+    for level, (first, last) in enumerate(zip(limits, ends), start=1):
+        if first <= last:
+            amount = f"{first} to {last}" if first < last else f"{first}"
+            parts.append((level, amount))
+    names = [styled(amount, i) if in_color else f"{MARKS[i]} {amount}" for i, amount in parts]
+    legend = f"marks    {', '.join(names)} of {n_heads} heads keep the token"
+    if has_own:
+        name = "what you asked to keep"
+        legend += f"; {styled(name, OWN) if in_color else f'{MARKS[OWN]} {name}'}"
+    return legend
+
+
+def columns(c: str) -> int:
+    """How many columns of a terminal a character takes."""
+    if unicodedata.category(c) in ("Mn", "Me"):
+        return 0  # an accent that stands over the letter before it
+    return 2 if unicodedata.east_asian_width(c) in "WF" else 1
+
+
+def with_marks(cells: list[tuple[str, int]], width: int) -> str:
+    """The lines of a text, each above the marks of its characters."""
+    rows = []
+    for is_end, line in groupby(cells, key=lambda cell: cell[0] == "\n"):
+        line = list(line)
+        if is_end:
+            rows += [""] * (len(line) - 1)
+            continue
+        for part in wrap(line, width):
+            rows.append("".join(c for c, _ in part).rstrip())
+            marks = "".join(MARKS[level] * columns(c) for c, level in part).rstrip()
+            if marks:
+                rows.append(marks)
+    return "\n".join(rows)
+
+
+def wrap(cells: list[tuple[str, int]], width: int) -> list:
+    """A line in parts of at most `width` columns, cut behind blanks if there are any."""
+    parts = []
+    start = 0
+    after_blank = 0
+    used = 0
+    for i, (c, _) in enumerate(cells):
+        if used + columns(c) > width:
+            end = after_blank if after_blank > start else i
+            parts.append(cells[start:end])
+            start = end
+            used = sum(columns(c) for c, _ in cells[start:i])
+        used += columns(c)
+        if c == " ":
+            after_blank = i + 1
+    parts.append(cells[start:])
+    return parts
+
+
+def in_column(text: str, column: int) -> str:
+    """A text whose lines all begin in one column of the terminal."""
+    lines = []
+    width = max(20, terminal_width() - column)
+    for line in text.splitlines() or [""]:
+        shown = "".join(c if c.isprintable() else "\ufffd" for c in line.expandtabs(4))
+        lines += textwrap.wrap(shown, width, drop_whitespace=False) or [""]
+    return ("\n" + " " * column).join(line.rstrip() for line in lines)
+
+
+def terminal_width() -> int:
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def can_color() -> bool:
+    is_dumb = os.environ.get("TERM") == "dumb" or "NO_COLOR" in os.environ
+    return sys.stdout.isatty() and not is_dumb
+
+
+# -------------------------------------------------------------------- the page
+
+def make_report(
+    model, tokenizer, full: Cache, ids: list[int], own: list[bool], n_header: int,
+    questions: list[str], settings: tuple, kept: float, make_cache,
+) -> dict:
+    """What a page shows: the text, sizes and answers at several keep ratios.
+
+    tokenizer, settings: of `answer`. ids: the text's, behind the n_header first
+    tokens. own: of these, what the user wanted kept.
+    kept: tokens per head to begin with. make_cache(k): the compressed cache of
+    k tokens per head.
+    In `map` is a byte for each token, layer and head: its bit i says whether the
+    head keeps the token at the i-th keep ratio.
+    """
+    n = len(ids) - sum(own)
+    ratio_of = {}  # by tokens per head
+    for ratio in sorted({*KEEPS, kept / max(1, n)}):
+        ratio_of[max(1, math.ceil(ratio * n - 1e-6))] = ratio
+    counts = list(ratio_of)
+
+    bits = torch.zeros(len(ids), model.cfg.n_layer, model.cfg.n_kv_head, dtype=torch.uint8)
     sizes = []
     answers = []
-    for i, k in enumerate(counts):
+    for i, k in enumerate(tqdm(counts, desc="page", unit="cache")):
         cache = make_cache(k)
-        end = n_protected + n
-        kept = kept_map(cache, int(cache.next_position))[..., n_protected:end]
-        bits |= kept.permute(2, 0, 1).to(torch.uint8) << i
-        sizes.append(cache.nbytes())
+        end = n_header + len(ids)
+        held = kept_map(cache, int(cache.next_position))[..., n_header:end]
+        bits |= held.permute(2, 0, 1).to(torch.uint8) << i
+        sizes.append([cache.nbytes(), cache.nbytes() - header_bytes(cache, n_header)])
         answers.append(answer(model, tokenizer, cache, questions, *settings))
 
+    units = text_units(tokenizer, ids)
+    is_own = []
+    start = 0
+    for _, size in units:
+        is_own.append(any(own[start:start + size]))
+        start += size
     return {
-        "n": n,
+        "n": len(ids),
+        "own": sum(own),
+        "header": n_header,
         "layers": model.cfg.n_layer,
         "heads": model.cfg.n_kv_head,
-        "keeps": list(count_of.values()),
+        "keeps": list(ratio_of.values()),
         "kept": counts,
-        "start": counts.index(max(1, math.ceil(keep * n - 1e-6))),
-        "units": text_units(tokenizer, ids),
+        "start": counts.index(max(1, math.ceil(kept - 1e-6))),
+        "units": units,
+        "unit_is_own": is_own,
         "questions": questions,
-        "methods": [{
-            "name": "kvdistill",
-            "map": base64.b64encode(bits.numpy().tobytes()).decode(),
-            "bytes": sizes,
-            "answers": answers,
-        }],
-        "bytes": full.nbytes(),
-        "answers": answer(model, tokenizer, full, questions, *settings),
+        "map": base64.b64encode(bits.numpy().tobytes()).decode(),
+        "bytes": sizes,
+        "answers": answers,
+        "full_bytes": [full.nbytes(), full.nbytes() - header_bytes(full, n_header)],
+        "full_answers": answer(model, tokenizer, full, questions, *settings),
     }
 
 

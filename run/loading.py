@@ -1,6 +1,7 @@
 """Open the model and the tokenizer that the flags of a program name."""
 import argparse
 import ctypes
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -15,30 +16,6 @@ from model import (
 from run.errors import BadInput, expect, read_json, reading
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--weights", metavar="DIR",
-        help="folder of a Llama, Mistral or Qwen in the Hugging Face layout; default: "
-        "SmolLM2-135M-Instruct, which is downloaded on first use. A text must fit into the "
-        "model's sliding window, if it has one")
-    parser.add_argument(
-        "--system", metavar="TEXT",
-        help="system prompt; default: the one of the model's chat template")
-    parser.add_argument(
-        "--device", default="auto",
-        help="a torch device, or auto (default): cuda, else mps, else cpu")
-    parser.add_argument(
-        "--dtype", choices=["auto", "fp32", "bf16"], default="auto",
-        help="dtype of the frozen model; auto (default): bf16 where the device has units for it")
-
-
-def seed_flag(text: str) -> int:
-    """The `type` of --seed."""
-    if not text.isdecimal() or int(text) >= 1 << 32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^32 - 1")
-    return int(text)
 
 
 def model_name(weights: str | None) -> str:
@@ -200,7 +177,9 @@ def load_checked(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama
 
 
 def warn_of_contradictions(folder: Path, model: Llama) -> None:
-    """Say on stderr what a model's files say twice, and differently."""
+    """Say on stderr, once, what a model's files say twice and differently."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # one of torchrun's other processes
     path = folder / "config.json"
     raw = read_json(path)
     ropes = [raw] + [raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
@@ -213,10 +192,10 @@ def warn_of_contradictions(folder: Path, model: Llama) -> None:
 
     if not model.cfg.tied:
         return
-    embedding, first = local_shard(model.embed.weight)
+    embedding, _ = local_shard(model.embed.weight)
     for file in weight_files(folder):
         with safe_open(file, "pt") as tensors:
-            if first == 0 and "lm_head.weight" in tensors.keys():
+            if "lm_head.weight" in tensors.keys():
                 head = tensors.get_slice("lm_head.weight")[:len(embedding)]
                 if not torch.equal(head.to(embedding), embedding):
                     print(
@@ -225,22 +204,32 @@ def warn_of_contradictions(folder: Path, model: Llama) -> None:
                         "uses it: set tie_word_embeddings to false for that", file=sys.stderr)
 
 
-def open_model(flags: argparse.Namespace, shard=None) -> tuple[Llama, Tokenizer]:
+def open_tokenizer(flags: argparse.Namespace) -> tuple[Tokenizer, Config]:
+    """What --weights and --system name, but for the weights themselves."""
+    folder = Path(flags.weights or fetch())
+    cfg = read_config(folder / "config.json")
+    tokenizer = Tokenizer(folder, flags.system)
+    if tokenizer.n_vocab > cfg.vocab_size:
+        raise BadInput(
+            f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {cfg.vocab_size}; "
+            "they do not belong together")
+    return tokenizer, cfg
+
+
+def open_model(
+    flags: argparse.Namespace, shard=None, tokenizer: Tokenizer | None = None,
+) -> tuple[Llama, Tokenizer]:
     """What --weights, --system, --device and --dtype name.
 
-    shard: see model.load_llama.
+    shard: see model.load_llama. tokenizer: what open_tokenizer gave, if it was called.
     """
     device = pick_device(flags.device)
     dtype = pick_dtype(flags.dtype, device)
     folder = Path(flags.weights or fetch())
     keep_freed_memory()
 
-    vocab_size = read_config(folder / "config.json").vocab_size
-    tokenizer = Tokenizer(folder, flags.system)
-    if tokenizer.n_vocab > vocab_size:
-        raise BadInput(
-            f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {vocab_size}; they do "
-            "not belong together")
+    if tokenizer is None:
+        tokenizer, _ = open_tokenizer(flags)
     try:
         model = load_checked(folder, device, dtype, shard)
     except RuntimeError as error:

@@ -52,7 +52,7 @@ def select_at(compressor, ctx, keep=0.1):
 
 def masked_cache(model, compressor, ctx, chosen, k, beta):
     """The cache of training: nothing is gathered, dropped entries have a bias."""
-    return ctx.full_cache(compressor.encode(model, ctx, chosen, k), beta)
+    return ctx.as_cache(compressor.encode(model, ctx, chosen, k), beta)
 
 
 def logits(model, cache, tokens):

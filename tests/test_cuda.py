@@ -1,11 +1,13 @@
 """A GPU gives the numbers of a CPU, by other kernels. Skipped where there is none."""
+from functools import partial
+
 import pytest
 import torch
 
 from compress import decay, select
 from conftest import save_llama, tiny_compressor, tiny_llama
 from data.samples import Case, Query, collate
-from model import generate, load_llama
+from model import CapturedStep, decode_step, generate, load_llama
 from run.dist import World
 from test_compress import continuation, logits, masked_cache, read, select_at
 from train import Distiller, MicroBatch, StepCounts
@@ -89,6 +91,38 @@ def test_generation_writes_the_same_tokens(keep):
         for _ in range(2):  # a GPU captures its step, and then replays it
             written.append(list(generate(model, cache, [[5, 6, 7], [8]], 12)))
     assert all(steps == written[0] for steps in written)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("keep", [1.0, 0.2])  # a full and a ragged cache
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 0), (torch.bfloat16, 2e-2)])
+def test_a_captured_step_computes_what_the_step_does(keep, dtype, tolerance):
+    model, compressor = make("cuda")
+    model = model.to(dtype)
+    cache = compressor.compress(model, read(model, compressor), keep=keep)
+    reserved = cache.reserve(12)
+    other = cache.reserve(12)
+    step = partial(decode_step, model, cache=other)
+    captured = CapturedStep(step, other, torch.Generator("cuda"))
+    tokens = torch.tensor([5, 8], device="cuda")
+    for _ in range(12):
+        expected = decode_step(model, tokens, reserved)
+        assert (captured(tokens) - expected).abs().max() <= tolerance
+        tokens = expected.argmax(-1)
+
+
+def test_a_captured_step_is_used_again_only_where_it_fits():
+    """Two caches that are equally large with their slots, then the first again."""
+    ids = torch.randint(0, 97, (1, 30), generator=torch.Generator().manual_seed(0))
+    written = []
+    for device in DEVICES:
+        model, _ = make(device)
+        texts = []
+        for n, prompt in ((30, [5, 6, 7]), (28, [5, 6, 7, 8, 9]), (30, [9, 8, 7])):
+            cache = model.prefill(ids[:, :n].to(device))
+            texts.append(list(generate(model, cache, [prompt], 12)))
+        written.append(texts)
+    assert written[0] == written[1]
 
 
 def test_sampling_depends_on_the_seed_alone():

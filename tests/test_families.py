@@ -2,12 +2,16 @@
 
 Our logits are its logits, and the whole method runs on each family.
 """
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from compress import decay
 from conftest import tiny_compressor
 from model import load_llama
+from run.errors import BadInput
 from run.loading import load_checked
 from test_compress import continuation, masked_cache, read, select_at
 from train import DistillKL
@@ -93,3 +97,64 @@ def test_the_method_runs(family):
     for name, p in compressor.named_parameters():
         assert p.grad.isfinite().all() and p.grad.any(), name
     assert all(p.grad is None for p in model.parameters())
+
+
+# ------------------------------------------- what a model's files say twice
+
+@pytest.fixture
+def twice(tmp_path):
+    """A folder of a tied Llama of transformers, and how to change its config.json."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**CONFIG | {"tie_word_embeddings": True})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+
+    def change(**changes):
+        path.write_text(json.dumps({k: v for k, v in raw.items() if "rope" not in k} | changes))
+
+    return tmp_path, change
+
+
+@pytest.mark.parametrize("ropes, theta, warns", [
+    ({"rope_parameters": {"rope_theta": 500.0}, "rope_theta": 100.0}, 500, True),
+    ({"rope_parameters": {"rope_theta": 500.0}, "rope_theta": 500.0}, 500, False),
+    ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 100.0}, 100, False),
+    ({"rope_parameters": {"rope_theta": 500.0}, "rope_scaling": {**LLAMA3}, "rope_theta": 100.0}, 100, True),
+    ({"rope_parameters": {"rope_theta": 500.0}, "rope_scaling": {}}, 500, False),
+    ({"rope_theta": 100.0}, 100, False),
+    ({}, 10000, False),
+])
+@torch.no_grad()
+def test_rope_theta_is_the_one_that_transformers_reads(twice, capsys, ropes, theta, warns):
+    folder, change = twice
+    change(**ropes)
+    ours = load_checked(folder)
+    assert ours.cfg.rope_theta == theta
+    assert bool(ours.cfg.rope_scaling) == bool(ropes.get("rope_scaling"))
+
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == warns and all(f"{float(theta)} is used" in line for line in lines)
+    tokens = torch.arange(60)[None]
+    expected = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+    assert torch.allclose(ours.logits(ours(tokens)), expected, atol=1e-4)
+
+
+def test_partial_rotary_positions_are_refused_where_transformers_5_writes_them(twice):
+    folder, change = twice
+    change(rope_parameters={"rope_theta": 500.0, "partial_rotary_factor": 0.5})
+    with pytest.raises(BadInput, match="partial_rotary_factor is 0.5"):
+        load_checked(folder)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_tied_head_that_differs_is_said(twice, capsys, other):
+    folder, _ = twice
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][5] += other
+    save_file(tensors, path)
+    assert load_checked(folder).cfg.tied
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == other and all("lm_head.weight is not the" in line for line in lines)

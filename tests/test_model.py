@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress import gather
 from conftest import ROOT, TINY, hf_config, save_llama, tiny_llama
@@ -15,6 +16,7 @@ from model import (
     NEG,
     Cache,
     Config,
+    HeadGroup,
     attention,
     attention_blockwise,
     attention_one_query,
@@ -25,6 +27,7 @@ from model import (
     pad_right,
     relative_positions,
     rope_frequencies,
+    sample,
     segment_mask,
 )
 
@@ -232,6 +235,84 @@ def test_a_decoding_step_is_compiled_once(model, cache):
     assert written[0] == written[1]
 
 
+class CountOperations(TorchDispatchMode):
+    """Counts operations but views, as a GPU would have to start a kernel for each."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        inputs = [x for x in args if isinstance(x, torch.Tensor)]
+        memory = {x.untyped_storage().data_ptr() for x in inputs}
+        is_view = isinstance(result, torch.Tensor) and not function._schema.is_mutable
+        if not is_view or result.untyped_storage().data_ptr() not in memory:
+            self.count += 1
+        return result
+
+
+def operations(n_layer: int, kind: str) -> int:
+    """Of one decoding step of two rows, without one for each bias."""
+    model = tiny_llama(n_layer=6)
+    cache = full_and_ragged(model)[kind].rows([0, 0])
+    model.cfg.n_layer = n_layer
+    cache.layers = cache.layers[:n_layer]
+    reserved = cache.reserve(11)
+    with torch.inference_mode(), CountOperations() as counter:
+        decode_step(model, torch.tensor([5, 6]), reserved)
+    return counter.count - len(reserved.slots.biases)
+
+
+def test_operations_of_a_decoding_step():
+    """24 of a layer, and one more of each head group where there are several."""
+    full = operations(2, "full")
+    assert operations(4, "full") == full + 2 * 24
+    ragged = operations(2, "ragged")  # layers of one group and of two
+    assert ragged == full + 2
+    assert operations(4, "ragged") == ragged + 2 * 24 + 2
+
+
+def test_caches_that_a_captured_step_may_not_share_differ_in_their_layout(model):
+    """Equal sizes are not enough: slots start elsewhere, or biases are shared."""
+    tokens, lengths = pad_right([[*range(12)], [*range(9)]])
+    ragged = full_and_ragged(model)["ragged"].rows([0, 0])
+    caches = {
+        "12 + 8": model.prefill(tokens).reserve(8),
+        "10 + 10": model.prefill(tokens[:, :10]).reserve(10),
+        "own biases": model.prefill(tokens, lengths).reserve(8),
+        "ragged": ragged.reserve(8),
+    }
+    layouts = [cache.layout() for cache in caches.values()]
+    for i, layout in enumerate(layouts):
+        assert [other == layout for other in layouts].index(True) == i
+    assert model.prefill(tokens + 1).reserve(8).layout() == layouts[0]
+
+
+def test_groups_without_a_bias_share_up_to_eight(model):
+    """Their slots are hidden and revealed at once, at the end of each."""
+    k = torch.zeros(1, 1, 40, 12)
+    positions = torch.arange(40, dtype=torch.int32).expand(1, 1, 40)
+    groups = [HeadGroup(k[:, :, :n], k[:, :, :n], positions[..., :n]) for n in range(3, 37)]
+    reserved = Cache([groups], torch.tensor([40])).reserve(3)
+    assert len(reserved.slots.biases) == 8
+    reserved.slots.reveal(torch.tensor([0, 1]), torch.tensor([[[False, True]]]))
+    for group in reserved.layers[0]:
+        n = group.k.shape[2] - 3
+        assert group.bias.flatten().tolist() == [0] * n + [0, NEG, NEG]
+        assert group.bias.storage_offset() % 8 == 0
+
+
+@torch.no_grad()
+def test_a_decoding_step_depends_on_the_state_of_its_cache_alone(model, cache):
+    """A captured step is used for another cache by copying that cache's state."""
+    used = cache.reserve(9)
+    model(random_ids(1, 3, seed=1), used)
+    other = cache.reserve(9)
+    model(random_ids(1, 2, seed=3), other)
+    for own, new in zip(used.state(), other.state(), strict=True):
+        own.copy_(new)
+    token = torch.tensor([5])
+    assert torch.equal(decode_step(model, token, used), decode_step(model, token, other))
+
+
 # -------------------------------------------------------------------- generation
 
 def first_row(steps) -> list[int]:
@@ -277,6 +358,14 @@ def test_sampling_depends_on_the_seed_alone(model):
         steps = generate(model, cache, [[1]], 12, temperature=1.5, seed=seed)
         written.append(first_row(steps))
     assert written[0] == written[1] != written[2]
+
+
+def test_sampling_draws_as_torch_does():
+    logits = torch.randn(3, 97, generator=torch.Generator().manual_seed(1))
+    new = sample(logits, 0.7, torch.Generator().manual_seed(2))
+    rng = torch.Generator().manual_seed(2)
+    expected = torch.multinomial((logits / 0.7).softmax(-1), 1, generator=rng)
+    assert torch.equal(new, expected[:, 0])
 
 
 def test_generation_ends_at_the_last_position(model):

