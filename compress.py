@@ -9,8 +9,8 @@ the fifth, the loss, is in train.py:
   3. decay            attention to an entry is decayed by its score, so that a
                       gradient of the loss can reach the scorer; the shipped
                       scorer learned by regression instead (train.py)
-  4. TokenLoRA        while the context is encoded, kept tokens get a low-rank
-                      addition to W_Q and W_O
+  4. token_lora,      while the context is encoded, kept tokens get a low-rank
+     encode           addition to W_Q and W_O (`TokenLoRA` in model.py)
 `Compressor` puts them together. An entry is the key and the value of one token
 in one head. As a program, this file compresses a text and answers questions:
 
@@ -82,8 +82,9 @@ class CompressorConfig:
     tau: float = 0.5             # temperature of "threshold", in nats of score
     rank: int = 32               # of LoRA on W_Q and W_O
     routing_strength: str = "growing"  # with the compression; or "full", the paper's
-    registers: int = 0           # tokens that are read behind the document, and
-                                 # kept in every head, to carry what is dropped
+    registers: int = 0           # extra tokens that are read behind the document,
+                                 # kept in every head and encoded with LoRA, so
+                                 # that they can carry what is dropped
     register_id: int = 0         # their token: train.py takes a blank line
 
 
@@ -155,8 +156,9 @@ class Selection:
     def head_fraction(self):
         """The fraction of a layer's heads that keep a token: (B, l, N) fp32.
 
-        With registers, these are kept by all, and the recent tokens do not
-        count: they are kept whatever they say, and have to stay what they are.
+        It is 1 for a register. With registers, it is 0 for a recent token, which
+        is kept by rule: without LoRA it keeps its own content, and the registers
+        carry the rest.
         """
         if self.registers is None:
             return self.kept.float().mean(2)
@@ -200,7 +202,8 @@ def select(scores, compressible, k, recent=0, check: bool = True) -> Selection:
 
     last = ranked.gather(1, (budget - 1).clamp(min=0))
     next_ = ranked.gather(1, budget.clamp(max=l * g * N - 1))
-    # θ must be finite, also where all kept entries are recent, or none is dropped
+    # θ must be finite, also where all kept entries are recent, or none is dropped;
+    # if both hold, no entry has a score that counts
     last = torch.where(last == math.inf, next_ + 1, last)
     next_ = torch.where(next_ == -math.inf, last - 1, next_)
     theta = ((last + next_) / 2)[..., None, None]
@@ -261,13 +264,14 @@ def gather(keep_mask, beta=None):
 # ------------------------------------------- part 3: decay, which carries the gradient
 
 def decay(scores, selection: Selection, kind: str, tau: float, soft: bool = False):
-    """Part 3: β, which is added to every attention logit towards an entry.
+    """Part 3: β, which is added to the attention logits of question and answer
+    tokens towards an entry. The context is encoded without it.
 
     A selection has no gradient. β has one, and this is its way to the scorer:
 
         Scorer → scores → decay → β → full_cache(…, bias=β) → attention → loss
 
-    kind "sigmoid": β = log σ(s), also in the finished cache.
+    kind "sigmoid": β = log σ(s). It is stored in the finished cache, as a bias.
     kind "threshold": β = log σ((s − θ)/τ), with θ as a constant: no gradient
         passes through it. For θ = −4, τ = 0.5, the scores −3, −4.2 and −7
         become −0.13, −0.91 and −6.0.
@@ -431,19 +435,20 @@ class Compressor(nn.Module):
         if protect is not None:
             compressible = compressible & ~protect
 
-        R = self.cfg.registers
-        if R > 0:
-            columns = lengths[:, None] + torch.arange(R, device=tokens.device)
-            tokens = F.pad(tokens, (0, R)).scatter(1, columns, self.cfg.register_id)
-            lengths = lengths + R
-            compressible = F.pad(compressible, (0, R))
+        n_registers = self.cfg.registers
+        if n_registers > 0:
+            columns = lengths[:, None] + torch.arange(n_registers, device=tokens.device)
+            tokens = F.pad(tokens, (0, n_registers))
+            tokens = tokens.scatter(1, columns, self.cfg.register_id)
+            lengths = lengths + n_registers
+            compressible = F.pad(compressible, (0, n_registers))
         h, kvs = model.run_layers(model.embed(tokens), 0, self.cfg.eta)
-        return Context(h, kvs, tokens, lengths, compressible, padded, R)
+        return Context(h, kvs, tokens, lengths, compressible, padded, n_registers)
 
     @torch.no_grad()
     def full_cache(self, model: Llama, ctx: Context) -> Cache:
-        """The full cache of the documents, without registers: the frozen layers
-        after η read the same hidden states."""
+        """The full cache of the documents, without registers. Layers 1 … η were
+        run once for both caches; this runs the others, without LoRA."""
         ctx = ctx.without_registers()
         _, kvs = model.run_layers(ctx.h, self.cfg.eta)
         return ctx.as_cache(ctx.kvs + kvs)
@@ -455,7 +460,8 @@ class Compressor(nn.Module):
     def select(self, scores, ctx: Context, k, check: bool = True) -> Selection:
         """`select` with this compressor's number of recent tokens.
 
-        k: (B,) int64, kept tokens per head on average, registers included.
+        k: (B,) int64, kept tokens per head on average, registers included. At
+            least one token is kept besides these.
         """
         if ctx.n_registers > 0:
             k = (k - ctx.n_registers).clamp(min=1)
@@ -470,7 +476,7 @@ class Compressor(nn.Module):
     def routing_strength(self, n, k):
         """The strength of LoRA by how much is dropped: (B,) fp32, from 0 to 1.
 
-        n, k: (B,) int64, compressible tokens and how many of them are kept.
+        n, k: (B,) int64, compressible tokens, and how many tokens are kept.
         "full": 1 as soon as a token is dropped. "growing": 0 up to 4×, where
         LoRA costs more than it brings, then with the logarithm of the
         compression, up to 1 at 100×.
@@ -491,7 +497,7 @@ class Compressor(nn.Module):
         strength = selection.head_fraction * self.routing_strength(n, k)[:, None, None]
         strength = strength.to(dtype)[..., None]  # (B, l, N, 1)
 
-        # of all layers at once: a matrix alone is a small thing to convert
+        # all layers in one conversion: one for each would be many small kernels
         layers = [x.to(dtype).unbind() for x in self.lora_parameters()]
 
         def of_layer(layer: int) -> TokenLoRA | None:
@@ -695,7 +701,7 @@ class Extracting:
 @torch.no_grad()
 def kl_of_answer(model: Llama, full: Cache, cache: Cache, prompt: list[int], ids: list[int]) -> float:
     """KL(full ‖ cache) in nats per token, over the full cache's own answer: the
-    mean over the predictions of its ids and of what follows them."""
+    mean over the predictions of each of its tokens and of the one after them."""
     tokens = torch.tensor([prompt + ids], device=model.device)
     room = model.cfg.max_positions - int(full.next_position[0])
     tokens = tokens[:, :room]  # the last id of an answer may have had no position
@@ -779,9 +785,10 @@ def spans_to_keep(text: str, passages: list[str], lines: list[tuple[int, int]]) 
     return spans
 
 
-def check_length(tokenizer, text: str, questions: list[str], max_positions: int) -> None:
+def check_length(asking, tokenizer, text: str, questions: list[str], max_positions: int) -> None:
+    """Refuse a text that leaves no room for a question, as `asking` words it."""
     n = len(tokenizer.header + tokenizer.document(text.strip()))
-    n_question = max(len(tokenizer.ask(question)) for question in questions)
+    n_question = max(len(asking.ask(question)) for question in questions)
     if n + n_question > max_positions:
         raise BadInput(
             f"the text has {n} tokens with the chat's header, and a question {n_question}: more "
@@ -806,12 +813,16 @@ def main() -> None:
 
     text = read_text(DEMO if args.context is None else args.context)
     spans = spans_to_keep(text, args.keep_text or [], args.keep_lines or [])
-    questions = args.question
-    if not questions:
-        questions = ["What is this text about?"] if args.context else DEMO_QUESTIONS
+    questions = args.question or DEMO_QUESTIONS
+    extracts = args.weights is None and not args.plain
+    if args.context and not args.question:
+        questions = ["What is this text about?"]
+        extracts = False  # no few words of the text answer that
+    # what is wrong with the adapter is said before the weights are loaded
     read_json(adapter_folder(args.adapter, args.weights) / "adapter.json")
     tokenizer, model_cfg = open_tokenizer(args)
-    check_length(tokenizer, text, questions, model_cfg.max_positions)
+    asking = Extracting(tokenizer) if extracts else tokenizer
+    check_length(asking, tokenizer, text, questions, model_cfg.max_positions)
     model, _ = open_model(args, tokenizer=tokenizer)
     compressor, _ = open_compressor(args.adapter, args.weights, model, tokenizer)
     adapter = args.adapter or str(SHIPPED_ADAPTER.relative_to(ROOT))
@@ -827,6 +838,7 @@ def main() -> None:
     (ctx, cache), compress_seconds = timed(compress)
 
     ids = ids[n_header:]
+    # (N,) bool, the passages of --keep-text and --keep-lines
     own = ctx.without_registers().protected[0, n_header:].cpu()
     kept = kept_map(cache, ctx.tokens.shape[1])[..., n_header:n_header + len(ids)]  # (L, G, N)
     counts = kept.sum((0, 1)).tolist()
@@ -852,9 +864,6 @@ def main() -> None:
     if args.save is not None:
         save(args.save, cache, model, tokenizer, about)
 
-    asking = tokenizer
-    if args.weights is None and not args.plain:
-        asking = Extracting(tokenizer)
     print("" if args.weights else f"\n{WHAT_TO_EXPECT}")
     print("KL: nats per token of the full cache's answer, from full to compressed; 0 is equal.")
     ask_all(model, asking, {"full": full, "compressed": cache}, questions, *settings)

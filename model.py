@@ -248,7 +248,8 @@ class Cache:
         return [*stored, slots.n_written, self.next_position]
 
     def layout(self) -> list:
-        """What two reserved caches have in common whose decoding steps are alike."""
+        """The shapes of a reserved cache, and which groups share a bias. A captured
+        step can be replayed for another cache of an equal layout."""
         groups = [group for groups in self.layers for group in groups]
         memory = [bias.untyped_storage().data_ptr() for bias in self.slots.biases]
         layout = []
@@ -334,9 +335,10 @@ def add_slots(groups: list[HeadGroup], extra: int):
 def add_biases(groups: list[HeadGroup], extra: int) -> list[torch.Tensor]:
     """Give every group of a cache a bias that hides its last `extra` entries.
 
-    Groups without a bias share one: a shorter group has the end of it. It has
-    to start at a multiple of 8 numbers, which the kernels of a GPU ask for, so
-    that there are up to 8 to share. Returns: all different biases.
+    Groups without a bias share one tensor: a group of S entries, slots included,
+    takes its last S numbers. GPU kernels want that view to start at a multiple of
+    8 numbers, so that one tensor serves the groups with equal S mod 8. A group's
+    own bias is padded. Returns: all different tensors.
     """
     longest = max(group.k.shape[2] for group in groups)
     biases = []
@@ -465,8 +467,8 @@ def attention(q, k, v, mask=None, bias=None, on_weights=None):
     """softmax(q·kᵀ/√d + bias)·v: (B, H, T, d) for queries q (B, H, T, d).
 
     k, v: (B, G, S, d), G ≤ H.
-    mask: (B or 1, 1, T, R) bool, which of the last R keys a query sees; the
-        keys before them are seen by all. None: the last T keys are the queries'
+    mask: (B or 1, 1, T, M) bool, which of the last M keys a query sees (M is T,
+        or the number of slots); the keys before them are seen by all. None: the last T keys are the queries'
         own, and attention to them is causal. A single query sees everything,
         whatever the mask says; what it must not see needs a bias of NEG.
     bias: (B, 1 or G, S), added to the logits towards a key.
@@ -546,8 +548,8 @@ def attention_sdpa(q, k, v, mask=None, bias=None):
 
 
 def sdpa(q, k, v, **options):
-    """PyTorch's attention. On a GPU without cuDNN's, which plans every new
-    shape anew: each text has a shape of its own."""
+    """PyTorch's attention. On a GPU the cuDNN kernel is left out: it plans again
+    for every new shape, and each text has a shape of its own."""
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, **options)
     kernels = [
@@ -608,7 +610,7 @@ def attention_blockwise(q, k, v, mask=None, bias=None, on_weights=None, block=12
 class TokenLoRA:
     """One layer's low-rank addition to W_Q and W_O, of its own strength for
     each token: part 4 of the method. α = r, so that there is no other scale."""
-    strength: torch.Tensor  # (B, T, 1), 0 for a token that no head keeps
+    strength: torch.Tensor  # (B, T, 1), 0 for a token that no head selects
     a_q: torch.Tensor       # (r, D)
     b_q: torch.Tensor       # (H·d, r)
     a_o: torch.Tensor       # (r, H·d)

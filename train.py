@@ -338,6 +338,9 @@ class MicroBatch:
     """The contexts of one forward pass.
 
     Sizes are computed here, on the CPU: asking a GPU for them means waiting.
+    batch: see data/samples.py. All queries about a context, each with its answer,
+        stand in one row of `continuation`; `segments` numbers them, so that they
+        do not see each other.
     """
     batch: Batch
     supervised_at: torch.Tensor  # (R,) int64, where the supervised tokens stand in

@@ -82,6 +82,13 @@ def tiny_compressor(model, seed=1, trained=True, **changes) -> Compressor:
     return compressor.to(model.dtype)
 
 
+@pytest.fixture(autouse=True)
+def threads(request):
+    """One thread for tiny models, where more would wait for each other."""
+    is_real = request.node.get_closest_marker("weights") is not None
+    torch.set_num_threads(os.cpu_count() if is_real else 1)
+
+
 @pytest.fixture
 def model():
     return tiny_llama()
