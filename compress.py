@@ -66,7 +66,7 @@ from model import NEG, Cache, HeadGroup, Llama, TokenLoRA, answer_ids, full_cach
 from run.chat import Conversation, NextTurn, chat
 from run.checkpoint import ROOT, cache_header, load_cache, read_adapter, save_cache
 from run.html_report import (
-    can_color, in_column, kept_map, make_report, terminal_width, view, write_report)
+    answer_text, can_color, in_column, kept_map, make_report, terminal_width, view, write_report)
 from run.loading import model_name, open_model, open_tokenizer
 
 
@@ -699,7 +699,9 @@ class Extracting:
 
 
 @torch.no_grad()
-def kl_of_answer(model: Llama, full: Cache, cache: Cache, prompt: list[int], ids: list[int]) -> float:
+def kl_of_answer(
+    model: Llama, full: Cache, cache: Cache, prompt: list[int], ids: list[int],
+) -> float:
     """KL(full ‖ cache) in nats per token, over the full cache's own answer: the
     mean over the predictions of each of its tokens and of the one after them."""
     tokens = torch.tensor([prompt + ids], device=model.device)
@@ -713,18 +715,29 @@ def kl_of_answer(model: Llama, full: Cache, cache: Cache, prompt: list[int], ids
     return max(0.0, float(kl.mean()))
 
 
-def ask_all(model: Llama, tokenizer, caches: dict[str, Cache], questions: list[str], *settings):
+def pick_wording(args, tokenizer):
+    """The tokenizer by which --plain and --weights word a question."""
+    if args.weights is None and not args.plain:
+        return Extracting(tokenizer)
+    return tokenizer
+
+
+def ask_all(
+    model: Llama, tokenizer, caches: dict[str, Cache], questions: list[str],
+    max_new_tokens: int, *settings,
+):
     """Print every question with the answer of each cache.
 
     Beside a cache "full", also how far the others are from it.
-    tokenizer, settings: as in `model.answer`.
+    tokenizer, max_new_tokens, settings: as in `model.answer_ids`.
     """
     answers = {}
     seconds = []
     for name, cache in caches.items():
         start = time.perf_counter()
-        answers[name] = answer_ids(model, tokenizer, cache, questions, *settings)
-        seconds.append(f"{time.perf_counter() - start:.1f}")
+        answers[name] = answer_ids(
+            model, tokenizer, cache, questions, max_new_tokens, *settings)
+        seconds.append(f"{time.perf_counter() - start:.1f} s ({name})")
 
     full = caches.get("full")
     width = max(map(len, answers))
@@ -732,14 +745,15 @@ def ask_all(model: Llama, tokenizer, caches: dict[str, Cache], questions: list[s
         print(f"\n? {in_column(question, 2)}")
         for name, cache in caches.items():
             ids = answers[name][i]
-            print(f"  {name:{width}}  {in_column(tokenizer.decode(ids).strip(), width + 4)}")
+            text = answer_text(tokenizer, ids, max_new_tokens)
+            print(f"  {name:{width}}  {in_column(text, width + 4)}")
             if full is None or name == "full":
                 continue
             own = answers["full"][i]
             kl = kl_of_answer(model, full, cache, tokenizer.ask(question), own)
             same = "the same answer" if ids == own else "another answer"
             print(f"  {'':{width}}  ({same}, KL {kl:.3f})")
-    print(f"\nanswering took {', '.join(seconds)} s")
+    print(f"\nanswering took {', '.join(seconds)}")
 
 
 # -------------------------------------------------------------------- the program
@@ -785,15 +799,33 @@ def spans_to_keep(text: str, passages: list[str], lines: list[tuple[int, int]]) 
     return spans
 
 
-def check_length(asking, tokenizer, text: str, questions: list[str], max_positions: int) -> None:
-    """Refuse a text that leaves no room for a question, as `asking` words it."""
-    n = len(tokenizer.header + tokenizer.document(text.strip()))
-    n_question = max(len(asking.ask(question)) for question in questions)
-    if n + n_question > max_positions:
+def check_length(
+    asking, tokenizer, text: str, questions: list[str], max_positions: int, room: int = 0,
+) -> None:
+    """Refuse a text that leaves no room for a question, as `asking` words it.
+
+    room: positions that are needed at least.
+    """
+    n = len(tokenizer.document(text.strip()))
+    room = max(room, *(len(asking.ask(question)) for question in questions))
+    largest = max_positions - len(tokenizer.header) - room
+    if n > largest:
         raise BadInput(
-            f"the text has {n} tokens with the chat's header, and a question {n_question}: more "
-            f"than the model's {max_positions} positions; use a shorter text"
+            f"the text has {n} tokens, and at most {largest} fit: of the model's "
+            f"{max_positions} positions, {len(tokenizer.header)} are for the chat's header and "
+            f"{room} for what is asked; use a shorter text"
         )
+
+
+def check_save(path) -> None:
+    """Refuse to write a cache over a file that is none."""
+    if path is not None and Path(path).exists():
+        try:
+            cache_header(path)
+        except BadInput:
+            raise BadInput(
+                f"--save {path}: a file is there that is no saved cache; give another name"
+            ) from None
 
 
 def timed(function, *args):
@@ -808,20 +840,20 @@ def timed(function, *args):
 @torch.no_grad()
 def main() -> None:
     args = parse_compress_flags()
+    check_save(args.save)
     if args.load is not None:
         return use_saved_cache(args)
 
     text = read_text(DEMO if args.context is None else args.context)
     spans = spans_to_keep(text, args.keep_text or [], args.keep_lines or [])
     questions = args.question or DEMO_QUESTIONS
-    extracts = args.weights is None and not args.plain
     if args.context and not args.question:
         questions = ["What is this text about?"]
-        extracts = False  # no few words of the text answer that
+        args.plain = True  # no few words of the text answer that
+    tokenizer, model_cfg = open_tokenizer(args)
     # what is wrong with the adapter is said before the weights are loaded
     read_json(adapter_folder(args.adapter, args.weights) / "adapter.json")
-    tokenizer, model_cfg = open_tokenizer(args)
-    asking = Extracting(tokenizer) if extracts else tokenizer
+    asking = pick_wording(args, tokenizer)
     check_length(asking, tokenizer, text, questions, model_cfg.max_positions)
     model, _ = open_model(args, tokenizer=tokenizer)
     compressor, _ = open_compressor(args.adapter, args.weights, model, tokenizer)
@@ -841,20 +873,25 @@ def main() -> None:
     # (N,) bool, the passages of --keep-text and --keep-lines
     own = ctx.without_registers().protected[0, n_header:].cpu()
     kept = kept_map(cache, ctx.tokens.shape[1])[..., n_header:n_header + len(ids)]  # (L, G, N)
-    counts = kept.sum((0, 1)).tolist()
+    heads_of_token = kept.sum((0, 1)).tolist()
     n_heads = kept.shape[0] * kept.shape[1]
     print()
-    print(view(tokenizer, ids, counts, own.tolist(), n_heads, can_color(), terminal_width()))
+    marking = (own.tolist(), n_heads, can_color(), terminal_width())
+    print(view(tokenizer, ids, heads_of_token, *marking))
     per_head = kept[..., ~own].sum(-1)
-    print_counts(per_head, int(own.sum()), len(ids), n_header, full, cache)
+    counts = token_counts(per_head, int(own.sum()), len(ids), n_header)
+    ratio = full.nbytes() / cache.nbytes()
     print(
+        f"\ntokens   {counts}\n"
+        f"bytes    {full.nbytes():,} -> {cache.nbytes():,}, {ratio:.1f}x fewer, with "
+        f"header and positions\n"
         f"seconds  {compress_seconds:.2f} to read and compress the text, "
         f"{prefill_seconds:.2f} to read it only"
     )
 
     about = {
         "adapter": adapter,
-        "tokens": len(ids),
+        "tokens": counts,
         "keep": round(float(per_head.float().mean()) / max(1, int((~own).sum())), 4),
         "begins": " ".join(text.split())[:60],
     }
@@ -880,19 +917,19 @@ def main() -> None:
         print(f"page     {args.html}, {os.path.getsize(args.html):,} bytes")
 
 
-def print_counts(per_head, n_own: int, n: int, n_header: int, full: Cache, cache: Cache) -> None:
-    """per_head: (L, G), the kept tokens of each head, without the n_own ones that
-    the user wanted kept; n: the text's."""
-    always = f"{n_header} of the header"
-    if n_own > 0:
-        always += f" and {n_own} that you asked for"
-    ratio = full.nbytes() / cache.nbytes()
-    print(
-        f"\ntokens   {n - n_own} -> {per_head.float().mean():.0f} per head on average "
-        f"({per_head.min()} to {per_head.max()}), and {always} in every head\n"
-        f"bytes    {full.nbytes():,} -> {cache.nbytes():,}, {ratio:.1f}x fewer, with "
-        f"header and positions"
+def token_counts(per_head, n_own: int, n: int, n_header: int) -> str:
+    """What is kept of a text, in words.
+
+    per_head: (L, G), the kept tokens of each head, without the n_own ones that
+    the user wanted kept; n: the text's.
+    """
+    counts = (
+        f"{n - n_own} -> {per_head.float().mean():.0f} per head on average "
+        f"({per_head.min()} to {per_head.max()}), and always {n_header} of the header"
     )
+    if n_own > 0:
+        return f"{n} in the text: {counts} and {n_own} that you asked for"
+    return counts
 
 
 def save(path, cache: Cache, model: Llama, tokenizer, about: dict) -> None:
@@ -917,7 +954,8 @@ def use_saved_cache(args) -> None:
     cache = load_cache(args.load, model, tokenizer)
     print(
         f"{args.load}: {cache.entries().float().mean():.0f} of "
-        f"{int(cache.next_position[0])} tokens per head, {cache.nbytes():,} bytes"
+        f"{int(cache.next_position[0])} tokens per head, with the header and all turns, "
+        f"{cache.nbytes():,} bytes"
     )
     for name in ("adapter", "keep", "tokens", "begins", "turns"):
         if name in about:
@@ -926,11 +964,7 @@ def use_saved_cache(args) -> None:
     settings = (args.max_new_tokens, args.temperature, args.seed)
     if args.chat:
         return talk(args, Conversation(model, tokenizer, cache, turns), about, settings)
-    asking = tokenizer
-    if turns > 0:
-        asking = NextTurn(tokenizer)
-    elif args.weights is None and not args.plain:
-        asking = Extracting(tokenizer)
+    asking = NextTurn(tokenizer) if turns > 0 else pick_wording(args, tokenizer)
     ask_all(model, asking, {"saved": cache}, args.question, *settings)
 
 

@@ -40,8 +40,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from compress import (Compressor, Context, ask_all, kept_count, max_attention, open_compressor,
-                      prune_cache, read_text, select)
+from compress import (Compressor, Context, ask_all, check_length, kept_count, max_attention,
+                      open_compressor, pick_wording, prune_cache, read_text, select)
 from data import tasks
 from data.fetch import fetch
 from data.prepare import SHARDS
@@ -52,7 +52,7 @@ from run.checkpoint import ROOT, base_of
 from run.dist import World
 from run.errors import BadInput, Parser, provenance, run_program
 from run.flags import add_model_flags, seed_flag
-from run.loading import model_name, open_model
+from run.loading import model_name, open_model, open_tokenizer
 from run.records import Results, cells_of, keeps_of, print_table
 
 # The baselines: whose scores rank the entries, and who shares a budget.
@@ -75,6 +75,8 @@ BASELINES = {
 METHODS = ("full", "none", *BASELINES, "kvdistill", "kvdistill:random")
 DEFAULT_METHODS = "full,none,random,kvzip,kvzip:recent,no-routing,kvdistill,kvdistill:random"
 DEFAULT_KEEPS = [0.5, 0.25, 0.1, 0.05]
+NOT_WITH_ASK = ("tasks", "n", "data", "shards", "context", "pack", "lengths", "depths", "against",
+                "out")
 
 # The constants of the baselines, as their authors chose them.
 SINKS = 4          # the first tokens, which StreamingLLM and KVzip always keep
@@ -101,16 +103,17 @@ def names(known):
     return parse
 
 
-def numbers(kind: type, low: float, high: float):
+def numbers(kind: type, low: float, high: float, expected: str | None = None):
     """The type of a flag that lists numbers, separated by commas."""
+    expected = expected or f"numbers from {low} to {high}"
+
     def parse(text: str) -> list:
         try:
             values = [kind(x) for x in text.split(",")]
         except ValueError:
             values = []
         if not values or not all(low <= x <= high for x in values):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected numbers from {low} to {high}, "
-                                             "separated by commas")
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}, separated by commas")
         return list(dict.fromkeys(values))
     return parse
 
@@ -130,7 +133,8 @@ def parse_args() -> argparse.Namespace:
                    help=f"of {', '.join(METRICS)}; default fidelity")
     p.add_argument("--methods", type=names(METHODS), default=DEFAULT_METHODS, metavar="LIST",
                    help=f"of {', '.join(METHODS)}; default {DEFAULT_METHODS}")
-    p.add_argument("--keep", type=numbers(float, 1e-6, 1), default=DEFAULT_KEEPS, metavar="LIST",
+    fractions = numbers(float, 1e-6, 1, "fractions above 0, at most 1")
+    p.add_argument("--keep", type=fractions, default=DEFAULT_KEEPS, metavar="LIST",
                    help="kept fractions of a document; 1 is the full cache; default "
                    "0.5,0.25,0.1,0.05")
     p.add_argument("--n", type=int, default=20, help="fidelity: documents per kind of "
@@ -161,16 +165,27 @@ def parse_args() -> argparse.Namespace:
                    "from the caches of several methods")
     p.add_argument("--question", action="append", metavar="TEXT",
                    help="asked about the text of --ask; repeatable")
+    p.add_argument("--plain", action="store_true", help="with --ask: ask the bare question, as "
+                   "compress.py --plain does")
     add_model_flags(p)
     args = p.parse_args()
+
+    if (args.ask is None) != (args.question is None):
+        p.error("--ask FILE and --question TEXT go together: give both, or neither")
+    if args.plain and args.ask is None:
+        p.error("--plain goes with --ask")
+    default = p.parse_args([])
+    for flag in NOT_WITH_ASK:
+        if args.ask is not None and getattr(args, flag) != getattr(default, flag):
+            p.error(f"--{flag} does not go with --ask, which only prints answers")
     args.data = dict(args.data)
     return args
 
 
 def check(args: argparse.Namespace) -> None:
     """Refuse flags that do not go together, before any weights are loaded."""
-    if (args.ask is None) != (args.question is None):
-        raise BadInput("--ask FILE and --question TEXT go together: give both, or neither")
+    if args.ask is not None and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise BadInput("--ask is one process; start it without torchrun")
     if not all(question.strip() for question in args.question or ()):
         raise BadInput("--question is empty; ask something")
     if args.n < 1 or args.pack < 1 or args.context < 16:
@@ -179,7 +194,7 @@ def check(args: argparse.Namespace) -> None:
         raise BadInput(f"--against {args.against}: expected one of --methods "
                        f"({','.join(args.methods)})")
     for task in args.tasks:
-        if task in ("squad", "summary", "choice") and task not in args.data and args.ask is None:
+        if task in ("squad", "summary", "choice") and task not in args.data:
             raise BadInput(f"task {task} needs its file: --data {task}=PATH (results/README.md "
                            "says where to get one)")
     if args.out is not None and (not args.out or Path(args.out).is_dir()):
@@ -638,7 +653,8 @@ def held_out_table(model: Llama, tokenizer, compressor: Compressor, sources: str
     """
     squad = tasks.SQUAD if tasks.SQUAD.is_file() else None
     if squad is None:
-        print(f"the table has no answers to SQuAD's questions; a file {tasks.SQUAD} adds them")
+        print("the table has no answers to SQuAD's questions: results/README.md says where to get "
+              f"the file {tasks.SQUAD}")
     context = min(context, model.cfg.max_positions // 2)  # KVzip reads a document twice
     cases = list(enumerate(
         tasks.fidelity(tokenizer, contexts, seed, context, sources, shards, squad)))
@@ -653,7 +669,7 @@ def held_out_table(model: Llama, tokenizer, compressor: Compressor, sources: str
     if world and share:
         records = sorted(world.gather(records), key=lambda r: r["case"])
     cells = cells_of(records)
-    print_table(cells)
+    print_table(cells, by_kind=False)
     return cells
 
 
@@ -726,12 +742,18 @@ def adapter_hash(compressor: Compressor) -> str:
 
 
 @torch.no_grad()
-def ask(args, model: Llama, tokenizer, compressor: Compressor) -> None:
+def ask(args) -> None:
     """Print the cache of every method for one text, and what the model answers
     from it."""
-    queries = [Query("ask", tokenizer.ask(question)) for question in args.question]
-    case = make_case(tokenizer, tokenizer.document(read_text(args.ask).strip()), queries, args.ask)
-    fit([case], "ask", model.cfg.max_positions)
+    text = read_text(args.ask)
+    tokenizer, model_cfg = open_tokenizer(args)
+    asking = pick_wording(args, tokenizer)
+    replays = any(method.startswith("kvzip") for method in args.methods)
+    room = INSTRUCTION + 256 if replays else 0
+    check_length(asking, tokenizer, text, args.question, model_cfg.max_positions, room)
+    model, _ = open_model(args, tokenizer=tokenizer)
+    compressor, _ = open_compressor(args.adapter, args.weights, model, tokenizer)
+    case = make_case(tokenizer, tokenizer.document(text.strip()), [], args.ask)
     document = Document(model, tokenizer, compressor, case, str(args.seed))
 
     print(f"{args.ask}: {case.n} tokens, and {case.n_protect} of the chat header in every cache\n")
@@ -747,7 +769,7 @@ def ask(args, model: Llama, tokenizer, compressor: Compressor) -> None:
                   f"{sum(seconds.values()):8.2f}")
             caches[name] = cache
     print("\nkept tokens: per head, on average; seconds: to read and to compress the text")
-    ask_all(model, tokenizer, caches, args.question, 64, 0.0, args.seed)
+    ask_all(model, asking, caches, args.question, 64, 0.0, args.seed)
 
 
 def evaluate(args, about: dict, world: World, results: Results) -> None:
@@ -755,9 +777,6 @@ def evaluate(args, about: dict, world: World, results: Results) -> None:
     shows the result."""
     model, tokenizer = open_model(args)
     compressor, folder = open_compressor(args.adapter, args.weights, model, tokenizer)
-    if args.ask is not None:
-        return ask(args, model, tokenizer, compressor)
-
     settings = {"weights": base_of(model, tokenizer)["weights"][:16], "dtype": str(model.dtype)[6:],
                 "adapter": adapter_hash(compressor), "seed": args.seed, "tasks": {}}
     work = {}
@@ -796,6 +815,8 @@ def evaluate(args, about: dict, world: World, results: Results) -> None:
 def main() -> None:
     args = parse_args()
     check(args)
+    if args.ask is not None:
+        return ask(args)
     about = provenance(args.seed)
     world = World.start(args.device)
     sync_flags(args, world)

@@ -49,16 +49,16 @@ from compress import (
     load_adapter, max_attention)
 from data.fetch import fetch
 from data.prepare import SHARDS, Shard, fingerprint, prepare
-from data.samples import KINDS, Batch, Samples, collate
+from data.samples import KINDS, REPEAT, Batch, Samples, collate
 from eval import held_out_table
 from model import Cache, Llama, relative_positions
 from run.checkpoint import (
-    Signals, append_line, base_of, open_run, read_about, resume, save_adapter,
-    save_state, show_progress)
+    Signals, append_line, base_of, check_run, open_run, read_about, resume,
+    save_adapter, save_state, show_progress)
 from run.dist import World
 from run.errors import ROOT, BadInput, Parser, provenance, reading, run_program
 from run.flags import add_model_flags
-from run.loading import open_model, read_config
+from run.loading import open_model, open_tokenizer, read_config
 from run.memory_plan import (
     LLAMA_8B_SHAPE, choose_parallel, out_of_memory, print_plan, step_flops)
 from run.records import write_result
@@ -71,7 +71,8 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+            limits = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text}, expected {limits}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -83,11 +84,14 @@ COUNT_OR_0 = number(int, 0)
 POSITIVE = number(float, 1e-12)
 POSITIVE_OR_0 = number(float, 0)
 FRACTION = number(float, 0, 1)
+METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
 
 
 def flag(default, help, type=str, choices=None):
     """A field of TrainConfig that is also a flag of the command line."""
     argument = {"help": help, "type": type, "choices": choices}
+    if not choices:
+        argument["metavar"] = METAVARS[type.__name__]
     return field(default=default, metadata=argument)
 
 
@@ -109,7 +113,7 @@ class TrainConfig:
         "queries per context, by kind: continue, recite, cloze, title, fact")
     prompts: bool = flag(True, "distil the words of a question, not only its answer")
     sources: str = flag("wiki,sotu", "texts: wiki, sotu, or paths, comma-separated")
-    shards: str = flag("", "folder for the tokens of the texts; empty: data/shards")
+    shards: str = flag("", "folder for the tokens of the texts; default: data/shards")
 
     # the compressor; compress.py explains these and holds the defaults
     selection: str = flag(
@@ -163,7 +167,7 @@ class TrainConfig:
     init_adapter: str = flag("", "folder of an adapter to go on from")
     seed: int = flag(
         0, "seed of initialisation, contexts and keep ratios", number(int, 0, 2**32 - 1))
-    out: str = flag("", "folder of the run; empty: out/PRESET")
+    out: str = flag("", "folder of the run; default: out/PRESET")
     save_every: int = flag(25, "steps between checkpoints", COUNT)
     eval_contexts: int = flag(
         8, "held-out documents in the final table; 0: no table", COUNT_OR_0)
@@ -229,11 +233,20 @@ PRESETS = {
 }
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default but an empty one."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def parse_args() -> tuple[argparse.Namespace, TrainConfig]:
     """The command line, and the TrainConfig in it."""
     p = Parser(
         description="Train a KV-cache compressor; by default, the quick experiment.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        formatter_class=HelpFormatter, allow_abbrev=False)
     p.add_argument("--preset", choices=PRESETS, default="quick",
                    help="flags to start from; a flag that is given as well wins")
     for f in fields(TrainConfig):
@@ -249,10 +262,10 @@ def parse_args() -> tuple[argparse.Namespace, TrainConfig]:
                    help="print result.json in one line at the end")
     p.add_argument("--plan", action="store_true",
                    help="print the memory and time that the run needs, and stop")
-    p.add_argument("--gpus", type=COUNT, default=1, help="for --plan")
-    p.add_argument("--gpu-memory", type=POSITIVE, default=80.0,
+    p.add_argument("--gpus", type=COUNT, metavar="N", default=1, help="for --plan")
+    p.add_argument("--gpu-memory", type=POSITIVE, metavar="X", default=80.0,
                    help="for --plan: GB of one GPU")
-    p.add_argument("--gpu-tflops", type=POSITIVE, default=312.0,
+    p.add_argument("--gpu-tflops", type=POSITIVE, metavar="X", default=312.0,
                    help="for --plan: peak of one GPU; an A100 has 312 in bf16")
 
     # A preset and an adapter change the defaults, also those that --help shows.
@@ -309,6 +322,26 @@ def check_batch(c: TrainConfig, processes: int) -> None:
         raise BadInput(
             f"--batch {c.batch} cannot be shared by {processes} processes with "
             f"--micro {c.micro}: expected a multiple of {together}")
+
+
+def check_context(c: TrainConfig, tokenizer, max_positions: int) -> None:
+    """Refuse contexts that leave the model no positions for what is asked.
+
+    Questions of which the length is not known yet may be longer.
+    Errors: BadInput.
+    """
+    room = max_positions - len(tokenizer.header) - c.registers
+    longest = room - c.answer
+    asked = f"the answer (--answer {c.answer})"
+    if c.scorer_steps:
+        repeat = len(tokenizer.encode(REPEAT, joined=True) + tokenizer.turn)
+        if (room - repeat) // 2 < longest:
+            longest = (room - repeat) // 2
+            asked = "its repetition (--scorer-steps)"
+    if c.context > longest:
+        raise BadInput(
+            f"--context is {c.context}, expected at most {longest}: the model has "
+            f"{max_positions} positions, for the context and {asked}")
 
 
 def parse_mix(text: str) -> dict[str, int]:
@@ -787,11 +820,16 @@ def run(a: argparse.Namespace, c: TrainConfig, about: dict, world: World) -> Non
     if a.weights:
         usage += f" --weights {a.weights}"
 
+    # What can be refused is refused before the model is loaded.
+    flags = {"train": asdict(c), "system": a.system, **about}
+    world.on_rank0(lambda: check_run(out, flags, a.resume))
     with world.local_rank0_first():
         a.weights = a.weights or fetch()
     a.device = str(world.device)
     c.parallel = world.broadcast(choose_parallel(c.parallel, a.weights, a.dtype, world))
-    model, tokenizer = open_model(a, world.shard if c.parallel == "fsdp" else None)
+    tokenizer, cfg = open_tokenizer(a)
+    check_context(c, tokenizer, cfg.max_positions)
+    model, _ = open_model(a, world.shard if c.parallel == "fsdp" else None, tokenizer)
     model.activation_checkpointing = c.activation_checkpointing
     dtype = str(model.dtype).removeprefix("torch.")  # such as bfloat16
 
@@ -830,7 +868,8 @@ def run(a: argparse.Namespace, c: TrainConfig, about: dict, world: World) -> Non
         if world.rank == 0:
             write_result(out / "result.json", result)
 
-    print(f"\nall numbers: {out / 'result.json'}\nuse the adapter: {usage}")
+    print(f"\nall numbers, by kind of question, too: {out / 'result.json'}\n"
+          f"use the adapter: {usage}")
     if a.json:
         print(json.dumps(result))
 

@@ -43,7 +43,8 @@ FORMAT = 2  # of the shards; it is part of the hash in a folder's name
 
 
 # ------------------------------------------------------------------ sources
-# A document is {"title", "about" (a one-line description, or ""), "text"}.
+# A document is {"title", "about" (a one-line description, or ""), "text"}, and
+# perhaps {"file"}.
 
 def wiki_documents() -> Iterator[dict]:
     """10,002 lead sections of English Wikipedia (CC BY-SA 4.0)."""
@@ -87,7 +88,7 @@ def file_documents(files: list[Path]) -> Iterator[dict]:
         with reading(path, "expected UTF-8 text; convert it first"):
             text = path.read_text(encoding="utf-8-sig")
         title = os.fsencode(path.stem).decode(errors="replace")
-        yield {"title": title, "about": "", "text": text.strip()}
+        yield {"title": title, "about": "", "text": text.strip(), "file": path.name}
 
 
 # ------------------------------------------------------------------- splits
@@ -138,7 +139,8 @@ def write_shards(documents, tokenizer: Tokenizer, folder: Path) -> None:
     if sum(len(document["ids"]) for document in tokenized) < 2:
         raise BadInput(f"{folder.name.rpartition('-')[0]}: no text in it")
 
-    for name, part in split(tokenized).items():
+    splits = split(tokenized)
+    for name, part in splits.items():
         ids = np.concatenate([document["ids"] for document in part])
         docs = [
             {"title": d["title"], "about": d["about"], "n": len(d["ids"])} for d in part
@@ -150,6 +152,11 @@ def write_shards(documents, tokenizer: Tokenizer, folder: Path) -> None:
         write_atomic(folder / f"{name}.bin", ids.tofile)
         write_json(folder / f"{name}.json", index, indent=None)
         print(f"{folder / name}.bin: {len(ids):,} tokens", file=sys.stderr)
+    if len(splits["val"]) == 1:
+        document = splits["val"][0]
+        ending = "the end of " if len(tokenized) == 1 else ""
+        name = document.get("file", document["title"])
+        print(f"held out: {ending}{name}", file=sys.stderr)
 
 
 class Shard:

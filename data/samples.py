@@ -232,9 +232,10 @@ class Samples:
 
         # Of torchrun's processes, only the first one speaks.
         if os.environ.get("RANK", "0") == "0":
+            counts = ", ".join(f"{kind} {count}" for kind, count in self.mix.items())
             print(
                 "no text has a description, so nothing can be asked about titles; "
-                f"the queries of a context are {self.mix}",
+                f"the queries of a context are {counts}",
                 file=sys.stderr,
             )
 

@@ -380,7 +380,7 @@ def fidelity(
     if fewer:
         print(
             f"there are not {n} held-out documents of {n_context} tokens for some kinds, "
-            f"only {fewer}"
+            f"only {', '.join(f'{kind} {count}' for kind, count in fewer.items())}"
         )
     if squad_path:
         cases += squad_answers(tok, squad_path, n, seed, n_context)

@@ -3,13 +3,14 @@
 Its tokens are those of one long prompt that transformers would make of the same
 turns. Nothing is read twice, and nothing that was said is compressed.
 """
+import sys
 from dataclasses import dataclass
 
 import torch
 
 from model import Cache, Llama, answer_ids
 from run.errors import BadInput
-from run.html_report import in_column
+from run.html_report import answer_text, in_column
 
 
 class NextTurn:
@@ -51,8 +52,7 @@ class Conversation:
         tokens = torch.tensor([prompt + ids], device=self.model.device)
         self.cache = self.model.extend(self.cache, tokens)
         self.turns += 1
-        answer = self.tokenizer.decode(ids).strip()
-        return f"{answer} …" if len(ids) == most else answer
+        return answer_text(self.tokenizer, ids, most)
 
 
 def chat(conversation: Conversation, *settings) -> None:
@@ -69,6 +69,8 @@ def chat(conversation: Conversation, *settings) -> None:
             return
         if not line:
             continue
+        if not sys.stdin.isatty():
+            print(line)  # a terminal has shown it already
         try:
             print(in_column(conversation.say(line, *settings), 0))
         except BadInput as error:

@@ -326,8 +326,9 @@ def read_state(path) -> tuple[dict[str, torch.Tensor], dict]:
 def load_state(out, module, optimizer) -> dict | None:
     """Put the newest readable state into module and optimizer.
 
-    Returns its header, or None if there are no states. A damaged file is named on stderr and left alone. Errors: BadInput if there
-    are states and none can be read.
+    Returns its header, or None if there are no states. A damaged file is named
+    on stderr and left alone. Errors: BadInput if there are states and none can
+    be read.
     """
     paths = state_files(out)
     for path in paths:
@@ -369,47 +370,80 @@ def open_run(out: Path, config: dict, may_resume: bool):
     """Hold the folder of a training run; yields whether that run is finished.
 
     config: the content of config.json, which is written if the folder is new.
-    Its `train` (all flags), `system`, `dtype`, `base` and `from` say which run
-    it is.
-    Errors: BadInput for a folder that holds something, unless may_resume and it
-    is this very run; for one that another process holds, and for one that
-    cannot be written to.
+    Errors: BadInput as in check_run; for a folder that another process holds,
+    and for one that cannot be written to.
     """
-    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
-        if not may_resume:
-            raise BadInput(
-                f"--out {out} is not empty; add --resume to go on with the run in it, or give "
-                "another --out")
-        if why := difference(out / "config.json", config):
-            raise BadInput(
-                f"--out {out} holds another run ({why}); give another --out, or delete that folder")
+    check_run(out, config, may_resume)
     with lock_dir(out):
-        if not (out / "config.json").exists():
+        if is_fresh(out):
             write_json(out / "config.json", config)
         yield (out / "result.json").exists()
 
 
-def difference(path: Path, config: dict) -> str:
-    """Why the config.json at `path` is that of another run, or "" if it is not."""
+def check_run(out: Path, config: dict, may_resume: bool) -> None:
+    """Refuse a folder that holds something, unless may_resume and it is this
+    very run.
+
+    config: its `train` (all flags), `system`, `from`, `dtype` and `base` say
+    which run it is. Without the last two only flags are compared, so that this
+    can be done before the model is loaded.
+    Errors: BadInput.
+    """
+    if is_fresh(out):
+        return
+    if not may_resume:
+        raise BadInput(
+            f"--out {out} is not empty; add --resume to go on with the run in it, or give "
+            "another --out")
+    path = out / "config.json"
     if not path.exists():
-        return "there is no config.json in it"
+        raise BadInput(f"--out {out} holds no run (there is no config.json); give another --out")
+
     found = read_json(path)
+    with_model = "base" in config
     with reading(path, "give another --out, or delete that folder"):
-        before = identity(found)
+        before = identity(found, with_model)
+    now = identity(config, with_model)
+    changes = []
+    for name in sorted(before.keys() | now.keys()):
+        values = before.get(name), now.get(name)
+        if dict in map(type, values) and values[0] != values[1]:
+            changes.append(f"{name} is another one")
+        elif values[0] != values[1]:
+            changes.append("{} was {!r:.50}, now {!r:.50}".format(name, *values))
+    if changes:
+        raise BadInput(
+            f"--out {out} holds another run: {'; '.join(changes)}; repeat the flags of {path}, "
+            "or give another --out")
 
-    now = identity(config)
-    for name in sorted((before.keys() | now.keys()) - FREE_FLAGS):
-        if before.get(name) != now.get(name):
-            return f"{name} was {before.get(name)!r:.50}, now {now.get(name)!r:.50}"
-    return ""
+
+def is_fresh(out: Path) -> bool:
+    """Whether a folder holds nothing, or only what a run leaves that failed
+    before its first step: config.json and an empty log."""
+    if not out.is_dir():
+        return True
+    names = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    if "log.jsonl" in names and (out / "log.jsonl").stat().st_size == 0:
+        names.remove("log.jsonl")
+    # The config.json of a model is not ours to overwrite.
+    return not names or names == {"config.json"} and "train" in read_json(out / "config.json")
 
 
-def identity(config: dict) -> dict:
-    """The part of a config.json that says which run it is."""
-    base = dict(config["base"])
-    architecture = base.pop("architecture")
-    settings = {name: config.get(name) for name in ("system", "dtype", "from")}
-    return {**config["train"], **settings, **base, **architecture}
+def identity(config: dict, with_model: bool) -> dict:
+    """The part of a config.json that says which run it is: names for a message,
+    and values."""
+    found = {}
+    for name, value in config["train"].items():
+        if name not in FREE_FLAGS:
+            found["--" + name.replace("_", "-")] = value
+    found["--system"] = config.get("system")
+    found["--init-adapter"] = config.get("from")
+    if with_model:
+        found["--dtype"] = config.get("dtype")
+        for name, value in {**config["base"], **config["base"]["architecture"]}.items():
+            if name != "architecture":
+                found[f"the model's {name}"] = value
+    return found
 
 
 @contextmanager

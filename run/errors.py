@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -167,6 +168,9 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with the flags in one line, without the usage."""
 
     def error(self, message):
+        unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0]
+        for flag in get_close_matches(unknown, self._option_string_actions, n=1):
+            message += f"; did you mean {flag}?"
         raise BadInput(f"{message} (--help lists the flags)" if "argument" in message else message)
 
 

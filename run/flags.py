@@ -21,11 +21,18 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--system", metavar="TEXT",
         help="system prompt; default: the one of the model's chat template")
     parser.add_argument(
-        "--device", default="auto",
-        help="a torch device, or auto (default): cuda, else mps, else cpu")
+        "--device", type=device_flag, default="auto",
+        help="cpu, cuda, mps, or auto (default): cuda, else mps, else cpu")
     parser.add_argument(
         "--dtype", choices=["auto", "fp32", "bf16"], default="auto",
         help="dtype of the frozen model; auto (default): bf16 where the device has units for it")
+
+
+def device_flag(text: str) -> str:
+    """The `type` of --device: auto, or a device such as cuda or cuda:1."""
+    if text.partition(":")[0] not in ("auto", "cpu", "cuda", "mps"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected auto, cpu, cuda or mps")
+    return text
 
 
 def seed_flag(text: str) -> int:
@@ -33,6 +40,17 @@ def seed_flag(text: str) -> int:
     if not text.isdecimal() or int(text) >= 1 << 32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^32 - 1")
     return int(text)
+
+
+def fraction_flag(text: str) -> float:
+    """The `type` of --keep."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a fraction such as 0.1, at most 1")
+    return value
 
 
 def lines_flag(text: str) -> tuple[int, int]:
@@ -50,13 +68,14 @@ def parse_compress_flags() -> argparse.Namespace:
     p.add_argument("--context", metavar="FILE", help="text to compress; - for standard "
                    "input; default: data/lighthouse.txt")
     size = p.add_mutually_exclusive_group()
-    size.add_argument("--keep", type=float, help="fraction of the text's tokens to keep, "
-                      "on average over heads; default 0.1")
+    size.add_argument("--keep", type=fraction_flag, help="fraction of the text's tokens to "
+                      "keep, on average over heads; default 0.1")
     size.add_argument("--tokens", type=int, help="the same as a number of tokens")
     p.add_argument("--keep-text", action="append", metavar="TEXT", help="a passage of the text "
                    "that all heads keep, wherever it stands, beside what --keep keeps; repeatable")
     p.add_argument("--keep-lines", action="append", type=lines_flag, metavar="FIRST-LAST",
-                   help="lines of the text that all heads keep, counted from 1; repeatable")
+                   help="lines of the file, not as printed, that all heads keep, counted from 1; "
+                   "repeatable")
     p.add_argument("--question", action="append", metavar="TEXT", help="repeatable")
     p.add_argument("--plain", action="store_true", help="ask the bare question; otherwise the "
                    "default model is told to extract the answer from the text")
@@ -82,8 +101,6 @@ def parse_compress_flags() -> argparse.Namespace:
     check_together(p, args)
     if args.keep is None and args.tokens is None:
         args.keep = 0.1
-    if args.keep is not None and not 0 < args.keep <= 1:
-        p.error(f"--keep is {args.keep}, expected a fraction such as 0.1, at most 1")
     if args.tokens is not None and args.tokens < 1:
         p.error(f"--tokens is {args.tokens}, expected at least 1")
     for flag in ("question", "keep_text"):
@@ -93,11 +110,31 @@ def parse_compress_flags() -> argparse.Namespace:
         p.error(f"--max-new-tokens is {args.max_new_tokens}, expected at least 1")
     if not 0 <= args.temperature < math.inf:
         p.error(f"--temperature is {args.temperature}, expected 0 or more")
+    if args.load is not None and not Path(args.load).is_file():
+        p.error(f"--load {args.load}: no such file")
+    check_written(p, args)
+    return args
+
+
+def check_written(p: Parser, args: argparse.Namespace) -> None:
+    """Refuse to write to a folder, or over a file that is not ours.
+
+    Whether --save names a saved cache is seen later, by check_save.
+    """
     for flag in ("save", "html"):
         path = getattr(args, flag)
-        if path is not None and (not path or Path(path).is_dir()):
+        if path is None:
+            continue
+        if not path or Path(path).is_dir():
             p.error(f"--{flag} {path!r}: expected the name of a file")
-    return args
+        if not os.path.exists(path):
+            continue
+        text = args.context or ""
+        if os.path.exists(text) and os.path.samefile(path, text):
+            p.error(f"--{flag} {path} is the text itself; give another name")
+        if flag == "html" and Path(path).suffix != ".html":
+            p.error(f"--html {path}: a file is there that is no page; give a name that ends in "
+                    ".html")
 
 
 def check_together(p: Parser, args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import Cache, answer
+from model import Cache, answer_ids
 from run.errors import write_atomic
 
 KEEPS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5)  # the page's, beside the user's own
@@ -191,8 +191,15 @@ def in_column(text: str, column: int) -> str:
     width = max(20, terminal_width() - column)
     for line in text.splitlines() or [""]:
         shown = "".join(c if c.isprintable() else "\ufffd" for c in line.expandtabs(4))
-        lines += textwrap.wrap(shown, width, drop_whitespace=False) or [""]
-    return ("\n" + " " * column).join(line.rstrip() for line in lines)
+        lines += textwrap.wrap(shown, width) or [""]
+    indent = " " * column
+    return textwrap.indent("\n".join(lines), indent).removeprefix(indent)
+
+
+def answer_text(tokenizer, ids: list[int], max_new_tokens: int) -> str:
+    """The text of an answer. One that was cut off ends with "…"."""
+    text = tokenizer.decode(ids).strip()
+    return f"{text} …" if len(ids) == max_new_tokens else text
 
 
 def terminal_width() -> int:
@@ -212,13 +219,17 @@ def make_report(
 ) -> dict:
     """What a page shows: the text, sizes and answers at several keep ratios.
 
-    tokenizer, settings: of `answer`. ids: the text's, behind the n_header first
+    tokenizer, settings: of `answer_ids`. ids: the text's, behind the n_header first
     tokens. own: of these, what the user wanted kept.
     kept: tokens per head to begin with. make_cache(k): the compressed cache of
     k tokens per head.
     In `map` is a byte for each token, layer and head: its bit i says whether the
     head keeps the token at the i-th keep ratio.
     """
+    def answers_from(cache: Cache) -> list[str]:
+        found = answer_ids(model, tokenizer, cache, questions, *settings)
+        return [answer_text(tokenizer, answer, settings[0]) for answer in found]
+
     n = len(ids) - sum(own)
     ratio_of = {}  # by tokens per head
     for ratio in sorted({*KEEPS, kept / max(1, n)}):
@@ -234,7 +245,7 @@ def make_report(
         held = kept_map(cache, int(cache.next_position))[..., n_header:end]
         bits |= held.permute(2, 0, 1).to(torch.uint8) << i
         sizes.append([cache.nbytes(), cache.nbytes() - header_bytes(cache, n_header)])
-        answers.append(answer(model, tokenizer, cache, questions, *settings))
+        answers.append(answers_from(cache))
 
     units = text_units(tokenizer, ids)
     is_own = []
@@ -258,7 +269,7 @@ def make_report(
         "bytes": sizes,
         "answers": answers,
         "full_bytes": [full.nbytes(), full.nbytes() - header_bytes(full, n_header)],
-        "full_answers": answer(model, tokenizer, full, questions, *settings),
+        "full_answers": answers_from(full),
     }
 
 

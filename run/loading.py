@@ -95,6 +95,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def read_config(path) -> Config:
     """Config.from_json for a file from a stranger: checks types and sizes."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: there is no such folder; expected one with a model's weights")
     read_json(path)  # refuses what is not an object with finite numbers
     with reading(path, "expected the config.json of a Llama, Mistral or Qwen"):
         cfg = Config.from_json(path)

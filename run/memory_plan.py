@@ -135,8 +135,10 @@ def print_plan(a, c, model: Llama, compressor, scorer_mix: dict, mix: dict) -> N
     print(f"{total:10.3g}  together, of {usable:.3g} that can be used")
     if total > usable:
         print(f"This does not fit. Try {advice(c, a.gpus, parallel)}.")
+        return
 
-    print(f"\ntime at {UTILISATION:.0%} of {a.gpu_tflops:g} TFLOP/s per GPU")
+    print(f"\ntime at {UTILISATION:.0%} of {a.gpu_tflops:g} TFLOP/s per GPU; "
+          "a CPU takes many times longer")
     speed = a.gpus * a.gpu_tflops * 1e12 * UTILISATION
     context = c.batch * (HEADER + (c.context + (c.min_context or c.context)) / 2)
     total = 0

@@ -130,8 +130,8 @@ def compare_settings(out: Path, old: dict, new: dict) -> None:
         if task in new["tasks"]:
             groups.append((f"{task} ", old["tasks"][task], new["tasks"][task]))
     for name, before, now in groups:
-        for key in before.keys() - {"tasks"}:
-            if before[key] != now.get(key):
+        for key in before:
+            if key != "tasks" and before[key] != now.get(key):
                 raise BadInput(f"{out}: made with {name}{key} = {before[key]}, this run has "
                                f"{now.get(key)}; use the same settings, or give another --out")
 
@@ -352,47 +352,75 @@ def with_interval(found: dict, metric: str, units: int, form: str, to: str = "â€
     return f"{text} ({low:{form}}{to}{high:{form}})"
 
 
-def print_table(cells: list[dict]) -> None:
-    """Print the first metric of each task, for each kind of question and all of
-    them."""
+def print_table(cells: list[dict], by_kind: bool = True) -> None:
+    """Print the first metric of each task.
+
+    by_kind: one table for each kind of question, and one for all of them; else
+    only the latter.
+    """
     for task in dict.fromkeys(cell["task"] for cell in cells):
         mine = [cell for cell in cells if cell["task"] == task]
         kinds = {cell["kind"] for cell in mine if "/" not in cell["kind"]}
-        if len(kinds) == 2:
-            kinds = {"all"}  # the other kind has the same answers
+        if len(kinds) == 2 or not by_kind:
+            kinds = {"all"}  # if there are two, the other kind has the same answers
         for kind in sorted(kinds, key=lambda kind: (kind == "all", kind)):
             print_kind(task, kind, [cell for cell in mine if cell["kind"] == kind])
 
 
 def print_kind(task: str, kind: str, cells: list[dict]) -> None:
-    """One table: a row per method, and two columns per kept fraction."""
+    """One table: a row per method, and a column per kept fraction."""
     metric = next(iter(METRICS[task]))
     found = {(cell["method"], cell["keep"]): cell for cell in cells}
-    full = found.get(("full", 1.0))
     some = cells[0]
     print(f"\n{task}, {kind}{' kinds' * (kind == 'all')}: {UNITS[metric]}")
-    print(f"{some['n']} answers about {some['contexts']} documents of {some['N']:.0f} tokens; "
-          "in parentheses: 95 % intervals over documents")
+    about = (f"{counted(some['n'], 'answer')} about {counted(some['contexts'], 'document')} "
+             f"of {some['N']:.0f} tokens")
+    if some["units"] == 1 < some["contexts"]:
+        about += ", all of them pieces of one text"
+    if some["units"] >= MIN_UNITS:
+        about += "; in parentheses: 95 % intervals over documents"
+    print(about)
 
-    keeps = {cell["keep"] for cell in cells if cell["method"] not in ("full", "none")}
-    keeps = sorted(keeps, reverse=True)
-    columns = [f"{f'keep {keep:g}':>22} {'fewer bytes':>12}" for keep in keeps]
-    print(f"{'method':20}" + "".join(columns))
+    compressed = [cell for cell in cells if cell["method"] not in ("full", "none")]
+    keeps = sorted({cell["keep"] for cell in compressed}, reverse=True) or [1.0]
+    rows = [["method"] + [f"keep {keep:g}" for keep in keeps]]
     if "chance" in METRICS[task]:
-        print(f"{'(chance)':20}{some['mean']['chance']:22.3f}")
+        rows.append(["(chance)"] + [f"{some['mean']['chance']:.3f}"] * len(keeps))
     for method in dict.fromkeys(cell["method"] for cell in cells):
-        line, differences = "", ""
-        for keep in keeps_of(method, keeps):
-            cell = found.get((method, keep))
-            if cell is None:
-                line += " " * 35
-                continue
-            ratio = f"{full['cache_bytes'] / cell['cache_bytes']:.1f}x" if full else ""
-            line += f"{with_interval(cell, metric, cell['units'], '.3f'):>22} {ratio:>12}"
-            against = cell.get("difference", {"against": method})["against"]
-            if against != method:
-                text = with_interval(cell["difference"], metric, cell["units"], "+.3f", ", ")
-                differences += f"{text:>22} {'':12}"
-        print(f"{method:20}{line}".rstrip())
-        if differences:
-            print(f"{'  minus ' + against:20}{differences}".rstrip())
+        row = [method]
+        minus = [""]
+        for keep in keeps:
+            cell = found.get((method, *keeps_of(method, [keep])))
+            row.append(with_interval(cell, metric, cell["units"], ".3f") if cell else "")
+            difference = cell and cell.get("difference")
+            if difference and difference["against"] != method:
+                minus[0] = f"  minus {difference['against']}"
+                minus.append(with_interval(difference, metric, cell["units"], "+.3f", ", "))
+            else:
+                minus.append("")
+        rows.append(row)
+        if any(minus):
+            rows.append(minus)
+
+    full = found.get(("full", 1.0))
+    if full and compressed:
+        row = ["fewer bytes"]
+        for keep in keeps:
+            ratios = [full["cache_bytes"] / cell["cache_bytes"]
+                      for cell in compressed if cell["keep"] == keep]
+            ends = dict.fromkeys([f"{min(ratios):.1f}", f"{max(ratios):.1f}"])
+            row.append("â€“".join(ends) + "x")
+        rows.append(row)
+    print_columns(rows)
+
+
+def counted(n: int, noun: str) -> str:
+    return f"{n} {noun}" + "s" * (n != 1)
+
+
+def print_columns(rows: list[list[str]]) -> None:
+    """Print rows of texts, the first column flush left and the others flush right."""
+    first = max(len(row[0]) for row in rows)
+    width = 1 + max(len(text) for row in rows for text in row[1:])
+    for name, *texts in rows:
+        print((name.ljust(first) + "".join(text.rjust(width) for text in texts)).rstrip())

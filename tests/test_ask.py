@@ -18,7 +18,7 @@ from model import answer, answer_ids, generate
 from run.chat import Conversation
 from run.checkpoint import load_cache, save_adapter, save_cache
 from run.errors import BadInput
-from run.html_report import in_column, kept_map
+from run.html_report import answer_text, in_column, kept_map
 from test_tokenizer import TEMPLATES, folder_of, write_tokenizer
 
 TEXT = "\n The mill on the river was built by Ada Stone.\nNobody knows when: café 😀.\n" * 5
@@ -61,7 +61,11 @@ def call(folder, *args, stdin="") -> str:
 
 @pytest.mark.parametrize("args, code, message", [
     (["--help"], 0, "--keep-text"),
-    (["--kep", "1"], 2, "unrecognized arguments"),
+    (["--kep", "1"], 2, "unrecognized arguments: --kep 1; did you mean --keep?"),
+    (["--keep", "10%"], 2, "'10%': expected a fraction such as 0.1"),
+    (["--device", "foo"], 2, "'foo': expected auto, cpu, cuda or mps"),
+    (["--html", __file__], 2, "a file is there that is no page"),
+    (["--context", __file__, "--save", __file__], 2, "is the text itself"),
     (["--keep-lines", "9-3"], 2, "expected lines such as 10-20"),
     (["--keep-text", ""], 2, "--keep-text is empty"),
     (["--chat", "--question", "Why?"], 2, "--question does not go with --chat"),
@@ -82,13 +86,26 @@ def test_flags_are_checked_before_torch_is_imported(tmp_path, args, code, messag
 def test_a_text_too_long_is_refused_before_the_model_is_loaded(house, monkeypatch, tmp_path):
     (tmp_path / "long.txt").write_text("word " * 2000)
     monkeypatch.setattr(compress, "open_model", None)
-    with pytest.raises(BadInput, match="more than the model's 2048 positions"):
+    with pytest.raises(BadInput, match="at most (\\d+) fit: of the model's 2048") as error:
         call(house[0], f"--context={tmp_path / 'long.txt'}")
+    tokenizer = house[2]
+    largest = 2048 - len(tokenizer.header) - len(tokenizer.ask("What is this text about?"))
+    assert f"at most {largest} fit" in str(error.value)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_a_device_that_is_not_there_is_one_line(house):
-    with pytest.raises(BadInput, match="'toaster' cannot be used"):
-        call(house[0], "--device=toaster")
+    with pytest.raises(BadInput, match="'cuda' cannot be used"):
+        call(house[0], "--device=cuda")
+
+
+def test_a_file_that_is_no_cache_is_not_overwritten(house, tmp_path, monkeypatch):
+    monkeypatch.setattr(compress, "open_model", None)
+    path = tmp_path / "diary.txt"
+    path.write_text("Dear diary")
+    with pytest.raises(BadInput, match="a file is there that is no saved cache"):
+        call(house[0], f"--save={path}")
+    assert path.read_text() == "Dear diary"
 
 
 # -------------------------------------------------------------- questions and answers
@@ -118,18 +135,27 @@ def test_a_question_shows_whether_both_caches_say_the_same(house, capsys):
     full = compressor.full_cache(model, ctx)
     empty = model.prefill(torch.tensor([tokenizer.header]))
     ask_all(model, tokenizer, {"full": full, "copy": full, "none": empty}, ["Why?"], 20, 2.0, 0)
-    notes = re.findall(r"\((the same|another) answer, KL ([\d.]+)\)", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(r"answering took [\d.]+ s \(full\), [\d.]+ s \(copy\), ", out)
+    notes = re.findall(r"\((the same|another) answer, KL ([\d.]+)\)", out)
     assert notes[0] == ("the same", "0.000")
     assert notes[1][0] == "another" and float(notes[1][1]) > 0
 
 
 def test_answers_stay_in_their_column(monkeypatch):
     monkeypatch.setattr("run.html_report.terminal_width", lambda: 40)
-    shown = in_column("one\n\ttwo\x1b[2J\n" + "word " * 9, 12)
-    first, *others = shown.split("\n")
+    shown = in_column("one\n\n\ttwo\x1b[2J\n" + "words " * 9, 12)
+    first, blank, *others = shown.split("\n")
+    assert blank == "" and others[1:] == [" " * 12 + " ".join(["words"] * n) for n in (4, 4, 1)]
     assert first == "one" and others[0] == " " * 12 + "    two\ufffd[2J"
-    assert len(others) == 3 and all(line.startswith(" " * 12) for line in others)
     assert all(len(line) <= 40 for line in others)
+
+
+def test_an_answer_that_was_cut_off_shows_it(house):
+    tokenizer = house[2]
+    ids = tokenizer.encode("Ada Stone")
+    assert answer_text(tokenizer, ids, len(ids)) == "Ada Stone …"
+    assert answer_text(tokenizer, ids, len(ids) + 1) == "Ada Stone"
 
 
 @pytest.mark.weights
@@ -209,8 +235,9 @@ def test_every_head_keeps_a_span_beside_its_budget(house):
 
 def test_the_program_keeps_passages_and_lines(house):
     out = call(house[0], "--keep=0.1", "--keep-text=Ada Stone", "--keep-lines=3-3")
-    n, n_own = map(int, re.search(r"tokens +(\d+) ->.* and (\d+) that you asked for", out).groups())
-    assert n + n_own == len(house[2].document(TEXT.strip())) and n_own > 5 * 5
+    line = r"tokens +(\d+) in the text: (\d+) ->.* and (\d+) that you asked for"
+    n, n_compressible, n_own = map(int, re.search(line, out).groups())
+    assert n == n_compressible + n_own == len(house[2].document(TEXT.strip())) and n_own > 5 * 5
     marked = out.splitlines()
     line = next(i for i, text in enumerate(marked) if "Ada Stone" in text)
     column = marked[line].index("Ada Stone")
@@ -258,7 +285,8 @@ def test_a_saved_conversation_goes_on(house, tmp_path):
     once = tmp_path / "c.safetensors"
     flags = ("--chat", "--temperature=2")
     call(house[0], *flags, f"--save={once}", stdin="Who?\n\nAnd when?\nWhy?\n")
-    call(house[0], *flags, f"--save={saved}", stdin="Who?\n")
+    first = call(house[0], *flags, f"--save={saved}", stdin="Who?\n")
+    assert "\n> Who?\n" in first, "what no terminal has shown is shown"
     second = call(
         house[0], f"--load={saved}", *flags, f"--save={longer}", stdin="And when?\nWhy?")
     assert once.read_bytes() == longer.read_bytes()
@@ -275,7 +303,7 @@ def test_a_question_to_a_saved_conversation_is_its_next_turn(house, tmp_path):
     save_cache(tmp_path / "c", talk.cache, model, tokenizer, {"turns": 1})
     out = call(folder, f"--load={tmp_path / 'c'}", "--question=Why?")
     expected = Conversation(model, tokenizer, talk.cache, turns=1).say("Why?", 5)
-    assert re.search(r"  saved  (.*)", out)[1] == in_column(expected.removesuffix(" …"), 9)
+    assert re.search(r"  saved  (.*)", out)[1] == in_column(expected, 9)
 
 
 def test_what_was_said_has_positions_in_the_saved_cache(house, tmp_path):
@@ -319,10 +347,11 @@ def test_ctrl_c_keeps_what_was_said(house, tmp_path, monkeypatch):
 
 def test_a_saved_cache_says_what_it_holds(house, tmp_path):
     saved = tmp_path / "c.safetensors"
-    call(house[0], "--keep=0.25", f"--save={saved}")
+    before = call(house[0], "--keep=0.25", "--keep-text=Ada Stone", f"--save={saved}")
     out = call(house[0], f"--load={saved}", "--question=Why?")
-    n = len(house[2].document(TEXT.strip()))
-    assert f"adapter  {house[0] / 'adapter'}\n" in out and f"tokens   {n}\n" in out
+    assert f"adapter  {house[0] / 'adapter'}\n" in out
+    counts = re.search(r"tokens   .*", before)[0]
+    assert counts in " ".join(out.split()).replace("tokens ", "tokens   ")
     keep = float(re.search(r"keep     (.*)", out)[1])
     assert 0.2 < keep < 0.26 and "begins   The mill on the river was built by Ada Stone." in out
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, tiny_compressor, tiny_llama
 from run.checkpoint import (
-    append_line, base_of, check_base, load_cache, load_state, lock_dir, open_run, quarantine,
-    read_adapter, save_adapter, save_cache, save_state, trim_log)
+    append_line, base_of, check_base, check_run, load_cache, load_state, lock_dir, open_run,
+    quarantine, read_adapter, save_adapter, save_cache, save_state, trim_log)
 from run.errors import BadInput, read_json, write_json
 
 
@@ -198,9 +198,10 @@ def config(**changes):
     return {"train": train, "system": None, "dtype": "float32", "from": None, "base": base}
 
 
-def begun(folder, wanted=None):
-    with open_run(folder, wanted or config(), may_resume=False) as finished:
+def begun(folder):
+    with open_run(folder, config(), may_resume=False) as finished:
         assert not finished
+    (folder / "log.jsonl").write_text('{"step": 0}\n')
 
 
 def test_a_run_goes_on_only_if_it_is_told_to(tmp_path):
@@ -211,6 +212,25 @@ def test_a_run_goes_on_only_if_it_is_told_to(tmp_path):
     with open_run(out, config(micro=2), may_resume=True) as finished:  # computes the same
         assert not finished
     assert read_json(out / "config.json") == config()
+
+
+def test_a_run_that_failed_before_its_first_step_is_no_hindrance(tmp_path):
+    begun(tmp_path)
+    (tmp_path / "log.jsonl").write_text("")
+    with open_run(tmp_path, config(lr=2.0), may_resume=False):
+        assert read_json(tmp_path / "config.json") == config(lr=2.0)
+    write_json(tmp_path / "config.json", {"model_type": "llama"})  # of a model, not of a run
+    with pytest.raises(BadInput, match="is not empty"):
+        begun(tmp_path)
+
+
+def test_flags_are_compared_before_there_is_a_model(tmp_path):
+    begun(tmp_path)
+    flags = {"train": config(lr=2.0, steps=6, micro=2)["train"], "system": None}
+    changes = "--lr was 1.0, now 2.0; --steps was 5, now 6; repeat the flags of .*config.json"
+    with pytest.raises(BadInput, match=changes):
+        check_run(tmp_path, flags, may_resume=True)
+    check_run(tmp_path, {"train": config()["train"]}, may_resume=True)
 
 
 def test_to_resume_where_there_is_nothing_is_to_start(tmp_path):
@@ -232,7 +252,7 @@ def test_a_finished_run_says_so(tmp_path):
     (config(tau=0.5), "tau was None, now 0.5"),
     (config() | {"dtype": "bfloat16"}, "dtype was 'float32', now 'bfloat16'"),
     (config() | {"system": "Be brief."}, "system was None"),
-    (config() | {"from": {"created": "today"}}, "from was None"),
+    (config() | {"from": {"created": "today"}}, "--init-adapter is another one"),
     (config() | {"base": {"weights": "b", "architecture": {"n_layer": 6}}}, "weights was 'a', now 'b'"),
     (config() | {"base": {"weights": "a", "architecture": {"n_layer": 5}}}, "n_layer was 6, now 5"),
 ])

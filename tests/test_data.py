@@ -150,11 +150,13 @@ def test_shards_hold_each_document_once_and_whole(tok, tmp_path):
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])
-def test_few_documents_hold_out_at_least_one(tok, tmp_path, n):
+def test_few_documents_hold_out_at_least_one(tok, tmp_path, capsys, n):
     folder, = prepare([write_texts(tmp_path / "texts", n)], tok, tmp_path / "shards")
     found = read_shards(folder, tok)
     assert len(found["val"]) >= 1 and len(found["train"]) >= 1
     assert len(found["val"]) + len(found["train"]) == n
+    titles = list(found["val"])
+    assert len(titles) > 1 or f"held out: {titles[0]}.txt" in capsys.readouterr().err
 
 
 def test_a_side_is_never_empty_whatever_the_hashes(tok, tmp_path, monkeypatch):
@@ -165,7 +167,7 @@ def test_a_side_is_never_empty_whatever_the_hashes(tok, tmp_path, monkeypatch):
         assert (len(found["train"]), len(found["val"])) == (4, 1)
 
 
-def test_a_single_text_is_cut_in_two(tok, tmp_path):
+def test_a_single_text_is_cut_in_two(tok, tmp_path, capsys):
     text = "".join(f"Sentence {i} of a book. " for i in range(100)).strip()
     (tmp_path / "book.txt").write_text(text)
     folder, = prepare([str(tmp_path / "book.txt")], tok, tmp_path / "shards")
@@ -173,6 +175,7 @@ def test_a_single_text_is_cut_in_two(tok, tmp_path):
     assert found["train"]["book"] + found["val"]["book"] == text
     n_held_out = len(Shard(folder, "val", tok).ids)
     assert n_held_out == -(-len(tok.encode(text)) // 10)
+    assert "held out: the end of book.txt" in capsys.readouterr().err
 
 
 def test_a_source_without_text_is_refused(tok, tmp_path):

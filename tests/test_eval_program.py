@@ -1,6 +1,7 @@
 """eval.py as a user runs it: all tasks on a tiny model, stopped and continued, bad input."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 
 import pytest
 
+import compress
 import eval
 from conftest import ROOT, tiny_compressor
 from data.tokenizer import Tokenizer
@@ -51,7 +53,9 @@ DATA = {"squad": "squad.json", "niah": "hay.txt", "summary": "s.jsonl", "choice"
 
 def flags(files, *more, data=DATA):
     found = ["--weights", files / "tiny", "--adapter", files / "adapter", "--dtype", "fp32",
-             "--device", "cpu", "--shards", files / "shards"]
+             "--device", "cpu"]
+    if data:
+        found += ["--shards", files / "shards"]
     for task, name in data.items():
         found += ["--data", f"{task}={files / name}"]
     return [str(x) for x in [*found, *more]]
@@ -197,11 +201,39 @@ def test_the_table_that_ends_a_training_run(files, tmp_path, monkeypatch, capsys
 def test_ask_prints_the_answers_of_several_methods(files):
     what = ("--ask", files / "texts" / "3.txt", "--question", "When?", "--question", "Who?",
             "--methods", "full,kvzip,h2o", "--keep", "0.25")
-    stdout = call(eval, *flags(files, *what))
-    assert stdout.count("kvzip, keep 0.25") == stdout.count("h2o, keep 0.25") == 3
+    stdout = call(eval, *flags(files, *what, data={}))
+    assert stdout.count("kvzip, keep 0.25") == stdout.count("h2o, keep 0.25") == 4
     assert "? When?" in stdout and "? Who?" in stdout
     row = next(line.split() for line in stdout.splitlines() if line.startswith("h2o, keep"))
     assert row[5].endswith("x") and 2 < float(row[5][:-1]) < 4, row
+
+
+def test_ask_gives_the_answers_of_compress(files, monkeypatch):
+    """Also where the default model is told to extract the answer, and where it is not."""
+    monkeypatch.setattr("run.loading.fetch", lambda: files / "tiny")
+    text = files / "texts" / "3.txt"
+    common = ("--adapter", files / "adapter", "--dtype", "fp32", "--device", "cpu", "--keep",
+              "0.25", "--question", "When was the mill built?")
+    monkeypatch.setattr("run.html_report.terminal_width", lambda: 9999)
+    found = []
+    for plain in ([], ["--plain"]):
+        ours = call(compress, "--context", text, *common, *plain)
+        theirs = call(eval, "--ask", text, "--methods", "full,kvdistill", *common, *plain)
+        theirs = theirs.replace("kvdistill, keep 0.25", "compressed")
+        answers = [re.search(r"\n\? (.*)\nanswering", x, re.S)[1].split() for x in (ours, theirs)]
+        assert answers[0] == answers[1]
+        found.append(answers[0])
+    assert found[0] != found[1]
+
+
+def test_ask_refuses_what_compress_refuses(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval, "open_model", None)
+    (tmp_path / "long.txt").write_text("word " * 2000)
+    what = ("--ask", tmp_path / "long.txt", "--question", "Who?", "--methods", "kvdistill")
+    said = error_of(eval, *flags(files, *what, data={}))
+    theirs = ("--context", tmp_path / "long.txt", "--question", "Who?")
+    assert said.removeprefix("eval") == error_of(
+        compress, *flags(files, *theirs, data={})).removeprefix("compress")
 
 
 def test_two_runs_on_one_result_file(files, tmp_path):
@@ -217,7 +249,7 @@ def test_two_runs_on_one_result_file(files, tmp_path):
     (("--methods", "magic"), "'magic' is unknown, expected some of full, none, random"),
     (("--keep", "2"), "--keep: '2'"),
     (("--keep", "0"), "--keep: '0'"),
-    (("--keep", "half"), "--keep: 'half'"),
+    (("--keep", "half"), "--keep: 'half': expected fractions above 0, at most 1"),
     (("--keep", "nan"), "--keep: 'nan'"),
     (("--lengths", "1"), "--lengths: '1'"),
     (("--depths", "5"), "--depths: '5'"),
@@ -231,6 +263,8 @@ def test_two_runs_on_one_result_file(files, tmp_path):
     (("--ask", "x.txt"), "give both"),
     (("--ask", "x.txt", "--question", " "), "ask something"),
     (("--ask", "x.txt", "--question", "Who?"), "x.txt: no such file"),
+    (("--ask", "x.txt", "--question", "Who?", "--out", "y"), "--out does not go with --ask"),
+    (("--plain",), "--plain goes with --ask"),
 ])
 def test_bad_flags_are_one_line(files, args, message):
     assert message in error_of(eval, *flags(files, *args, data={}))

@@ -135,12 +135,14 @@ def test_the_8b_llama_needs_no_file(monkeypatch, capsys):
     assert "--parallel fsdp" in out and "not fit" not in out
     out = plan(monkeypatch, capsys, "--preset", "paper", "--gpu-memory", 16)
     assert "This does not fit. Try several GPUs with --parallel fsdp" in out
+    assert "hours" not in out
 
 
 def test_a_small_model_has_digits(monkeypatch, capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(SMOLLM)))
     out = plan(monkeypatch, capsys, "--weights", tmp_path)
     assert " 0.00 " not in out and " 0.0 hours" not in out and "0 hours\n" not in out
+    assert "a CPU takes many times longer" in out
 
 
 def test_ddp_while_half_of_the_gpu_is_left():

@@ -76,15 +76,38 @@ def table(capsys, documents: int) -> list[list[str]]:
 def test_the_table_shows_ratios_and_differences(capsys):
     lines = table(capsys, 8)
     assert "nats per token, lower is better" in " ".join(lines[1])
-    assert lines[3] == "method keep 0.5 fewer bytes keep 0.2 fewer bytes".split()
+    assert "8 answers about 8 documents of 10 tokens; in parentheses" in " ".join(lines[2])
+    assert lines[3] == "method keep 0.5 keep 0.2".split()
+    assert lines[4] == ["full", *["0.000", "(0.000–0.000)"] * 2], "full is the same at every keep"
+    assert lines[-1] == "fewer bytes 2.0–2.2x 3.6–4.5x".split()
     b = next(i for i, line in enumerate(lines) if line[:1] == ["b"])
-    assert lines[b] == "b 4.000 (4.000–4.000) 2.0x 6.000 (6.000–6.000) 3.6x".split()
+    assert lines[b] == "b 4.000 (4.000–4.000) 6.000 (6.000–6.000)".split()
     assert lines[b + 1] == "minus a +3.000 (+3.000, +3.000) +4.000 (+4.000, +4.000)".split()
     assert sum(line[:1] == ["minus"] for line in lines) == 1, "not to itself, nor at other keeps"
 
 
 def test_fewer_than_eight_documents_have_no_interval(capsys):
-    assert "b 4.000 2.0x 6.000 3.6x".split() in table(capsys, 7)
+    lines = table(capsys, 7)
+    assert "b 4.000 6.000".split() in lines and "parentheses:" not in sum(lines, [])
+    assert "1 answer about 1 document of 10 tokens".split() in table(capsys, 1)
+
+
+def test_the_table_of_a_training_run_fits_and_has_one_part(capsys):
+    found = []
+    for i in range(8):
+        kinds = {"kinds": ("cloze", "title", "recite"), "weights": (1, 1, 1)}
+        found.append(record(i, "full", 1.0, (0, 0, 0), **kinds))
+        for keep in (0.5, 0.25, 0.1, 0.05):
+            found.append(record(i, "kvdistill:random", keep, (1, 2, i), **kinds))
+    print_table(cells_of(found), by_kind=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("per token" in line for line in lines) == 1 and "all kinds" in lines[1]
+    assert max(map(len, lines[3:])) < 100
+
+    for r in found:
+        r["unit"] = "novel"
+    print_table(cells_of(found))
+    assert "8 documents of 10 tokens, all of them pieces of one text" in capsys.readouterr().out
 
 
 # on disk ----------------------------------------------------------------------------------
