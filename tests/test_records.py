@@ -128,8 +128,9 @@ def test_what_a_killed_run_left_half_written_is_cut_off(tmp_path):
         append_records("/dev/full", [a])
 
 
-@pytest.mark.parametrize("foreign", [gzip.compress(b"no json\n"), b"plain text\n",
-                                     gzip.compress(b'{"a": 1}\n')])
+@pytest.mark.parametrize("foreign", [
+    gzip.compress(b"no json\n"), b"plain text\n", gzip.compress(b'{"a": 1}\n'),
+    gzip.compress(b"9" * 5000), gzip.compress(json.dumps(record() | {"bytes": 1e308}).encode())])
 def test_a_foreign_file_is_refused_and_left_alone(tmp_path, foreign):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(foreign)

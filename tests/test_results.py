@@ -185,6 +185,15 @@ def test_what_is_not_measured_is_said_and_what_is_replaces_it(elsewhere):
             assert text.count("| kvzip:recent |") == 1
 
 
+@pytest.mark.parametrize("name, value", [("cells", 5), ("cells", [None]), ("settings", [])])
+def test_a_broken_result_is_one_line(tmp_path, monkeypatch, name, value):
+    good = json.loads((tables.RESULTS / "fidelity.json").read_text())
+    (tmp_path / "fidelity.json").write_text(json.dumps(good | {name: value}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    with pytest.raises(BadInput, match="fidelity.json: .*; make it again with eval.py"):
+        tables.made("fidelity")
+
+
 def test_a_page_without_its_block_is_one_line(elsewhere):
     (elsewhere / "README.md").write_text("no block")
     with pytest.raises(BadInput, match="no block .*headline"):
