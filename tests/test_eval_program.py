@@ -181,7 +181,7 @@ def test_fidelity_on_own_texts_and_squad_answers(files, tmp_path):
     assert cells["fidelity", "all", "kvdistill", 1.0]["cache_bytes"] == full["cache_bytes"]
 
 
-def test_the_table_that_ends_a_training_run(files, tmp_path, monkeypatch, capsys):
+def test_the_table_that_ends_a_training_run(files, tmp_path, monkeypatch):
     """The kind squad is there when its file is; the numbers are those of the program."""
     model, tokenizer = load_llama(files / "tiny"), Tokenizer(files / "tiny")
     compressor = eval.open_compressor(files / "adapter", files / "tiny", model, tokenizer)[0]
@@ -190,7 +190,7 @@ def test_the_table_that_ends_a_training_run(files, tmp_path, monkeypatch, capsys
     assert "squad" not in {cell["kind"] for cell in eval.held_out_table(*what)}
     monkeypatch.setattr(eval.tasks, "SQUAD", files / "squad.json")
     cells = eval.held_out_table(*what)
-    assert "fidelity, squad: KL to the full cache" in capsys.readouterr().out
+    assert "squad" in {cell["kind"] for cell in cells}
     call(eval, *flags(files, *FIDELITY, "--out", tmp_path / "r.json"))
     theirs = cells_in(tmp_path / "r.json")
     for c in cells:
