@@ -1146,9 +1146,14 @@ def capture(model: Llama, cache: Cache, temperature: float, rng) -> CapturedStep
     return captured
 
 
-def answer(model: Llama, tokenizer, cache: Cache, questions: list[str], *settings) -> list[str]:
+def answer(
+    model: Llama, tokenizer, cache: Cache, questions: list[str],
+    max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0,
+) -> list[str]:
     """Answers to questions about one cached context. See `answer_ids`."""
-    answers = answer_ids(model, tokenizer, cache, questions, *settings)
+    answers = answer_ids(
+        model, tokenizer, cache, questions, max_new_tokens, temperature, seed
+    )
     return [tokenizer.decode(ids).strip() for ids in answers]
 
 
