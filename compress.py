@@ -49,7 +49,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from run.errors import BadInput, read_json, reading, run_program
+from run.errors import ROOT, BadInput, read_json, reading, run_program
 from run.flags import parse_compress_flags
 
 if __name__ == "__main__":
@@ -64,7 +64,7 @@ import torch.nn.functional as F
 from data.tasks import SQUAD_ANSWER, SQUAD_END, SQUAD_PROMPT, tokens_with
 from model import NEG, Cache, HeadGroup, Llama, TokenLoRA, answer_ids, full_cache
 from run.chat import Conversation, NextTurn, chat
-from run.checkpoint import ROOT, cache_header, load_cache, read_adapter, save_cache
+from run.checkpoint import cache_header, load_cache, read_adapter, save_cache
 from run.html_report import (
     answer_text, can_color, in_column, kept_map, make_report, terminal_width, view, write_report)
 from run.loading import model_name, open_model, open_tokenizer

@@ -48,9 +48,9 @@ from data.prepare import SHARDS
 from data.samples import REPEAT, Case, Query, collate, make_case
 from data.tasks import MAX_NEW_TOKENS, METRICS, SQUAD_END, tokens_with
 from model import Cache, HeadGroup, Llama, generate
-from run.checkpoint import ROOT, base_of
+from run.checkpoint import base_of
 from run.dist import World
-from run.errors import BadInput, Parser, provenance, run_program
+from run.errors import ROOT, BadInput, Parser, provenance, run_program
 from run.flags import add_model_flags, seed_flag
 from run.loading import model_name, open_model, open_tokenizer
 from run.records import Results, cells_of, keeps_of, print_table

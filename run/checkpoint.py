@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from model import Cache, HeadGroup, Llama, local_shard
 from run.errors import (
-    ROOT, BadInput, expect, parse_json, read_json, reading, write_atomic, write_json)
+    BadInput, expect, parse_json, read_json, reading, write_atomic, write_json)
 
 FINGERPRINT_ROWS = 4  # rows of each weight that count in the model's fingerprint
 CACHE_KEY = "kvdistill_cache"  # in the header of a saved cache

@@ -14,7 +14,7 @@ from compress import (
 )
 from conftest import ROOT, save_llama, tiny_compressor, tiny_llama
 from data.tokenizer import Tokenizer
-from model import answer, answer_ids, generate
+from model import answer, generate
 from run.chat import Conversation
 from run.checkpoint import load_cache, save_adapter, save_cache
 from run.errors import BadInput

@@ -3,7 +3,6 @@ import hashlib
 import io
 import json
 import tarfile
-from pathlib import Path
 
 import gguf as reference
 import numpy as np

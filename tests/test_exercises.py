@@ -4,7 +4,6 @@ writes again.
 Each test needs its own function and those of earlier steps, but none of later steps.
 test_exercises_page.py checks this; it gives the answers away.
 """
-import math
 
 import pytest
 import torch
