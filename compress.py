@@ -3,7 +3,7 @@
 The method (arXiv 2503.10337) has five parts. Four are here, in this order, and
 the fifth, the loss, is in train.py:
   1. Scorer           a small network reads each token's hidden state after
-                      layer η and gives a score for every head
+                      layer η and gives scores for every head
   2. select, gather   the entries with the highest scores of all heads together
                       are kept, under one shared budget
   3. decay            attention to an entry is decayed by its score, so that a
@@ -60,6 +60,7 @@ if __name__ == "__main__":
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data.tasks import SQUAD_ANSWER, SQUAD_END, SQUAD_PROMPT, tokens_with
 from model import NEG, Cache, HeadGroup, Llama, TokenLoRA, answer_ids, full_cache
@@ -76,37 +77,46 @@ class CompressorConfig:
                                  # "token": all heads keep the same, as in the paper
     eta: int = 6                 # the scorer reads hidden states after this layer
     hidden: int = 1024           # width of the scorer's hidden layer
+    target: str = "both"         # what the scorer predicts of an entry: how much
+                                 # it is looked at ("attention"), or also how much
+                                 # the likelihood of an answer depends on it
     recent: int = 4              # every head keeps its last tokens: K/8 of them,
                                  # at least 1, at most this many ("head" only)
     decay: str = "threshold"     # or "sigmoid", the paper's
     tau: float = 0.5             # temperature of "threshold", in nats of score
     rank: int = 32               # of LoRA on W_Q and W_O
     routing_strength: str = "growing"  # with the compression; or "full", the paper's
-    registers: int = 0           # extra tokens that are read behind the document,
-                                 # kept in every head and encoded with LoRA, so
-                                 # that they can carry what is dropped
-    register_id: int = 0         # their token: train.py takes a blank line
+    registers: int = 2           # learned hidden states, placed behind the document
+                                 # after layer η and kept in every head, so that
+                                 # they can carry what is dropped; 0 is the paper's
 
 
 # ------------------------------------------------------------ part 1: the scorer
 
 class Scorer(nn.Module):
-    """A network with one hidden layer, in fp32: a score for each token and head.
+    """A network with one hidden layer, in fp32: scores for each token and head.
 
-    A score predicts the logarithm of the largest attention weight that the entry
-    will get (see `max_attention`); −4 is a typical value. The input is the
-    RMS-normalised hidden state, log(1 + tokens after it) and log(1 + tokens
-    before it): a causal hidden state cannot know how much text is to come.
+    Its outputs are logarithms of the largest attention weight that the entry will
+    get, and of the effect that it will have on the likelihood of what is read
+    later (see `attention_and_effect`); −4 is a typical value of the first, −7 of
+    the second. The input is the RMS-normalised hidden state, log(1 + tokens after
+    it) and log(1 + tokens before it): a causal hidden state cannot know how much
+    text is to come.
+
+    n_outputs: 2, or 1 for the attention alone.
     """
 
-    def __init__(self, n_embd: int, hidden: int, n_layer: int, n_kv_head: int):
+    def __init__(self, n_embd: int, hidden: int, n_layer: int, n_kv_head: int, n_outputs: int):
         super().__init__()
-        self.heads = (n_layer, n_kv_head)
+        self.shape = (n_outputs, n_layer, n_kv_head)
         self.w1 = nn.Linear(n_embd + 2, hidden)
-        self.w2 = nn.Linear(hidden, n_layer * n_kv_head)
+        self.w2 = nn.Linear(hidden, n_outputs * n_layer * n_kv_head)
 
     def forward(self, h, lengths):
-        """h: (B, N, D), of contexts of `lengths` (B,) tokens -> (B, l, g, N)."""
+        """h: (B, N, D), of contexts of `lengths` (B,) tokens.
+
+        Returns n_outputs tensors (B, l, g, N).
+        """
         dtype = self.w1.weight.dtype
         before = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
         after = (lengths[:, None] - 1 - before).clamp(min=0)
@@ -114,8 +124,8 @@ class Scorer(nn.Module):
 
         x = F.rms_norm(h.to(dtype), h.shape[-1:])
         x = torch.cat([x, distances], -1)      # (B, N, D + 2)
-        scores = self.w2(F.gelu(self.w1(x)))   # (B, N, l·g)
-        return scores.transpose(1, 2).unflatten(1, self.heads)
+        y = self.w2(F.gelu(self.w1(x)))        # (B, N, n_outputs·l·g)
+        return y.transpose(1, 2).unflatten(1, self.shape).unbind(1)
 
 
 # ----------------------------------------------- part 2: selection under a budget
@@ -150,23 +160,11 @@ class Selection:
                               # score: recent and protected tokens, padding
     theta: torch.Tensor       # (B, 1, 1, 1) fp32, the threshold: midway between
                               # the last kept score and the next
-    registers: torch.Tensor | None = None  # (B, N) bool, if there are any
-
-    @property
-    def head_fraction(self):
-        """The fraction of a layer's heads that keep a token: (B, l, N) fp32.
-
-        It is 1 for a register. With registers, it is 0 for a recent token, which
-        is kept by rule: without LoRA it keeps its own content, and the registers
-        carry the rest.
-        """
-        if self.registers is None:
-            return self.kept.float().mean(2)
-        fraction = (self.kept & ~self.not_scored).float().mean(2)
-        return torch.where(self.registers[:, None], 1.0, fraction)
 
 
-def select(scores, compressible, k, recent=0, check: bool = True) -> Selection:
+def select(
+    scores, compressible, k, recent=0, taken=0, check: bool = True,
+) -> Selection:
     """Part 2: keep the k·l·g highest scores of each row, of all heads together.
 
     scores: (B, l, g, N) fp32. Of equal ones, the earlier layer, head and token
@@ -174,6 +172,7 @@ def select(scores, compressible, k, recent=0, check: bool = True) -> Selection:
     compressible: (B, N) bool, the tokens to select from.
     k: (B,) int64, kept tokens per head on average.
     recent: how many of the last tokens every head keeps; an int or (B,) int64.
+    taken: entries of the budget that something else needs; an int or (B,) int64.
     check: whether to look for scores that are not finite.
     Errors: BadInput, with `check`, for a score that is not finite.
     """
@@ -195,7 +194,8 @@ def select(scores, compressible, k, recent=0, check: bool = True) -> Selection:
 
     # (B, l·g·N): the heads of a row, one after the other
     ranked, order = ranked.flatten(1).sort(dim=1, descending=True, stable=True)
-    budget = (k * l * g)[:, None]
+    # one entry for each head is the least that is kept
+    budget = (k * l * g - taken).clamp(min=l * g)[:, None]
     rank = torch.arange(l * g * N, device=k.device)
     kept = torch.zeros_like(ranked, dtype=torch.bool)
     kept.scatter_(1, order, rank < budget)
@@ -343,6 +343,76 @@ def max_attention(
     return torch.stack(list(best.values()), 1)
 
 
+def attention_and_effect(model: Llama, full: Cache, tokens, segments, max_position=None):
+    """How much entries of a full cache are looked at while the model reads on, and
+    how much the likelihood of what it reads depends on them.
+
+    The first is the largest attention weight, as in `max_attention`. The second is
+    what the gradient of decayed attention says. Let query p attend to entry c with
+    weight A, let o = Σ_c A_c·v_c be its output, and g the gradient of
+    log p(tokens) with respect to o. A bias β on that one logit has the gradient
+    A·g·(v_c − o). If the entry is left out, the likelihood changes, to first order,
+    by
+        δ = A/(1 − A) · g·(v_c − o),
+    and an entry's effect is the root of Σ δ² over the queries: the Fisher
+    information of whether it is there.
+
+    tokens, segments: (B, T) int64, see Llama.forward.
+    Returns: two tensors (B, L, G, N) fp32.
+    """
+    N = full.layers[0][0].k.shape[2]
+    largest = {}
+    squares = {}
+
+    def on_weights(layer: int, weights, first_query: int):  # (B, G, H/G, t, s)
+        A = weights.detach()
+        is_token = segments[:, first_query:first_query + A.shape[3]] >= 0
+        received = A[..., :N].masked_fill(~is_token[:, None, None, :, None], 0)
+        # a layer comes once for each block of queries
+        received = received.amax((2, 3))
+        largest[layer] = torch.maximum(largest.get(layer, received), received)
+
+        def on_gradient(grad):  # with respect to the weights: g·v_c
+            average = (A * grad).sum(-1, keepdim=True)  # g·o
+            odds = A[..., :N] / (1 - A[..., :N]).clamp(min=1e-3)
+            change = odds * (grad[..., :N] - average)
+            change = change.sum(2)  # of all query heads that share the entry
+            squares[layer] = squares.get(layer, 0) + change.square().sum(2)
+
+        weights.register_hook(on_gradient)
+
+    # A bias of 0 changes nothing. It is there so that there is a gradient.
+    beta = torch.zeros(len(tokens), model.cfg.n_layer, 1, N, device=tokens.device)
+    kvs = [(group.k, group.v) for (group,) in full.layers]
+    with torch.enable_grad():
+        cache = full_cache(kvs, full.next_position, beta.requires_grad_())
+        hidden = model(tokens, cache, segments, on_weights=on_weights, max_position=max_position)
+        log_likelihood(model, hidden, tokens, segments).backward()
+
+    layers = range(model.cfg.n_layer)
+    effect = torch.stack([squares[layer] for layer in layers], 1).sqrt()
+    return torch.stack([largest[layer] for layer in layers], 1), effect
+
+
+def log_likelihood(model: Llama, hidden, tokens, segments, rows: int = 256):
+    """The sum of log p(token) over all tokens but the first of each segment.
+
+    hidden: (B, T, D), of the tokens. `rows` logits are computed at a time, and
+    again in the backward pass, because all of them would take too much memory.
+    """
+    is_predicted = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] >= 0)
+    labels = torch.where(is_predicted, tokens[:, 1:], -100)  # cross_entropy skips −100
+    hidden = hidden[:, :-1].flatten(0, 1)
+
+    def part(hidden, labels):
+        return -F.cross_entropy(model.logits(hidden), labels, reduction="sum")
+
+    total = 0
+    for h, y in zip(hidden.split(rows), labels.flatten().split(rows)):
+        total = total + checkpoint(part, h, y, use_reentrant=False)
+    return total
+
+
 # -------------------------------------------------------------------- the method
 
 @dataclass
@@ -354,7 +424,6 @@ class Context:
     lengths: torch.Tensor       # (B,) int64, real tokens of each row
     compressible: torch.Tensor  # (B, N) bool; the others are padding or protected
     padded: bool                # whether rows differ in length
-    n_registers: int = 0        # the last tokens of each row, not compressible
 
     @property
     def protected(self):
@@ -362,43 +431,30 @@ class Context:
         columns = torch.arange(self.h.shape[1], device=self.h.device)
         return (columns < self.lengths[:, None]) & ~self.compressible
 
-    @property
-    def registers(self):
-        """(B, N) bool"""
-        columns = torch.arange(self.h.shape[1], device=self.h.device)
-        ends = self.lengths[:, None]
-        return (columns >= ends - self.n_registers) & (columns < ends)
-
-    def without_registers(self) -> "Context":
-        """The documents alone, as any other method reads them."""
-        if self.n_registers == 0:
-            return self
-        N = self.h.shape[1] - self.n_registers
-        return Context(
-            self.h[:, :N], [(k[:, :, :N], v[:, :, :N]) for k, v in self.kvs],
-            self.tokens[:, :N], self.lengths - self.n_registers,
-            self.compressible[:, :N], self.padded,
-        )
-
-    def as_cache(self, kvs, bias=None) -> Cache:
-        return full_cache(kvs, self.lengths if self.padded else None, bias)
-
 
 class Compressor(nn.Module):
-    """All that is trained, in fp32: the scorer and the LoRA matrices.
+    """All that is trained, in fp32: the scorer, the LoRA matrices and the registers.
 
     The Llama is an argument of the methods, and stays frozen. Layers η+1 … L−1
     have LoRA: in layer L it would reach no key or value.
+
+    A register is like a token without a text: R hidden states, which are the same
+    for every document, follow the document's own after layer η. In the layers
+    above, they attend to the document and are kept in every head. What a document
+    says of a dropped token can move into them. A kept token cannot take up more
+    without losing something of its own, a register can.
     """
 
     def __init__(self, model_cfg, cfg: CompressorConfig):
         super().__init__()
         check_compressor_config(cfg, model_cfg.n_layer)
         self.cfg = cfg
+        self.n_layer = model_cfg.n_layer
         heads = (1, 1)
         if cfg.selection == "head":
             heads = (model_cfg.n_layer, model_cfg.n_kv_head)
-        self.scorer = Scorer(model_cfg.n_embd, cfg.hidden, *heads)
+        n_outputs = 2 if cfg.target == "both" else 1
+        self.scorer = Scorer(model_cfg.n_embd, cfg.hidden, *heads, n_outputs)
         # about the mean of a log attention weight; or a σ(s) near 1
         start = -4.0 if cfg.decay == "threshold" else 4.0
         nn.init.constant_(self.scorer.w2.bias, start)
@@ -411,6 +467,7 @@ class Compressor(nn.Module):
         self.b_q = nn.Parameter(torch.zeros(n, inner, cfg.rank))
         self.a_o = nn.Parameter(torch.randn(n, cfg.rank, inner) * D ** -0.5)
         self.b_o = nn.Parameter(torch.zeros(n, D, cfg.rank))
+        self.registers = nn.Parameter(torch.zeros(cfg.registers, D))
 
     @staticmethod
     def n_adapted(model_cfg, cfg: CompressorConfig) -> int:
@@ -421,8 +478,19 @@ class Compressor(nn.Module):
         return [self.a_q, self.b_q, self.a_o, self.b_o]
 
     @torch.no_grad()
+    def start_registers(self, model: Llama, before: list[int], token: int) -> None:
+        """Let the registers begin as what a token looks like after layer η.
+
+        before: ids that the token follows, such as a chat header.
+        """
+        R = len(self.registers)
+        ids = torch.tensor([before + [token] * R], device=model.device)
+        h, _ = model.run_layers(model.embed(ids), 0, self.cfg.eta)
+        self.registers.copy_(h[0, len(before):])
+
+    @torch.no_grad()
     def read(self, model: Llama, tokens, lengths=None, protect=None) -> Context:
-        """Read contexts up to layer η, with registers behind them.
+        """Read contexts up to layer η.
 
         tokens: (B, N) int64, padded on the right to `lengths` (B,), if given.
         protect: (B, N) bool, tokens that every head keeps.
@@ -434,44 +502,50 @@ class Compressor(nn.Module):
         compressible = torch.arange(N, device=tokens.device) < lengths[:, None]
         if protect is not None:
             compressible = compressible & ~protect
-
-        n_registers = self.cfg.registers
-        if n_registers > 0:
-            columns = lengths[:, None] + torch.arange(n_registers, device=tokens.device)
-            tokens = F.pad(tokens, (0, n_registers))
-            tokens = tokens.scatter(1, columns, self.cfg.register_id)
-            lengths = lengths + n_registers
-            compressible = F.pad(compressible, (0, n_registers))
         h, kvs = model.run_layers(model.embed(tokens), 0, self.cfg.eta)
-        return Context(h, kvs, tokens, lengths, compressible, padded, n_registers)
+        return Context(h, kvs, tokens, lengths, compressible, padded)
 
     @torch.no_grad()
     def full_cache(self, model: Llama, ctx: Context) -> Cache:
-        """The full cache of the documents, without registers. Layers 1 … η were
-        run once for both caches; this runs the others, without LoRA."""
-        ctx = ctx.without_registers()
+        """The full cache. Layers 1 … η were run once for both caches; this runs
+        the others, without LoRA and registers."""
         _, kvs = model.run_layers(ctx.h, self.cfg.eta)
-        return ctx.as_cache(ctx.kvs + kvs)
+        return full_cache(ctx.kvs + kvs, ctx.lengths if ctx.padded else None)
 
-    def scores(self, ctx: Context):
-        """(B, l, g, N) fp32"""
-        return self.scorer(ctx.h, ctx.lengths - ctx.n_registers)
+    def scores(self, ctx: Context, k):
+        """The score by which entries are ranked: (B, l, g, N) fp32.
 
-    def select(self, scores, ctx: Context, k, check: bool = True) -> Selection:
+        k: (B,) int64, kept tokens per head on average.
+        It is log(attention) + w·log(effect). Where few entries are kept, several
+        that are copies of each other matter together, while each alone seems to
+        have no effect. So w is 1 up to 4×, and falls to 0 at 20×.
+        """
+        attention, *effect = self.scorer(ctx.h, ctx.lengths)
+        if not effect:
+            return attention
+        n = ctx.compressible.sum(1)
+        compression = n.clamp(min=1) / k.clamp(min=1)
+        w = ((20 / compression).log() / math.log(5)).clamp(0, 1)  # (B,)
+        return attention + w[:, None, None, None] * effect[0]
+
+    def select(
+        self, scores, ctx: Context, k, registers: bool = False, check: bool = True,
+    ) -> Selection:
         """`select` with this compressor's number of recent tokens.
 
-        k: (B,) int64, kept tokens per head on average, registers included. At
-            least one token is kept besides these.
+        k: (B,) int64, kept tokens per head on average.
+        registers: whether the registers are part of the budget.
         """
-        if ctx.n_registers > 0:
-            k = (k - ctx.n_registers).clamp(min=1)
+        taken = 0
+        if registers:
+            _, l, g, _ = scores.shape
+            L, eta = self.n_layer, self.cfg.eta
+            taken = math.ceil(len(self.registers) * l * g * (L - eta) / L)
+            taken = (k < ctx.compressible.sum(1)) * taken  # else nothing is dropped
         recent = 0
         if self.cfg.selection == "head":
             recent = (k // 8).clamp(1, self.cfg.recent)
-        selection = select(scores, ctx.compressible, k, recent, check)
-        if ctx.n_registers > 0:
-            selection.registers = ctx.registers
-        return selection
+        return select(scores, ctx.compressible, k, recent, taken, check)
 
     def routing_strength(self, n, k):
         """The strength of LoRA by how much is dropped: (B,) fp32, from 0 to 1.
@@ -486,15 +560,16 @@ class Compressor(nn.Module):
         compression = n.clamp(min=1) / k.clamp(min=1)
         return ((compression / 4).log() / math.log(25)).clamp(0, 1)
 
-    def token_lora(self, selection: Selection, n, k, dtype):
+    def token_lora(self, head_fraction, n, k, dtype):
         """Part 4: a function that maps a layer to its TokenLoRA, or to None.
 
-        A token's strength is `routing_strength` times the fraction of the *next*
-        layer's heads that keep it: LoRA changes the hidden state after a layer,
-        and with it first the keys and values of the next one.
+        head_fraction: (B, l, N) fp32, the fraction of a layer's heads that keep a
+            token; 1 for a register. The token's strength is `routing_strength` times that of the *next*
+            layer: LoRA changes the hidden state after a layer, and with it first
+            the keys and values of the next one.
         """
         # (B, l, N) · (B, 1, 1)
-        strength = selection.head_fraction * self.routing_strength(n, k)[:, None, None]
+        strength = head_fraction * self.routing_strength(n, k)[:, None, None]
         strength = strength.to(dtype)[..., None]  # (B, l, N, 1)
 
         # all layers in one conversion: one for each would be many small kernels
@@ -509,43 +584,88 @@ class Compressor(nn.Module):
 
         return of_layer
 
-    def encode(self, model: Llama, ctx: Context, selection: Selection, k, store=None) -> list:
-        """Part 4: encode the context above layer η, its kept tokens with LoRA.
+    def register_index(self, ctx: Context):
+        """Which register stands at each place behind a document: (B, N + R) int64,
+        from 0 to R − 1; other places have other numbers."""
+        columns = torch.arange(ctx.h.shape[1] + len(self.registers), device=ctx.h.device)
+        return columns - ctx.lengths[:, None]
 
-            layer   1 … η             η+1 … L−1                L
-                    read once, for    dropped tokens: frozen   keys and values
-                    full and          kept tokens: frozen      only
-                    compressed cache  plus LoRA
+    def encode(self, model: Llama, ctx: Context, selection: Selection, k, store=None) -> list:
+        """Part 4: encode the context and the registers above layer η, kept tokens
+        and registers with LoRA.
+
+            layer   1 … η             η+1 … L−1                     L
+                    read once, for    dropped tokens: frozen        keys and
+                    full and          kept tokens and registers:    values only
+                    compressed cache  frozen plus LoRA
 
         Every token still attends to every earlier one; entries are dropped when
         the cache is stored.
         store(layer, k, v): see Llama.run_layers. Returns what it returned, for
-        all layers.
+        all layers. Keys and values are (B, G, N + R, d); in layers 1 … η, those of
+        the registers are 0 and of no meaning.
         """
+        R = len(self.registers)
+        h = F.pad(ctx.h, (0, 0, 0, R))
+        kept = selection.kept
+        if R > 0:
+            # a recent token keeps its own content, the registers carry the rest
+            kept = kept & ~selection.not_scored
+        fraction = F.pad(kept.float().mean(2), (0, R))  # (B, l, N + R)
         lower = ctx.kvs
+        if R > 0:
+            index = self.register_index(ctx)
+            is_register = (index >= 0) & (index < R)
+            registers = self.registers.to(h.dtype)[index.clamp(0, R - 1)]
+            h = torch.where(is_register[..., None], registers, h)
+            fraction = torch.where(is_register[:, None], 1.0, fraction)
+            lower = [tuple(F.pad(x, (0, 0, 0, R)) for x in kv) for kv in ctx.kvs]
         if store is not None:
-            lower = [store(i, keys, values) for i, (keys, values) in enumerate(ctx.kvs)]
-        n = ctx.compressible.sum(1)
-        lora = self.token_lora(selection, n, k, model.dtype)
-        _, upper = model.run_layers(ctx.h, self.cfg.eta, token_lora=lora, store=store)
+            lower = [store(i, keys, values) for i, (keys, values) in enumerate(lower)]
+
+        lora = self.token_lora(fraction, ctx.compressible.sum(1), k, model.dtype)
+        _, upper = model.run_layers(h, self.cfg.eta, token_lora=lora, store=store)
         return lower + upper
+
+    def add_registers(self, x, ctx: Context, kept, dropped):
+        """Give a (B, l, g, N) tensor a column for each register: (B, l, g, N + R).
+
+        kept, dropped: its value for a register in the layers above η, which have
+        registers, and in the layers below. With registers, l becomes L.
+        """
+        R = len(self.registers)
+        if R == 0:
+            return x
+        index = self.register_index(ctx)[:, None, None]
+        is_register = (index >= 0) & (index < R)
+        layer = torch.arange(self.n_layer, device=x.device)[:, None, None]
+        value = torch.where(layer >= self.cfg.eta, kept, dropped)  # (1 or B, L, 1, 1)
+        return torch.where(is_register, value, F.pad(x, (0, R)))
+
+    def training_cache(self, ctx: Context, kvs: list, beta) -> Cache:
+        """The compressed cache as training needs it: nothing is gathered, all
+        entries are there, and β (B, l, g, N) is −1e9 for those that a head dropped.
+        This gives the same attention, and shapes that do not depend on the
+        selection."""
+        beta = self.add_registers(beta, ctx, kept=0.0, dropped=NEG)
+        lengths = ctx.lengths + len(self.registers) if ctx.padded else None
+        cache = full_cache(kvs, lengths, beta)
+        cache.next_position = ctx.lengths  # a question begins where the text ends
+        return cache
 
     def compress(self, model: Llama, ctx: Context, keep=None, tokens=None, scores=None) -> Cache:
         """The compressed cache of a context. keep = 1 gives the full cache.
 
         keep, tokens: see `kept_count`.
         scores: (B, l, g, N), to select by other scores than the scorer's, with
-            no decay; of the documents alone, without registers.
+            no decay.
         """
         n = ctx.compressible.sum(1)
         k = kept_count(n, keep, tokens)
         if bool((k == n).all()):
             return self.full_cache(model, ctx)
-        if scores is None:
-            own_scores = self.scores(ctx)
-        else:
-            own_scores = F.pad(scores, (0, ctx.n_registers))
-        selection = self.select(own_scores, ctx, k)
+        own_scores = self.scores(ctx, k) if scores is None else scores
+        selection = self.select(own_scores, ctx, k, registers=True)
 
         beta = None
         if self.cfg.decay == "sigmoid" and scores is None:
@@ -553,8 +673,12 @@ class Compressor(nn.Module):
             # a row that keeps everything is a full cache, without decay
             decayed = selection.kept & (k < n)[:, None, None, None]
             beta = torch.where(decayed, beta, 0.0)
-        store = gather(selection.kept | ctx.protected[:, None, None], beta)
-        return Cache(self.encode(model, ctx, selection, k, store), ctx.lengths)
+            beta = self.add_registers(beta, ctx, kept=0.0, dropped=NEG)
+        kept = selection.kept | ctx.protected[:, None, None]
+        # a row that keeps everything needs no registers
+        has_registers = (k < n)[:, None, None, None]
+        kept = self.add_registers(kept, ctx, kept=has_registers, dropped=False)
+        return Cache(self.encode(model, ctx, selection, k, gather(kept, beta)), ctx.lengths)
 
 
 def check_compressor_config(cfg: CompressorConfig, n_layer: int) -> None:
@@ -564,7 +688,7 @@ def check_compressor_config(cfg: CompressorConfig, n_layer: int) -> None:
             f"eta is {cfg.eta!r:.20}, expected 1 … {n_layer - 2} for a model of "
             f"{n_layer} layers"
         )
-    for name in ("hidden", "recent", "rank", "registers", "register_id"):
+    for name in ("hidden", "recent", "rank", "registers"):
         value = getattr(cfg, name)
         if type(value) is not int or value < 0:
             raise BadInput(f"{name} is {value!r:.20}, expected a whole number")
@@ -572,6 +696,7 @@ def check_compressor_config(cfg: CompressorConfig, n_layer: int) -> None:
         raise BadInput(f"tau is {cfg.tau!r:.20}, expected a number such as 0.5")
     for name, known in (
         ("selection", ("head", "token")),
+        ("target", ("both", "attention")),
         ("decay", ("threshold", "sigmoid")),
         ("routing_strength", ("growing", "full")),
     ):
@@ -871,14 +996,15 @@ def main() -> None:
 
     ids = ids[n_header:]
     # (N,) bool, the passages of --keep-text and --keep-lines
-    own = ctx.without_registers().protected[0, n_header:].cpu()
+    own = ctx.protected[0, n_header:].cpu()
     kept = kept_map(cache, ctx.tokens.shape[1])[..., n_header:n_header + len(ids)]  # (L, G, N)
     heads_of_token = kept.sum((0, 1)).tolist()
     n_heads = kept.shape[0] * kept.shape[1]
     print()
     marking = (own.tolist(), n_heads, can_color(), terminal_width())
     print(view(tokenizer, ids, heads_of_token, *marking))
-    per_head = kept[..., ~own].sum(-1)
+    # (L, G), with the registers
+    per_head = cache.entries()[0].cpu() - n_header - int(own.sum())
     counts = token_counts(per_head, int(own.sum()), len(ids), n_header)
     ratio = full.nbytes() / cache.nbytes()
     print(
@@ -920,8 +1046,8 @@ def main() -> None:
 def token_counts(per_head, n_own: int, n: int, n_header: int) -> str:
     """What is kept of a text, in words.
 
-    per_head: (L, G), the kept tokens of each head, without the n_own ones that
-    the user wanted kept; n: the text's.
+    per_head: (L, G), the kept tokens and registers of each head, without the n_own
+    ones that the user wanted kept; n: the text's.
     """
     counts = (
         f"{n - n_own} -> {per_head.float().mean():.0f} per head on average "

@@ -75,7 +75,7 @@ BASELINES = {
 METHODS = ("full", "none", *BASELINES, "kvdistill", "kvdistill:random")
 DEFAULT_METHODS = "full,none,random,kvzip,kvzip:recent,no-routing,kvdistill,kvdistill:random"
 DEFAULT_KEEPS = [0.5, 0.25, 0.1, 0.05]
-NOT_WITH_ASK = ("tasks", "n", "data", "shards", "context", "pack", "lengths", "depths", "against",
+NOT_WITH_ASK = ("tasks", "n", "split", "data", "shards", "context", "pack", "lengths", "depths", "against",
                 "out")
 
 # The constants of the baselines, as their authors chose them.
@@ -137,16 +137,19 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--keep", type=fractions, default=DEFAULT_KEEPS, metavar="LIST",
                    help="kept fractions of a document; 1 is the full cache; default "
                    "0.5,0.25,0.1,0.05")
-    p.add_argument("--n", type=int, default=20, help="fidelity: documents per kind of "
+    p.add_argument("--n", type=int, default=20, help="fidelity, ends: documents per kind of "
                    "question; squad, choice: questions; summary, niah: documents; cost: repeats; "
                    "default 20")
+    p.add_argument("--split", choices=tasks.SPLITS, default="all", help="of the texts: dev, to "
+                   "choose by; test, to report; default all of them")
     p.add_argument("--data", type=data_source, action="append", default=[], metavar="TASK=PATH",
                    help="repeatable: squad=FILE, summary=FILE, choice=FILE, niah=TEXT or cost=TEXT "
-                   "(default: essays), fidelity=SOURCES (built-in or folders; default wiki,sotu)")
+                   "(default: essays), fidelity=SOURCES or ends=SOURCES (built-in or folders; "
+                   "default wiki,sotu)")
     p.add_argument("--shards", default=SHARDS, metavar="DIR",
-                   help="fidelity: the folder for tokens; default data/shards")
+                   help="fidelity, ends: the folder for tokens; default data/shards")
     p.add_argument("--context", type=int, default=512,
-                   help="fidelity: compressible tokens per document; default 512")
+                   help="fidelity, ends: compressible tokens per document; default 512")
     p.add_argument("--pack", type=int, default=1,
                    help="squad: paragraphs per document; default 1")
     p.add_argument("--lengths", type=numbers(int, 64, 1 << 20), default="512,1024", metavar="LIST",
@@ -394,15 +397,16 @@ class Document:
         tokens = torch.tensor([case.context], device=model.device)
         protect = torch.arange(tokens.shape[1], device=model.device)[None] < case.n_protect
         start = clock(model)
-        self.compressor_ctx = compressor.read(model, tokens, protect=protect)
-        self.ctx = self.compressor_ctx.without_registers()
+        self.ctx = compressor.read(model, tokens, protect=protect)
         self.read_seconds = clock(model) - start
         self.full = compressor.full_cache(model, self.ctx)
         self.prefill_seconds = clock(model) - start
 
     def scores(self, name: str, k: int):
-        """The scores of a baseline, (1, l, g, N). Only SnapKV's depend on k."""
-        key = (name, snapkv_window(k) if name == "snapkv" else None)
+        """The scores of a baseline, (1, l, g, N). Those of SnapKV and of the scorer
+        depend on k."""
+        depends_on = {"snapkv": snapkv_window(k), "scorer": k}
+        key = (name, depends_on.get(name))
         if key in self.made:
             scores, seconds = self.made[key]
             self.reused_seconds += seconds
@@ -421,7 +425,7 @@ class Document:
         elif name == "kvzip":
             scores = kvzip(model, self.tokenizer, ctx, self.full)
         else:
-            scores = self.compressor.scores(ctx)
+            scores = self.compressor.scores(ctx, torch.tensor([k], device=model.device))
         self.made[key] = scores, clock(self.model) - start
         return scores
 
@@ -459,11 +463,11 @@ class Document:
         if method == "full" or int(k) == self.case.n:
             return self.full
         if method == "kvdistill":
-            return self.compressor.compress(model, self.compressor_ctx, tokens=int(k))
+            return self.compressor.compress(model, ctx, tokens=int(k))
         if method == "kvdistill:random":
             scores = self.for_compressor(self.scores("random", int(k)))
             return self.compressor.compress(
-                model, self.compressor_ctx, tokens=int(k), scores=scores)
+                model, ctx, tokens=int(k), scores=scores)
         return prune_cache(self.full, ctx, self.kept(method, k))
 
     def timed_cache(self, method: str, keep: float) -> tuple[Cache, dict]:
@@ -523,7 +527,7 @@ def judge_fidelity(model: Llama, case: Case, cache: Cache, teacher) -> list[dict
     per_answer = divergence(student, teacher).cpu().split(lengths, 1)        # (3, its tokens) each
     answers = []
     for query, values in zip(case.queries, per_answer):
-        metrics = dict(zip(METRICS["fidelity"], values.mean(1).tolist()))
+        metrics = dict(zip(("kl", "js", "agree"), values.mean(1).tolist()))
         answers.append({"kind": query.kind, "weight": len(query.answer), **metrics})
     return answers
 
@@ -589,7 +593,7 @@ def judge_generated(task: str, model: Llama, tokenizer, case: Case, cache: Cache
 def judge(task: str, model: Llama, tokenizer, case: Case, cache: Cache, teacher) -> list[dict]:
     """Ask the queries of a cache. One dict per query: its "kind", "weight" and
     the metrics."""
-    if task == "fidelity":
+    if task in ("fidelity", "ends"):
         return judge_fidelity(model, case, cache, teacher)
     if task == "choice":
         return judge_choice(model, tokenizer, case, cache)
@@ -625,7 +629,7 @@ def measure(task: str, model: Llama, tokenizer, compressor: Compressor, cases, m
             document = Document(model, tokenizer, compressor, case, name)
             random.Random(name).shuffle(order)
         teacher = None
-        if task == "fidelity":
+        if task in ("fidelity", "ends"):
             teacher = log_probabilities(model, case, case.queries, document.full)
 
         records = []
@@ -657,7 +661,7 @@ def held_out_table(model: Llama, tokenizer, compressor: Compressor, sources: str
               f"the file {tasks.SQUAD}")
     context = min(context, model.cfg.max_positions // 2)  # KVzip reads a document twice
     cases = list(enumerate(
-        tasks.fidelity(tokenizer, contexts, seed, context, sources, shards, squad)))
+        tasks.fidelity(tokenizer, contexts, seed, context, sources, shards, squad, split="dev")))
     if world and share:
         cases = world.my_rows(cases)
 
@@ -687,7 +691,7 @@ def fit(cases: list[Case], task: str, max_positions: int) -> None:
         over = len(case.context) + room - max_positions
         if over <= 0:
             continue
-        if task in ("fidelity", "niah", "cost") or over >= case.n:
+        if task in ("fidelity", "ends", "niah", "cost") or over >= case.n:
             raise BadInput(f"{task}: {case.unit} has {case.n} tokens and needs {room} positions "
                            f"more, the model has {max_positions}; use shorter documents")
         case.context = case.context[:-over]
@@ -700,29 +704,35 @@ def build(task: str, args, tokenizer, model: Llama) -> tuple[list[Case], dict]:
     """The cases of a task, short enough for the model, and the settings they
     depend on."""
     path = args.data.get(task)
-    settings = {"n": args.n}
-    if task == "fidelity":
+    n, seed, split = args.n, args.seed, args.split
+    settings = {"n": n}
+    if task in ("fidelity", "ends", "squad", "niah"):
+        settings |= {"split": split}
+    if task in ("fidelity", "ends"):
         sources = path or "wiki,sotu"
+        settings |= {"context": args.context, "sources": sources}
+        texts = {"sources": sources, "shards": args.shards, "split": split}
+    if task == "fidelity":
         squad = args.data.get("squad")
         if squad is None:
             print("fidelity: without the kind squad; --data squad=PATH adds it")
-        settings |= {"context": args.context, "sources": sources}
-        cases = tasks.fidelity(tokenizer, args.n, args.seed, args.context, sources, args.shards,
-                               squad)
+        cases = tasks.fidelity(tokenizer, n, seed, args.context, squad_path=squad, **texts)
+    elif task == "ends":
+        cases = tasks.ends(tokenizer, n, seed, args.context, **texts)
     elif task == "squad":
         settings |= {"pack": args.pack}
-        cases = tasks.squad(tokenizer, path, args.n, args.seed, args.pack)
+        cases = tasks.squad(tokenizer, path, n, seed, args.pack, split)
     elif task == "niah":
         settings |= {"lengths": args.lengths, "depths": args.depths}
-        cases = tasks.niah(tokenizer, path, args.n, args.seed, args.lengths, args.depths)
+        cases = tasks.niah(tokenizer, path, n, seed, args.lengths, args.depths, split)
     elif task == "cost":
         settings |= {"lengths": args.lengths, "device": str(model.device),
                      "threads": torch.get_num_threads()}
-        cases = tasks.cost(tokenizer, path, args.n, args.lengths)
+        cases = tasks.cost(tokenizer, path, n, args.lengths)
     elif task == "summary":
-        cases = tasks.summary(tokenizer, path, args.n, args.seed)
+        cases = tasks.summary(tokenizer, path, n, seed)
     else:
-        cases = tasks.choice(tokenizer, path, args.n, args.seed)
+        cases = tasks.choice(tokenizer, path, n, seed)
     fit(cases, task, model.cfg.max_positions)
     content = json.dumps([asdict(case) for case in cases]).encode()
     return cases, settings | {"contexts": len(cases), "documents": sha256(content)}

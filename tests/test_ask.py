@@ -31,7 +31,7 @@ def house(tmp_path_factory):
     folder = tmp_path_factory.mktemp("house")
     model = save_and_load(folder)
     tokenizer = Tokenizer(folder)
-    compressor = tiny_compressor(model, recent=4, registers=3, register_id=7)
+    compressor = tiny_compressor(model, recent=4, registers=3)
     save_adapter(folder / "adapter", compressor, model, tokenizer, {})
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     return folder, model, tokenizer, compressor
@@ -231,7 +231,7 @@ def test_every_head_keeps_a_span_beside_its_budget(house):
     k = int(kept_count(ctx.compressible.sum(1), 0.1))
     kept = kept_map(compressor.compress(model, ctx, keep=0.1), ctx.tokens.shape[1])
     assert kept[..., own].all()
-    assert kept[..., ctx.compressible[0]].sum(-1).float().mean() == k - 3  # and 3 registers
+    assert kept[..., ctx.compressible[0]].sum(-1).float().mean() == k - 2  # 3 registers in two thirds of the layers
 
 
 def test_the_program_keeps_passages_and_lines(house):

@@ -19,9 +19,10 @@ import pytest
 import torch
 
 import compress as compress_file
-from compress import Selection, decay, kept_count, max_attention, select
+from compress import (
+    Selection, attention_and_effect, decay, kept_count, max_attention, select)
 from conftest import tiny_compressor, tiny_llama
-from model import NEG, pad_right, relative_positions, rotate
+from model import NEG, full_cache, pad_right, relative_positions, rotate
 from run.checkpoint import load_cache, save_cache
 from run.errors import BadInput
 from train import DistillKL
@@ -47,12 +48,21 @@ def continuation(model, batch=2):
 def select_at(compressor, ctx, keep=0.1):
     """A selection and its k, by default at 10×, where LoRA has its part."""
     k = kept_count(ctx.compressible.sum(1), keep)
-    return compressor.select(compressor.scores(ctx), ctx, k), k
+    return compressor.select(compressor.scores(ctx, k), ctx, k, registers=True), k
 
 
 def masked_cache(model, compressor, ctx, chosen, k, beta):
     """The cache of training: nothing is gathered, dropped entries have a bias."""
-    return ctx.as_cache(compressor.encode(model, ctx, chosen, k), beta)
+    return compressor.training_cache(ctx, compressor.encode(model, ctx, chosen, k), beta)
+
+
+def budget_is_spent(compressor, cache, k):
+    """Whether the 12 heads hold k entries on average, registers among them. With a
+    selection per token, a fraction of a token may be left."""
+    entries = int(cache.entries().sum())
+    if compressor.cfg.selection == "head":
+        return entries == k * 12
+    return k * 12 - 12 < entries <= k * 12
 
 
 def logits(model, cache, tokens):
@@ -94,8 +104,8 @@ def compressor(model, selection, decay_kind):
 
 @pytest.fixture
 def fresh(model, selection):
-    """The compressor before training, with B = 0. It selects the same."""
-    return tiny_compressor(model, selection=selection, trained=False)
+    """The compressor before training, with B = 0 and no registers."""
+    return tiny_compressor(model, selection=selection, trained=False, registers=0)
 
 
 @pytest.fixture
@@ -145,13 +155,13 @@ def test_1_fresh_lora_without_decay_is_the_plain_model(model, fresh, ctx, tokens
 
 @torch.no_grad()
 def test_2_lora_changes_dropped_tokens_only_through_attention(model, compressor, fresh, ctx):
-    kept = torch.zeros(compressor.scores(ctx).shape, dtype=torch.bool)
+    kept = torch.zeros(2, *compressor.scorer.shape[1:], N, dtype=torch.bool)
     kept[:, :, 0, [15, 22]] = True  # by one head of each layer
     chosen = Selection(kept, torch.zeros(2, 1, 1, N).bool(), torch.zeros(2, 1, 1, 1))
     k = torch.tensor([2, 2])
     changed = []  # of each layer, which tokens: (N,)
     for a, b in zip(*[c.encode(model, ctx, chosen, k) for c in (compressor, fresh)]):
-        difference = torch.stack(a) - torch.stack(b)  # (2, B, G, N, d)
+        difference = torch.stack(a)[..., :N, :] - torch.stack(b)  # (2, B, G, N, d)
         changed.append(difference.abs().amax((0, 1, 2, 4)) > 1e-7)
     changed = torch.stack(changed)
     assert not changed[:, :15].any(), "nothing before the first kept token"
@@ -196,7 +206,8 @@ def test_3_select_takes_the_top_of_the_budget(heads):
 def test_3_recent_tokens_are_an_eighth_of_the_kept_ones_at_most(model):
     compressor = tiny_compressor(model, recent=4)
     ctx = compressor.read(model, torch.randint(97, (3, 60)))
-    chosen = compressor.select(compressor.scores(ctx), ctx, torch.tensor([40, 16, 5]))
+    k = torch.tensor([40, 16, 5])
+    chosen = compressor.select(compressor.scores(ctx, k), ctx, k)
     assert chosen.not_scored.sum(-1).flatten().tolist() == [4, 2, 1]
 
 
@@ -269,7 +280,7 @@ def test_4_gradients_agree_with_finite_differences(model, compressor, ctx, decay
     def formula(scores):
         return decay(scores, chosen, decay_kind, 0.5, soft=True)
 
-    scores = compressor.scores(ctx).detach().requires_grad_()
+    scores = compressor.scores(ctx, k).detach().requires_grad_()
     beta = decay(scores, chosen, decay_kind, 0.5, soft)
     beta.retain_grad()
     loss(beta).backward()
@@ -296,7 +307,7 @@ def test_5_training_leaves_the_frozen_model_as_it_was(model, compressor, ctx):
     teacher = teacher_of(model, compressor, ctx)
     for soft in (False, True):
         chosen, k = select_at(compressor, ctx)
-        beta = decay(compressor.scores(ctx), chosen, "threshold", 0.5, soft)
+        beta = decay(compressor.scores(ctx, k), chosen, "threshold", 0.5, soft)
         distillation(model, compressor, ctx, teacher, chosen, k, beta).backward()
         assert all(p.grad.any() for p in compressor.parameters())
         optimizer.step()
@@ -331,7 +342,8 @@ def heads_of(groups):
     for group in groups:
         for i in range(group.k.shape[1]):
             shared = min(i, group.positions.shape[1] - 1)
-            yield group.k[0, i], group.positions[0, shared], group.bias[0, shared]
+            bias = None if group.bias is None else group.bias[0, shared]
+            yield group.k[0, i], group.positions[0, shared], bias
 
 
 @torch.no_grad()
@@ -342,19 +354,23 @@ def test_7_a_protected_span_survives_exactly(model, compressor):
     ctx.compressible[:, 18:25] = False
     protected = ctx.protected[0]
     chosen, k = select_at(compressor, ctx)
-    lora = compressor.token_lora(chosen, ctx.compressible.sum(1), k, model.dtype)
+    fraction = chosen.kept.float().mean(2)
+    lora = compressor.token_lora(fraction, ctx.compressible.sum(1), k, model.dtype)
     assert not lora(compressor.cfg.eta).strength[0, protected].any()
 
     full = compressor.full_cache(model, ctx)
     cache = compressor.compress(model, ctx, keep=0.1)
-    assert cache.entries().sum() == (k + protected.sum()) * 12
+    assert budget_is_spent(compressor, cache, k + protected.sum())
     for layer, groups in enumerate(cache.layers):
         for head, (keys, positions, bias) in enumerate(heads_of(groups)):
-            spared = protected[positions]
+            # a register is not protected
+            spared = (positions < N) & protected[positions.clamp(max=N - 1)]
             assert spared.sum() == protected.sum()
             assert not bias[spared].any()
             if layer <= compressor.cfg.eta:
-                assert torch.equal(keys, full.layers[layer][0].k[0, head, positions])
+                kept = positions < N
+                original = full.layers[layer][0].k[0, head, positions[kept]]
+                assert torch.equal(keys[kept], original)
 
 
 class Tokenizer:
@@ -392,7 +408,7 @@ def test_9_decoding_is_one_forward_pass_and_the_cache_stays(model, compressor, c
 @both_decays
 def test_10_the_gathered_cache_equals_the_masked_one(model, compressor, ctx, tokens, decay_kind):
     chosen, k = select_at(compressor, ctx)
-    beta = decay(compressor.scores(ctx), chosen, decay_kind, 0.5)
+    beta = decay(compressor.scores(ctx, k), chosen, decay_kind, 0.5)
     masked = logits(model, masked_cache(model, compressor, ctx, chosen, k, beta), tokens)
     gathered = logits(model, compressor.compress(model, ctx, keep=0.1), tokens)
     assert torch.allclose(gathered, masked, atol=1e-4)
@@ -403,9 +419,9 @@ def test_10_only_what_is_kept_takes_memory(model, compressor):
     ctx = read(model, compressor, batch=1)
     cache = compressor.compress(model, ctx, keep=0.1)
     groups = [group for groups in cache.layers for group in groups]
-    entries = (4 + PROTECTED) * 12  # K = ⌈0.1 · 37⌉ = 4, in 12 heads
     positions = sum(group.positions.numel() for group in groups)
-    assert cache.entries().sum() == entries
+    entries = int(cache.entries().sum())
+    assert budget_is_spent(compressor, cache, 4 + PROTECTED)  # K = ⌈0.1 · 37⌉ = 4
     assert cache.nbytes() == entries * 2 * 12 * 4 + positions * 4
     assert all(group.bias is None for group in groups)
 
@@ -427,7 +443,8 @@ def test_11_the_selection_learns(selection):
         block.attn.wq.weight.copy_(queries)
         block.attn.wk.weight.copy_(keys)
 
-    compressor = tiny_compressor(model, selection=selection, trained=False, hidden=64)
+    compressor = tiny_compressor(
+        model, selection=selection, target="attention", registers=0, trained=False, hidden=64)
     optimizer = torch.optim.Adam(compressor.scorer.parameters(), lr=1e-2)
     rng = torch.Generator().manual_seed(0)
     for _ in range(60):
@@ -436,7 +453,7 @@ def test_11_the_selection_learns(selection):
         target = max_attention(model, compressor.full_cache(model, ctx), tokens).log()
         if selection == "token":
             target = target.mean((1, 2), keepdim=True)
-        loss = (compressor.scores(ctx) - target).square().mean()
+        loss = (compressor.scores(ctx, None) - target).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -446,7 +463,7 @@ def test_11_the_selection_learns(selection):
         questions = torch.randint(0, 97, (64, 7), generator=rng)
         full = compressor.full_cache(model, ctx)
         log_p = logits(model, full, questions).log_softmax(-1)
-        learned = compressor.scores(ctx)
+        learned = compressor.scores(ctx, None)
         kl = []
         for scores in (torch.rand(learned.shape, generator=rng), learned):
             cache = compressor.compress(model, ctx, keep=0.2, scores=scores)
@@ -489,6 +506,61 @@ def test_max_attention_is_the_largest_softmax_weight(model, first, end, sinks):
         assert torch.allclose(ours[:, layer], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64])
+def test_the_effect_of_an_entry_is_a_gradient(dtype):
+    """Where a single query predicts a single token, the effect is the derivative of
+    its log-likelihood towards the entry's bias, divided by 1 − attention. A second
+    segment predicts another token: the squares add up."""
+    model = tiny_llama(dtype, n_kv_head=4)  # as many as query heads
+    context = torch.arange(20)[None]
+    cache = model.prefill(context)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    segments = torch.tensor([[0, 0, 1, 1]])
+    attention, effect = attention_and_effect(model, cache, tokens, segments)
+    expected = max_attention(model, cache, tokens, segments=segments)
+    assert torch.allclose(attention, expected, atol=1e-6)
+
+    def likelihood(beta, first):
+        kvs = [(group.k, group.v) for (group,) in cache.layers]
+        h = model(tokens[:, first:first + 1], full_cache(kvs, None, beta))
+        return (model.head_weight @ h[0, 0]).log_softmax(-1)[tokens[0, first + 1]]
+
+    for layer, head, entry in ((0, 0, 3), (2, 1, 19), (5, 3, 7)):
+        step = torch.zeros(1, 6, 4, 20, dtype=dtype)
+        step[0, layer, head, entry] = 1e-4
+        total = 0
+        for first in (0, 2):
+            with torch.no_grad():
+                slope = (likelihood(step, first) - likelihood(-step, first)) / 2e-4
+            A = max_attention(model, cache, tokens[:, first:first + 1])
+            total += (slope / (1 - A[0, layer, head, entry])) ** 2
+        assert float(effect[0, layer, head, entry]) == pytest.approx(float(total) ** 0.5, rel=1e-3)
+    assert all(p.grad is None for p in model.parameters())
+
+
+# ---------------------------------------------------------------------- the registers
+
+@torch.no_grad()
+def test_registers_are_in_every_head_above_the_scorer(model, selection):
+    """And in none below; the question begins where the text ends."""
+    compressor = tiny_compressor(model, selection=selection, registers=3)
+    ctx = read(model, compressor)
+    cache = compressor.compress(model, ctx, keep=0.2)
+    for layer, groups in enumerate(cache.layers):
+        for _, positions, _ in heads_of(groups):
+            found = sorted(x for x in positions.tolist() if x >= N)
+            assert found == ([N, N + 1, N + 2] if layer >= compressor.cfg.eta else [])
+    assert cache.next_position.tolist() == [N, N]
+
+
+@torch.no_grad()
+def test_registers_start_as_a_token_that_follows_the_header(model):
+    compressor = tiny_compressor(model, trained=False)
+    compressor.start_registers(model, [3, 4], 9)
+    h, _ = model.run_layers(model.embed(torch.tensor([[3, 4, 9, 9]])), 0, compressor.cfg.eta)
+    assert torch.equal(compressor.registers, h[0, 2:])
+
+
 # ------------------------------------------------------------------------------ edges
 
 @pytest.mark.parametrize("eta", [0, 5, "2"])
@@ -500,8 +572,8 @@ def test_eta_must_leave_a_layer_to_adapt(model, eta):
 @both_decays
 def test_a_row_without_compressible_tokens_harms_nobody(model, compressor, ctx, tokens, decay_kind):
     ctx.compressible[1] = False
-    chosen, _ = select_at(compressor, ctx)
-    beta = decay(compressor.scores(ctx), chosen, decay_kind, 0.5)
+    chosen, k = select_at(compressor, ctx)
+    beta = decay(compressor.scores(ctx, k), chosen, decay_kind, 0.5)
     beta.sum().backward()
     assert not beta[1].any()
     assert all(p.grad.isfinite().all() for p in compressor.scorer.parameters())

@@ -27,22 +27,24 @@ def near(*expected):
 
 def test_1_scores():
     torch.manual_seed(0)
-    scorer = Scorer(n_embd=4, hidden=8, n_layer=3, n_kv_head=2)
+    scorer = Scorer(n_embd=4, hidden=8, n_layer=3, n_kv_head=2, n_outputs=2)
     h = torch.randn(2, 5, 4)
     lengths = torch.tensor([5, 3])  # the second row has two tokens of padding
-    scores = scorer(h, lengths)
-    assert scores.shape == (2, 3, 2, 5), "(B, L, G, N): every head gives every token a score"
-    scaled = scorer(7 * h, lengths)
+    attention, effect = scorer(h, lengths)
+    scores = torch.stack([attention, effect])
+    assert attention.shape == effect.shape == (2, 3, 2, 5), (
+        "two of (B, L, G, N): every head gives every token two numbers")
+    scaled = torch.stack(scorer(7 * h, lengths))
     assert torch.allclose(scaled, scores, atol=1e-5), "the length of a hidden state must not matter"
-    alone = scorer(h[1:, :3], lengths[1:])
-    assert torch.allclose(scores[1:, ..., :3], alone, atol=1e-5), "padding does not count as text"
+    alone = torch.stack(scorer(h[1:, :3], lengths[1:]))
+    assert torch.allclose(scores[:, 1:, ..., :3], alone, atol=1e-5), "padding does not count as text"
 
     second = h[0, 1] / h[0, 1].square().mean().sqrt()
     distances = torch.tensor([3.0, 1.0]).log1p()  # three tokens follow, one precedes
-    expected = scorer.w2(F.gelu(scorer.w1(torch.cat([second, distances])))).view(3, 2)
-    assert torch.allclose(scores[0, :, :, 1], expected, atol=1e-5), (
-        "W₂·GELU(W₁·x), and output l·G + g belongs to head g of layer l")
-    dtype = scorer(h.bfloat16(), lengths).dtype
+    expected = scorer.w2(F.gelu(scorer.w1(torch.cat([second, distances])))).view(2, 3, 2)
+    assert torch.allclose(scores[:, 0, :, :, 1], expected, atol=1e-5), (
+        "W₂·GELU(W₁·x), and output (i·L + l)·G + g is number i of head g of layer l")
+    dtype = scorer(h.bfloat16(), lengths)[0].dtype
     assert dtype == torch.float32, "scores are fp32 for bf16 models, too"
 
 
@@ -117,11 +119,11 @@ def test_5_routing():
     kept = torch.zeros(1, 6, 2, 100, dtype=torch.bool)
     kept[0, 4, 0, 7] = True  # token 7 is kept by one head of layers[4]
     kept[0, 5, :, 7] = True  # and by both heads of layers[5]
-    selection = Selection(kept, torch.zeros(1, 1, 1, 100).bool(), torch.zeros(1, 1, 1, 1))
+    fraction = kept.float().mean(2)  # (B, L, N)
 
     def lora_at(k):
         n, k = torch.tensor([[100], [k]])
-        lora = compressor.token_lora(selection, n, k, torch.float32)
+        lora = compressor.token_lora(fraction, n, k, torch.float32)
         return [lora(layer) for layer in range(6)]
 
     def strengths(k):

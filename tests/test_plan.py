@@ -100,7 +100,7 @@ def test_operations_are_those_of_a_step(on_a_gpu, phase, mix, flags):
             replace(SMOLLM, n_layer=10), c, phase, mix, lambda _: FlopCounterMode(display=False))
     ours = step_flops(model.cfg, compressor, 1, c.context + HEADER, asked, asked, phase,
                       c.scorer_lr_phase2 > 0)
-    assert 0.9 < ours / counter.get_total_flops() < 1.1
+    assert 0.9 < ours / counter.get_total_flops() < 1.1, ours / counter.get_total_flops()
 
 
 @pytest.mark.parametrize("cfg, c", [
@@ -110,12 +110,14 @@ def test_operations_are_those_of_a_step(on_a_gpu, phase, mix, flags):
                                                       activation_checkpointing=True)),
 ], ids=["135m", "four", "8b"])
 def test_bytes_are_those_of_a_step(on_a_gpu, cfg, c):
-    """Within 15 %, without the parameters: their memory needs no trace."""
+    """Within 15 %, without the parameters: their memory needs no trace. In the first
+    phase, within 30 %."""
     model, compressor, asked, peak = trace(cfg, c, "hard", MIX, PeakMemory)
     items = memory(c, model, compressor, asked, "bf16", 1, "ddp")
     assert 0.85 < sum(list(items.values())[3:]) / peak.peak < 1.15
-    _, _, _, first_phase = trace(cfg, c, "scorer", SCORER_MIX, PeakMemory)
-    assert first_phase.peak < 1.3 * peak.peak
+    model, compressor, asked, peak = trace(cfg, c, "scorer", SCORER_MIX, PeakMemory)
+    items = memory(c, model, compressor, asked, "bf16", 1, "ddp", "scorer")
+    assert 0.7 < sum(list(items.values())[3:]) / peak.peak < 1.3
 
 
 def plan(monkeypatch, capsys, *flags) -> str:
@@ -125,9 +127,10 @@ def plan(monkeypatch, capsys, *flags) -> str:
 
 
 def test_the_8b_llama_needs_no_file(monkeypatch, capsys):
-    """Trained parameters by hand: 25 layers of A and B on W_Q and W_O, and the scorer."""
+    """Trained parameters by hand: 25 layers of A and B on W_Q and W_O, the scorer, and
+    two registers."""
     D, r = 4096, 128
-    trained = 25 * 4 * r * D + (D + 2 + 1) * D + (D + 1) * 32 * 8
+    trained = 25 * 4 * r * D + (D + 2 + 1) * D + (D + 1) * 32 * 8 + 2 * D
     out = plan(monkeypatch, capsys, "--preset", "8b", "--gpus", 8)
     assert f"8,030,261,248 frozen parameters, {trained:,} trained" in out
     assert "16.1  frozen weights" in out and "--parallel ddp" in out and "not fit" not in out

@@ -77,7 +77,8 @@ def test_queries_are_made_of_the_text(shard, tok):
             if query.kind == "continue":
                 assert len(query.prompt) == 1 and len(query.answer) == 23
             elif query.kind == "recite":
-                assert answer in text and '"' in prompt and len(query.answer) == 24
+                assert answer in text and '"' in prompt
+                assert len(query.answer) == 24 or text.endswith(answer)
             elif query.kind == "cloze":
                 assert answer in text and BLANK in prompt
             elif query.kind == "fact":
@@ -101,10 +102,39 @@ def test_windows_of_a_long_document_start_anywhere(tok, n):
 
 
 def test_a_fact_that_is_cut_off_is_not_asked_for(tok):
-    """The only place between two sentences is at the end of the context."""
+    """Unless it stands at an end, the only place between two sentences is at the end
+    of the context."""
     late = OneDocument(tok.encode("x" * 79 + ". " + "y" * 19))
-    case = Samples([late], tok, 80, {"fact": 1}, n_answer=20)(0)
-    assert [query.kind for query in case.queries] == ["continue"] and case.n == 80
+    stream = Samples([late], tok, 80, {"fact": 1}, n_answer=20)
+    kinds = Counter()
+    for case in map(stream, range(40)):
+        assert case.n == 80
+        kinds[case.queries[0].kind] += 1
+    assert kinds.keys() == {"continue", "fact"} and kinds["continue"] > 10
+
+
+def test_a_quarter_of_the_questions_is_about_each_end(tok):
+    text = " ".join(f"The Old Mill number {i} was built by Ada." for i in range(40))
+    stream = Samples(
+        [OneDocument(tok.encode(text))], tok, 600, {"recite": 1, "cloze": 1, "fact": 1},
+        n_answer=24)
+    places = Counter()
+    for case in map(stream, range(200)):
+        text = tok.decode(document_of(case))
+        for query in case.queries:
+            prompt, answer = tok.decode(query.prompt), answer_of(tok, query)
+            if query.kind == "recite":
+                places["recite", "first"] += text.lstrip().startswith(answer)
+                places["recite", "last"] += text.index(answer) > len(text) - 5 * 24
+            elif query.kind == "cloze":
+                question = prompt.split("text: ")[1].split("<")[0]
+                before, after = question.split(BLANK)
+                last_sentences = text[-110:]  # a cut one may follow
+                places["cloze", "last"] += (before + answer + after).strip() in last_sentences
+            elif query.kind == "fact":
+                places["fact", "first"] += answer in text[:70]
+                places["fact", "last"] += answer in text[-70:]
+    assert len(places) == 5 and all(30 < count < 80 for count in places.values()), places
 
 
 def test_facts_answer_their_questions(tok):
@@ -150,13 +180,13 @@ def test_a_context_always_has_a_query(tok):
     assert [query.kind for query in stream(0).queries] == ["continue"]
 
 
-def test_lengths_are_drawn_evenly(tok):
+def test_every_doubling_of_the_length_is_as_likely(tok):
     stream = Samples(
-        [OneDocument(range(4000))], tok, 300, {"continue": 1}, n_answer=20, seed=3, min_context=100,
+        [OneDocument(range(4000))], tok, 400, {"continue": 1}, n_answer=20, seed=3, min_context=100,
     )
-    lengths = [stream(i).n for i in range(200)]
-    assert 100 <= min(lengths) < 110 and 290 < max(lengths) <= 300
-    assert 180 < sum(lengths) / 200 < 220
+    lengths = [stream(i).n for i in range(300)]
+    assert 100 <= min(lengths) < 105 and 390 < max(lengths) <= 400
+    assert 120 < sum(n < 200 for n in lengths) < 180
 
 
 def test_collate_by_hand():

@@ -1,16 +1,16 @@
 """Metrics by hand and against their reference packages; the cases of every task."""
 import json
 import random
+import re
 from collections import Counter
 
-import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from transformers.data.metrics import squad_metrics
 
 from data.samples import Case
 from data.tasks import (
-    N_KEYS, choice, contains, cost, exact_match, f1, fidelity, niah, normalize, rouge_l, spread,
+    N_KEYS, SPLITS, choice, contains, cost, ends, exact_match, f1, fidelity, niah, normalize, rouge_l, spread,
     squad, squad_answers, string_match_all, summary, windows,
 )
 from data.tokenizer import Tokenizer
@@ -127,7 +127,7 @@ def test_squad_packs_paragraphs_and_spreads_questions(tok, tmp_path, capsys):
 def test_squad_answers_fill_documents_of_a_given_length(tok, tmp_path):
     path = squad_file(tmp_path / "squad.json")
     one = len(tok.encode("Mill 0-2 stands here. Ada built it."))
-    cases = squad_answers(tok, path, 6, 0, n_context=3 * one)
+    cases = squad_answers(tok, path, 6, 0, n_context=3 * one, split="all")
     assert len(cases) == 6
     assert {case.unit for case in cases} == {"squad/T0", "squad/T1", "squad/T2"}
     for case in cases:
@@ -281,22 +281,64 @@ def test_fidelity_has_enough_documents_of_every_kind(tok, tmp_path):
     assert fidelity(tok, 5, 0, 300, str(texts), tmp_path / "shards")[0] == cases[0]
 
 
-class Documents:
-    """A shard of given lengths; token i of document d is 1000·d + i."""
+def test_both_halves_of_the_held_out_texts_are_apart(tok, tmp_path):
+    """In fidelity, at the ends, of SQuAD's articles, and of a single document."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(400):
+        (texts / f"{i}.txt").write_text(f"Text {i} says that the Old Mill was built by Ada. " * 12)
+    squad_path = squad_file(tmp_path / "squad.json", articles=6)
+    one = tmp_path / "one.txt"
+    one.write_text(" ".join(f"Sentence {i} is about Ada." for i in range(4000)))
 
-    def __init__(self, *lengths):
-        self.docs = [{"title": str(d), "about": "x", "n": n} for d, n in enumerate(lengths)]
+    def documents(cases):
+        return {text_of(tok, case) for case in cases}
 
-    def __len__(self):
-        return len(self.docs)
+    def seen(split, source):
+        where = {"sources": str(source), "shards": tmp_path / "shards", "split": split}
+        return documents(fidelity(tok, 5, 0, 300, **where) + ends(tok, 5, 0, 300, **where))
 
-    def tokens(self, i):
-        return np.arange(self.docs[i]["n"]) + 1000 * i
+    for source in (texts, one):
+        dev, test = [
+            {word for text in seen(split, source) for word in re.findall(r"(?:Text|ence) \d+ (?:says|is)", text)}
+            for split in ("dev", "test")]
+        assert dev and test and not dev & test
+
+    asked = {split: squad(tok, squad_path, 100, 0, split=split) for split in SPLITS}
+    dev, test = documents(asked["dev"]), documents(asked["test"])
+    assert dev and test and not dev & test and dev | test == documents(asked["all"])
+
+
+def test_ends_ask_about_the_first_and_the_last_sentence(tok, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(300):
+        text = f"Text {i} says that the Old Mill was built in {1500 + i} by Ada. " * 12
+        (texts / f"{i}.txt").write_text(text)
+    cases = ends(tok, 4, 0, 300, str(texts), tmp_path / "shards")
+    count = Counter(query.kind for case in cases for query in case.queries)
+    assert count == {"fact/first": 4, "fact/last": 4, "recite/first": 4, "recite/last": 4}
+    for case in cases:
+        assert case.n == 300
+        text = text_of(tok, case)
+        for query in case.queries:
+            answer = tok.decode(query.answer).removesuffix("<|eot_id|>")
+            kind, place = query.kind.split("/")
+            near = text[:120] if place == "first" else text[-170:]
+            assert answer in near, (query.kind, answer, near)
+            assert kind == "fact" or place == "first" or text.endswith(answer) or len(answer) >= 32
+
+
+def documents(*lengths):
+    """Articles of given lengths; token i of document d is 1000·d + i."""
+    return [
+        ({"title": str(d), "about": "x", "n": n}, [1000 * d + i for i in range(n)])
+        for d, n in enumerate(lengths)]
 
 
 def test_windows_do_not_overlap_and_know_the_articles_in_them():
     lengths = (10, 30, 900, 25, 40, 5, 20, 800)
-    found = windows(Documents(*lengths), [-1], random.Random(0), 60, 10)
+    found = windows(documents(*lengths), [-1], random.Random(0), 60, 10)
     assert all(len(ids) == 60 and len(after) == 10 for _, ids, after, _ in found)
     seen = [i for _, ids, _, _ in found for i in ids if i >= 0]
     assert len(seen) == len(set(seen))

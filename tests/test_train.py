@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import model as model_file
+from compress import attention_and_effect
 from conftest import tiny_compressor, tiny_llama
 from data.prepare import Shard
 from data.samples import Case, Query, Samples, collate
@@ -16,7 +17,7 @@ from train import (BatchSampler, Distiller, MicroBatch, StepCounts, TrainConfig,
                    start_phase, train)
 
 ALONE = World(torch.device("cpu"))
-LORA = {"a_q", "b_q", "a_o", "b_o"}
+SECOND = {"a_q", "b_q", "a_o", "b_o", "registers"}  # what the second phase trains
 
 
 def sample(seed, n_context=40, lengths=(9, 6)) -> Case:
@@ -62,8 +63,8 @@ def test_accumulation_is_one_large_batch(model, phase, selection):
 
 
 @pytest.mark.parametrize("phase, learn_scores, want", [
-    ("scorer", True, {"scorer"}), ("scorer", False, {"scorer"}), ("hard", True, LORA | {"scorer"}),
-    ("soft", True, LORA | {"scorer"}), ("hard", False, LORA)])
+    ("scorer", True, {"scorer"}), ("scorer", False, {"scorer"}), ("hard", True, SECOND | {"scorer"}),
+    ("soft", True, SECOND | {"scorer"}), ("hard", False, SECOND)])
 def test_a_phase_reaches_what_it_trains_and_no_more(model, phase, learn_scores, want):
     _, grads = gradients(model, [[sample(0), sample(1)]], phase, learn_scores)
     reached = {name.split(".")[0] for name, x in grads.items() if x is not None and x.any()}
@@ -88,7 +89,7 @@ def test_5_the_frozen_model_gets_no_gradient_and_keeps_every_bit(model):
 @pytest.mark.parametrize("selection", ["head", "token"])
 def test_the_scorer_learns_the_logarithm_of_the_most_attention(model, monkeypatch, selection):
     """Against a softmax written out, layer by layer; the two queries do not see each other."""
-    compressor = tiny_compressor(model, selection=selection)
+    compressor = tiny_compressor(model, selection=selection, target="attention")
     case = sample(0)
     ids = torch.tensor([case.context])
     m = MicroBatch.of(collate([case]), 0.1)
@@ -111,9 +112,28 @@ def test_the_scorer_learns_the_logarithm_of_the_most_attention(model, monkeypatc
 
     if selection == "token":
         attention = attention.mean((0, 1), keepdim=True)
-    scores = compressor.scores(compressor.read(model, ids))[0]
-    error = (scores - attention.clamp(min=1e-6).log())[..., 3:]  # without the protected tokens
+    ctx = compressor.read(model, ids)
+    scores, = compressor.scorer(ctx.h, ctx.lengths)
+    error = (scores[0] - attention.clamp(min=1e-6).log())[..., 3:]  # without protected tokens
     assert torch.isclose(loss, error.square().mean(), rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("selection", ["head", "token"])
+def test_the_scorer_learns_the_effect_as_well(model, selection):
+    compressor = tiny_compressor(model, selection=selection)
+    m = MicroBatch.of(collate([sample(0)]), 0.1)
+    loss = make_step(model, compressor, "scorer")(m, StepCounts.of([m], ALONE), "scorer")["loss"]
+
+    ctx = compressor.read(model, m.batch.tokens)
+    full = compressor.full_cache(model, ctx)
+    expected = 0
+    targets = attention_and_effect(model, full, m.batch.continuation, m.batch.segments)
+    for score, target in zip(compressor.scorer(ctx.h, ctx.lengths), targets):
+        if selection == "token":
+            target = target.mean((1, 2), keepdim=True)
+        expected += (score - target.clamp(min=1e-6).log())[..., 3:].square().mean()
+    assert torch.isclose(loss, expected, rtol=1e-4)
 
 
 def test_11_selection_learns(tmp_path):
@@ -160,8 +180,9 @@ def test_11_selection_learns(tmp_path):
 
         p = log_probabilities(trained.full_cache(model, ctx))
         random = kl(torch.rand(64, 6, 2, b.tokens.shape[1], generator=rng))
-        gain = random - kl(trained.scores(ctx))
-        fresh_gain = random - kl(fresh.scores(ctx))
+        k = torch.full((64,), 10)
+        gain = random - kl(trained.scores(ctx, k))
+        fresh_gain = random - kl(fresh.scores(ctx, k))
     print(f"random {random.mean():.2f}, gain {gain.mean():.2f} ± {gain.std() / 8:.2f}, "
           f"fresh {fresh_gain.mean():.2f}")
     assert gain.mean() > 4 * gain.std() / 8
