@@ -50,7 +50,7 @@ from itertools import groupby
 from pathlib import Path
 
 from run.errors import ROOT, BadInput, read_json, reading, run_program
-from run.flags import parse_compress_flags
+from run.flags import find_adapter, parse_compress_flags
 
 if __name__ == "__main__":
     run_program(parse_compress_flags)  # a typo is answered before torch is imported
@@ -541,7 +541,7 @@ class Compressor(nn.Module):
             _, l, g, _ = scores.shape
             L, eta = self.n_layer, self.cfg.eta
             taken = math.ceil(len(self.registers) * l * g * (L - eta) / L)
-            taken = (k < ctx.compressible.sum(1)) * taken  # else nothing is dropped
+            taken = self.has_registers(ctx, k) * taken  # (B,)
         recent = 0
         if self.cfg.selection == "head":
             recent = (k // 8).clamp(1, self.cfg.recent)
@@ -560,13 +560,17 @@ class Compressor(nn.Module):
         compression = n.clamp(min=1) / k.clamp(min=1)
         return ((compression / 4).log() / math.log(25)).clamp(0, 1)
 
+    def has_registers(self, ctx: Context, k):
+        """Which rows have registers: (B,) bool. Without LoRA they are of no use."""
+        return self.routing_strength(ctx.compressible.sum(1), k) > 0
+
     def token_lora(self, head_fraction, n, k, dtype):
         """Part 4: a function that maps a layer to its TokenLoRA, or to None.
 
         head_fraction: (B, l, N) fp32, the fraction of a layer's heads that keep a
-            token; 1 for a register. The token's strength is `routing_strength` times that of the *next*
-            layer: LoRA changes the hidden state after a layer, and with it first
-            the keys and values of the next one.
+            token; 1 for a register. A token's strength is `routing_strength` times
+            that of the *next* layer: LoRA changes the hidden state after a layer,
+            and with it first the keys and values of the next one.
         """
         # (B, l, N) · (B, 1, 1)
         strength = head_fraction * self.routing_strength(n, k)[:, None, None]
@@ -627,27 +631,28 @@ class Compressor(nn.Module):
         _, upper = model.run_layers(h, self.cfg.eta, token_lora=lora, store=store)
         return lower + upper
 
-    def add_registers(self, x, ctx: Context, kept, dropped):
+    def add_registers(self, x, ctx: Context, k, kept, dropped):
         """Give a (B, l, g, N) tensor a column for each register: (B, l, g, N + R).
 
-        kept, dropped: its value for a register in the layers above η, which have
-        registers, and in the layers below. With registers, l becomes L.
+        kept: its value for a register in the layers above η of a row that has
+            registers; dropped: elsewhere. With registers, l becomes L.
         """
         R = len(self.registers)
         if R == 0:
             return x
         index = self.register_index(ctx)[:, None, None]
         is_register = (index >= 0) & (index < R)
-        layer = torch.arange(self.n_layer, device=x.device)[:, None, None]
-        value = torch.where(layer >= self.cfg.eta, kept, dropped)  # (1 or B, L, 1, 1)
+        is_above = torch.arange(self.n_layer, device=x.device) >= self.cfg.eta
+        is_kept = self.has_registers(ctx, k)[:, None] & is_above  # (B, L)
+        value = torch.where(is_kept[..., None, None], kept, dropped)
         return torch.where(is_register, value, F.pad(x, (0, R)))
 
-    def training_cache(self, ctx: Context, kvs: list, beta) -> Cache:
+    def training_cache(self, ctx: Context, kvs: list, beta, k) -> Cache:
         """The compressed cache as training needs it: nothing is gathered, all
         entries are there, and β (B, l, g, N) is −1e9 for those that a head dropped.
         This gives the same attention, and shapes that do not depend on the
         selection."""
-        beta = self.add_registers(beta, ctx, kept=0.0, dropped=NEG)
+        beta = self.add_registers(beta, ctx, k, kept=0.0, dropped=NEG)
         lengths = ctx.lengths + len(self.registers) if ctx.padded else None
         cache = full_cache(kvs, lengths, beta)
         cache.next_position = ctx.lengths  # a question begins where the text ends
@@ -673,11 +678,9 @@ class Compressor(nn.Module):
             # a row that keeps everything is a full cache, without decay
             decayed = selection.kept & (k < n)[:, None, None, None]
             beta = torch.where(decayed, beta, 0.0)
-            beta = self.add_registers(beta, ctx, kept=0.0, dropped=NEG)
+            beta = self.add_registers(beta, ctx, k, kept=0.0, dropped=NEG)
         kept = selection.kept | ctx.protected[:, None, None]
-        # a row that keeps everything needs no registers
-        has_registers = (k < n)[:, None, None, None]
-        kept = self.add_registers(kept, ctx, kept=has_registers, dropped=False)
+        kept = self.add_registers(kept, ctx, k, kept=True, dropped=False)
         return Cache(self.encode(model, ctx, selection, k, gather(kept, beta)), ctx.lengths)
 
 
@@ -745,17 +748,6 @@ def open_text(compressor: Compressor, model: Llama, tokenizer, text: str, keep=(
     for first, end in tokenizer.token_spans(ids, text, keep):
         protect[0, n_header + first:n_header + end] = True
     return compressor.read(model, tokens, protect=protect)
-
-
-def find_adapter(path, flag: str = "--adapter") -> Path:
-    """The folder of an adapter, or the adapter in the folder of a training run."""
-    for folder in (Path(path), Path(path) / "adapter"):
-        if (folder / "adapter.json").exists():
-            return folder
-    raise BadInput(
-        f"{flag} {path}: no adapter.json in it, nor in {Path(path) / 'adapter'}; "
-        "expected a folder that train.py has written, or its --out"
-    )
 
 
 def load_adapter(folder, model: Llama, tokenizer) -> Compressor:

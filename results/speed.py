@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from compress import Compressor, CompressorConfig  # noqa: E402
 from data.fetch import fetch  # noqa: E402
-from data.samples import Case, Query, collate  # noqa: E402
+from data.batches import collate  # noqa: E402
+from data.samples import Case, Query  # noqa: E402
 from model import KEYS, Config, Llama, generate, load_llama  # noqa: E402
 from run.dist import World  # noqa: E402
 from run.errors import BadInput, Parser, provenance, run_program, write_json  # noqa: E402
@@ -41,13 +42,12 @@ from run.memory_plan import (  # noqa: E402
     step_flops,
     tokens_asked,
 )
+from run.train_flags import PRESETS, TrainConfig, parse_mix  # noqa: E402
 from train import (  # noqa: E402
-    PRESETS,
     Distiller,
     MicroBatch,
-    TrainConfig,
+    compressor_config,
     forward_backward,
-    parse_mix,
     start_phase,
 )
 
@@ -340,7 +340,7 @@ def measure_training(
     """Steps of distillation, of `contexts` contexts and one in each pass."""
     device = model.device
     world = World(device)
-    compressor = Compressor(model.cfg, c.compressor()).to(device)
+    compressor = Compressor(model.cfg, compressor_config(c)).to(device)
     optimizer = torch.optim.AdamW(compressor.parameters(), lr=1e-5)
     model.activation_checkpointing = c.activation_checkpointing
     distiller = Distiller(model, compressor, c.lam, c.chunk)

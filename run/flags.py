@@ -1,4 +1,4 @@
-"""The flags of compress.py, and those that all programs have.
+"""The flags of compress.py, and what all programs need for theirs.
 
 They stand apart so that they are checked before torch is imported, which takes
 seconds.
@@ -60,6 +60,17 @@ def lines_flag(text: str) -> tuple[int, int]:
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise argparse.ArgumentTypeError(f"{text!r}: expected lines such as 10-20, counted from 1")
     return int(first), int(last)
+
+
+def find_adapter(path, flag: str = "--adapter") -> Path:
+    """The folder of an adapter, or the adapter in the folder of a training run."""
+    for folder in (Path(path), Path(path) / "adapter"):
+        if (folder / "adapter.json").exists():
+            return folder
+    raise BadInput(
+        f"{flag} {path}: no adapter.json in it, nor in {Path(path) / 'adapter'}; "
+        "expected a folder that train.py has written, or its --out"
+    )
 
 
 def parse_compress_flags() -> argparse.Namespace:

@@ -53,7 +53,7 @@ def select_at(compressor, ctx, keep=0.1):
 
 def masked_cache(model, compressor, ctx, chosen, k, beta):
     """The cache of training: nothing is gathered, dropped entries have a bias."""
-    return compressor.training_cache(ctx, compressor.encode(model, ctx, chosen, k), beta)
+    return compressor.training_cache(ctx, compressor.encode(model, ctx, chosen, k), beta, k)
 
 
 def budget_is_spent(compressor, cache, k):
@@ -551,6 +551,11 @@ def test_registers_are_in_every_head_above_the_scorer(model, selection):
             found = sorted(x for x in positions.tolist() if x >= N)
             assert found == ([N, N + 1, N + 2] if layer >= compressor.cfg.eta else [])
     assert cache.next_position.tolist() == [N, N]
+
+    # up to 4× there is no LoRA, and registers have nothing to carry
+    cache = compressor.compress(model, ctx, keep=0.3)
+    positions = [x for groups in cache.layers for _, x, _ in heads_of(groups)]
+    assert torch.cat(positions).max() < N
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ import torch
 
 from compress import decay, select
 from conftest import save_llama, tiny_compressor, tiny_llama
-from data.samples import Case, Query, collate
+from data.batches import collate
+from data.samples import Case, Query
 from model import CapturedStep, decode_step, generate, load_llama
 from run.dist import World
 from test_compress import continuation, logits, masked_cache, read, select_at

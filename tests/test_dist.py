@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from compress import load_adapter
 from conftest import ROOT, save_llama, tiny_compressor, tiny_llama
-from data.samples import collate
+from data.batches import collate
 from data.tokenizer import Tokenizer
 from eval import held_out_table
 from model import load_llama, local_shard

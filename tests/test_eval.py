@@ -16,8 +16,9 @@ import eval
 from compress import Compressor, CompressorConfig
 from conftest import ROOT, tiny_compressor, tiny_llama
 from data.samples import Case, Query
-from eval import (BASELINES, METHODS, Document, divergence, h2o, judge, kvzip, kvzip_replays,
+from eval import (Document, divergence, h2o, judge, kvzip, kvzip_replays,
                   log_probabilities, measure, share_budget, share_in_layer, snapkv, streaming)
+from run.eval_flags import BASELINES, METHODS
 
 
 class Letters:

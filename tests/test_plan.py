@@ -15,11 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress import Compressor
 from conftest import hf_config
-from data.samples import KINDS, Batch
+from data.batches import Batch
+from data.samples import KINDS
 from model import Config, Llama, attention_sdpa
 from run.memory_plan import (HEADER, LLAMA_8B_SHAPE, fitting_parallel, memory, out_of_memory,
                              step_flops, tokens_asked)
-from train import SCORER_MIX, Distiller, MicroBatch, StepCounts, TrainConfig, main, parse_mix
+from train import (
+    SCORER_MIX, Distiller, MicroBatch, StepCounts, TrainConfig, compressor_config, main, parse_mix)
 
 SMOLLM = Config(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, head_dim=64, n_embd=576,
                 n_ffn=1536, max_positions=8192)
@@ -59,7 +61,7 @@ def trace(cfg, c: TrainConfig, phase: str, mix, make_mode):
         model = Llama(cfg).requires_grad_(False)
         torch.set_default_dtype(torch.float32)
         model.activation_checkpointing = c.activation_checkpointing
-        compressor = Compressor(cfg, c.compressor())
+        compressor = Compressor(cfg, compressor_config(c))
         compressor.requires_grad_(phase != "scorer")
         compressor.scorer.requires_grad_(phase == "scorer" or c.scorer_lr_phase2 > 0)
         distiller = Distiller(model, compressor, c.lam, c.chunk)

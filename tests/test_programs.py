@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 
 import compress
 import train
-from compress import load_adapter, read_text
+from compress import CompressorConfig, load_adapter, read_text
 from conftest import ROOT, save_llama, tiny_compressor, tiny_llama
 from data.tokenizer import Tokenizer
 from model import load_llama
 from run.checkpoint import load_cache, save_adapter, save_cache
 from run.errors import BadInput, read_json, run_program, write_json
 from run.loading import open_model
+from run.train_flags import PRESETS, TrainConfig
 from test_tokenizer import write_tokenizer
 
 SMALL = ("--dtype", "fp32", "--device", "cpu", "--max-new-tokens", "5")
@@ -260,11 +261,11 @@ def test_train_learns_on_a_tiny_model(tiny, tiny_run, tmp_path):
     assert "compressed" in call(compress, *command[1:], *SMALL)
 
 
-@pytest.mark.parametrize("preset", train.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_runs_two_steps(tiny_run, tmp_path, monkeypatch, preset):
     """On a tiny model; what the paper says of its method is what --preset paper does."""
     monkeypatch.chdir(tmp_path)
-    one = 0 if "scorer_steps" in train.PRESETS[preset] and preset.startswith("paper") else 1
+    one = 0 if "scorer_steps" in PRESETS[preset] and preset.startswith("paper") else 1
     call(train, "--preset", preset, *tiny_run, "--scorer-steps", one, "--steps", 2 - one, "--batch",
          "2", "--eval-contexts", "0", "--min-context", "0", "--context", "48")
     out = Path("out") / preset
@@ -289,12 +290,16 @@ def test_help_shows_the_defaults_of_the_preset(capsys, preset, steps):
     assert "(default: )" not in shown and "None" not in shown
 
 
+def test_the_settings_have_the_defaults_of_the_compressor():
+    assert train.compressor_config(TrainConfig()) == CompressorConfig()
+
+
 def test_flags_win_over_the_preset(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "paper", "--rank", "7"])
     a, c = train.parse_args()
     assert (c.rank, c.eta, c.lam, c.batch, c.scorer_steps, a.dtype) == (7, 6, 0.6, 32, 0, "bf16")
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    assert train.parse_args()[1] == train.TrainConfig(out="out/quick")
+    assert train.parse_args()[1] == TrainConfig(out="out/quick")
 
 
 def test_a_run_goes_on_from_an_adapter_and_has_its_shape(tiny, tiny_run, tmp_path):

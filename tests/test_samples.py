@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data.prepare import Shard, write_shards
-from data.samples import BLANK, KINDS, Case, Query, Samples, collate, fact_query
+from data.batches import collate
+from data.samples import BLANK, KINDS, Case, Query, Samples, fact_query
 from data.tokenizer import Tokenizer
 from run.errors import BadInput
 from test_tokenizer import write_tokenizer

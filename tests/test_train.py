@@ -9,12 +9,13 @@ import model as model_file
 from compress import attention_and_effect
 from conftest import tiny_compressor, tiny_llama
 from data.prepare import Shard
-from data.samples import Case, Query, Samples, collate
+from data.batches import collate
+from data.samples import Case, Query, Samples
 from data.tokenizer import Tokenizer
 from run.dist import World
 from test_tokenizer import tiny_tokenizer_json
-from train import (BatchSampler, Distiller, MicroBatch, StepCounts, TrainConfig, forward_backward,
-                   start_phase, train)
+from train import (BatchSampler, Distiller, MicroBatch, StepCounts, TrainConfig,
+                   compressor_config, forward_backward, start_phase, train)
 
 ALONE = World(torch.device("cpu"))
 SECOND = {"a_q", "b_q", "a_o", "b_o", "registers"}  # what the second phase trains
@@ -159,8 +160,8 @@ def test_11_selection_learns(tmp_path):
     c = TrainConfig(scorer_steps=80, steps=20, batch=4, micro=4, context=48, answer=8, rank=4,
                     eta=2, hidden=64, keep_min=0.1, keep_max=0.5, scorer_lr=1e-2, mix="continue=1",
                     sources=str(tmp_path), shards=str(tmp_path / "shards"))
-    fresh = tiny_compressor(model, trained=False, **vars(c.compressor()))
-    trained = tiny_compressor(model, trained=False, **vars(c.compressor()))
+    fresh = tiny_compressor(model, trained=False, **vars(compressor_config(c)))
+    trained = tiny_compressor(model, trained=False, **vars(compressor_config(c)))
     (tmp_path / "run").mkdir()
     train(c, BatchSampler(c, tok, ALONE), trained, model, tmp_path / "run", ALONE)
 
