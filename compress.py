@@ -194,8 +194,8 @@ def select(
 
     # (B, l·g·N): the heads of a row, one after the other
     ranked, order = ranked.flatten(1).sort(dim=1, descending=True, stable=True)
-    # one entry for each head is the least that is kept
-    budget = (k * l * g - taken).clamp(min=l * g)[:, None]
+    least = k.clamp(max=1) * l * g  # one entry for each head
+    budget = (k * l * g - taken).maximum(least)[:, None]
     rank = torch.arange(l * g * N, device=k.device)
     kept = torch.zeros_like(ranked, dtype=torch.bool)
     kept.scatter_(1, order, rank < budget)

@@ -3,6 +3,8 @@
 A multiply-add counts as two operations, causal attention as half a square. What
 activation checkpointing computes twice counts once.
 """
+import math
+
 import torch
 
 from model import Config, Llama
@@ -159,13 +161,18 @@ def print_plan(a, c, model: Llama, compressor, scorer_mix: dict, mix: dict) -> N
     print(f"\ntime at {UTILISATION:.0%} of {a.gpu_tflops:g} TFLOP/s per GPU; "
           "a CPU takes many times longer")
     speed = a.gpus * a.gpu_tflops * 1e12 * UTILISATION
-    context = c.batch * (HEADER + (c.context + (c.min_context or c.context)) / 2)
+    shortest = c.min_context or c.context
+    mean = c.context  # of lengths of which every doubling is as likely
+    if shortest < c.context:
+        mean = (c.context - shortest) / math.log(c.context / shortest)
     total = 0
     for phase, steps, questions in (
         ("scorer", c.scorer_steps, scorer_mix), ("distillation", c.steps, mix),
     ):
-        asked = c.batch * tokens_asked(questions, c)
-        flops = step_flops(model.cfg, compressor, c.batch, context, asked, asked,
+        batch = phase == "scorer" and c.scorer_batch or c.batch
+        asked = batch * tokens_asked(questions, c)
+        context = batch * (HEADER + mean)
+        flops = step_flops(model.cfg, compressor, batch, context, asked, asked,
                            phase, c.scorer_lr_phase2 > 0)
         seconds = steps * flops / speed
         total += seconds

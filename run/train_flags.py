@@ -49,6 +49,8 @@ class TrainConfig:
     scorer_steps: int = flag(300, "steps of the first phase", COUNT_OR_0)
     steps: int = flag(220, "steps of the second phase, distillation", COUNT_OR_0)
     batch: int = flag(1, "contexts per step", COUNT)
+    scorer_batch: int = flag(
+        0, "contexts per step of the first phase; 0: as many as --batch", COUNT_OR_0)
     micro: int = flag(1, "contexts per forward pass of a process", COUNT)
     context: int = flag(400, "compressible tokens per context", number(int, 16))
     min_context: int = flag(
@@ -272,6 +274,10 @@ def check_batch(c: TrainConfig, processes: int) -> None:
         raise BadInput(
             f"--batch {c.batch} cannot be shared by {processes} processes with "
             f"--micro {c.micro}: expected a multiple of {together}")
+    if c.scorer_batch % processes:
+        raise BadInput(
+            f"--scorer-batch {c.scorer_batch} cannot be shared by {processes} "
+            f"processes: expected a multiple of {processes}")
 
 
 def parse_mix(text: str) -> dict[str, int]:

@@ -59,4 +59,4 @@ def test_one_training_step_stands_in_four_files():
         train.Batch,
         train.collate,
     )
-    assert {x.__module__ for x in step} == {"train", "compress", "model", "data.samples"}
+    assert {x.__module__ for x in step} == {"train", "compress", "model", "data.batches"}

@@ -158,7 +158,7 @@ def page(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     model = tiny_llama(vocab_size=310, max_positions=4096)
     write_tokenizer(save_llama(model, folder))
-    compressor = tiny_compressor(model, recent=4, selection=request.param)
+    compressor = tiny_compressor(model, recent=4, registers=0, selection=request.param)
     save_adapter(folder / "adapter", compressor, model, Tokenizer(folder), {})
     (folder / "text.txt").write_text(HOSTILE, encoding="utf-8")
     out = folder / "out.html"

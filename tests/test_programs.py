@@ -290,6 +290,13 @@ def test_help_shows_the_defaults_of_the_preset(capsys, preset, steps):
     assert "(default: )" not in shown and "None" not in shown
 
 
+def test_the_phases_have_batches_of_their_own(tiny_run, tmp_path):
+    call(train, *tiny_run, "--scorer-steps", 1, "--steps", 1, "--scorer-batch", 2, "--batch", 4,
+         "--context", 48, "--eval-contexts", 0, "--out", tmp_path / "run")
+    scorer, distillation = [line["context"] for line in log_of(tmp_path / "run")]
+    assert distillation == 2 * scorer > 2 * 2 * 48
+
+
 def test_the_settings_have_the_defaults_of_the_compressor():
     assert train.compressor_config(TrainConfig()) == CompressorConfig()
 
