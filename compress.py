@@ -394,6 +394,16 @@ def attention_and_effect(model: Llama, full: Cache, tokens, segments, max_positi
     return torch.stack([largest[layer] for layer in layers], 1), effect
 
 
+def effect_weight(compression):
+    """The weight w of the effect in a score, by the compression N/K: 1 up to 4×, then
+    falling with its logarithm, 0 from 20× on.
+
+    Where few entries are kept, it matters that several heads hold copies of what an
+    answer needs. Each of them can go, so each has little effect; all cannot.
+    """
+    return ((20 / compression).log() / math.log(5)).clamp(0, 1)
+
+
 def log_likelihood(model: Llama, hidden, tokens, segments, rows: int = 256):
     """The sum of log p(token) over all tokens but the first of each segment.
 
@@ -516,16 +526,13 @@ class Compressor(nn.Module):
         """The score by which entries are ranked: (B, l, g, N) fp32.
 
         k: (B,) int64, kept tokens per head on average.
-        It is log(attention) + w·log(effect). Where few entries are kept, several
-        that are copies of each other matter together, while each alone seems to
-        have no effect. So w is 1 up to 4×, and falls to 0 at 20×.
+        It is log(attention) + w·log(effect), with w from `effect_weight`.
         """
         attention, *effect = self.scorer(ctx.h, ctx.lengths)
         if not effect:
             return attention
         n = ctx.compressible.sum(1)
-        compression = n.clamp(min=1) / k.clamp(min=1)
-        w = ((20 / compression).log() / math.log(5)).clamp(0, 1)  # (B,)
+        w = effect_weight(n.clamp(min=1) / k.clamp(min=1))
         return attention + w[:, None, None, None] * effect[0]
 
     def select(

@@ -3,6 +3,7 @@
     python results/plots.py                    # of results/*.json
     python results/plots.py out/fidelity.json  # of any result of eval.py, beside it
     python results/plots.py --heads ADAPTER    # results/heads.png: how much each head keeps
+    python results/plots.py --targets          # results/targets.png: the scorer's two targets
 """
 import signal
 import sys
@@ -23,7 +24,9 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from compress import kept_count, load_adapter  # noqa: E402
+from compress import (  # noqa: E402
+    DEMO, attention_and_effect, effect_weight, kept_count, load_adapter, select)
+from data.samples import REPEAT  # noqa: E402
 from data.tasks import METRICS, fidelity  # noqa: E402
 from results.tables import FIGURES, RESULTS, cost_rows  # noqa: E402
 from run.errors import BadInput, Parser, read_json, reading, run_program  # noqa: E402
@@ -36,6 +39,7 @@ COLOURS = {"kvdistill": "#c1121f", "no-routing": "#e07a7a", "kvzip:recent": "#1d
            "kvzip": "#6fa8dc", "kvzip:equal": "#a9c9e8", "snapkv": "#2a9d8f",
            "h2o": "#6a994e", "random": "#7a7f85", "adasnapkv": "#8fd0c7",
            "kvdistill:random": "#e9a6a6", "streaming": "#f4a259"}
+SENTENCE = "Its first lamp burned rapeseed oil and could be seen from a distance of sixteen miles"
 GREY = "#444444"
 plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 9,
                      "axes.spines.top": False, "axes.spines.right": False})
@@ -233,6 +237,53 @@ def head_map(compressor, model, cases, path: Path, keeps=(0.25, 0.05)) -> Path:
     return save(fig, path)
 
 
+# ------------------------------------------------------------------ the scorer's targets
+
+def two_targets(model, tokenizer, text: str):
+    """What a scorer learns about a text, as measured: its ids, and log(attention)
+    and log(effect), (1, L, G, N) each."""
+    ids = tokenizer.document(text)
+    tokens = torch.tensor([tokenizer.header + ids], device=model.device)
+    repeat = tokenizer.encode(REPEAT, joined=True) + tokenizer.turn + ids
+    replay = torch.tensor([repeat], device=model.device)
+    full = model.prefill(tokens)
+    measured = attention_and_effect(model, full, replay, torch.zeros_like(replay))
+    first = len(tokenizer.header)
+    return ids, *[x[..., first:].clamp(min=1e-6).log() for x in measured]
+
+
+def targets_map(model, tokenizer, text: str, sentence: str, path: Path, keep=0.1) -> Path:
+    """How many heads keep each token of a sentence, by the attention alone and by
+    both targets. Prints the tokens about which they disagree most."""
+    ids, attention, effect = two_targets(model, tokenizer, text)
+    compressible = torch.ones(1, len(ids), dtype=torch.bool)
+    k = kept_count(compressible.sum(1), keep)
+    w = effect_weight(compressible.sum(1) / k)
+    counts = []
+    for scores in (attention, attention + w * effect):
+        kept = select(scores, compressible, k, recent=min(4, int(k) // 8)).kept
+        counts.append(kept[0].sum((0, 1)).numpy())
+    before, after = counts
+
+    pieces = [tokenizer.decode([i]) for i in ids]
+    start = text.index(sentence)
+    ends = np.cumsum([len(piece) for piece in pieces])
+    inside = np.flatnonzero((ends > start) & (ends <= start + len(sentence)))
+    order = np.argsort(after - before)
+    for name, some in (("only attention", order[:8]), ("only both", order[:-9:-1])):
+        print(f"{name}:", ", ".join(f"{pieces[i]!r} {before[i]} -> {after[i]}" for i in some))
+
+    fig, ax = plt.subplots(figsize=(9, 2.6), layout="constrained")
+    x = np.arange(len(inside))
+    ax.bar(x - 0.2, before[inside], 0.4, color=COLOURS["kvzip:recent"], label="attention")
+    ax.bar(x + 0.2, after[inside], 0.4, color=COLOURS["kvdistill"],
+           label="attention and effect")
+    ax.set_xticks(x, [pieces[i].strip() for i in inside], rotation=60, ha="right")
+    ax.set_ylabel(f"heads of {attention[0, ..., 0].numel()}")
+    ax.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    return save(fig, path)
+
+
 # ------------------------------------------------------------------------ the program
 
 def draw(result: dict, out: Path) -> list[Path]:
@@ -254,6 +305,7 @@ def main() -> None:
     p.add_argument("results", nargs="*", metavar="FILE", help="results of eval.py; default: "
                    "those in results/")
     p.add_argument("--heads", metavar="ADAPTER", help="draw results/heads.png of this adapter")
+    p.add_argument("--targets", action="store_true", help="draw results/targets.png")
     p.add_argument("--documents", type=int, default=20, help="held-out documents for --heads; "
                    "default 20")
     add_model_flags(p)
@@ -263,6 +315,12 @@ def main() -> None:
         compressor = load_adapter(args.heads, model, tokenizer)
         cases = fidelity(tokenizer, args.documents, 0)[:args.documents]
         print(head_map(compressor, model, cases, RESULTS / "heads.png"))
+        return
+
+    if args.targets:
+        model, tokenizer = open_model(args)
+        text = DEMO.read_text(encoding="utf-8").strip()
+        print(targets_map(model, tokenizer, text, SENTENCE, RESULTS / "targets.png"))
         return
 
     standard = [RESULTS / f"{name}.json" for name in FIGURES]
