@@ -80,15 +80,16 @@ class CompressorConfig:
     target: str = "both"         # what the scorer predicts of an entry: how much
                                  # it is looked at ("attention"), or also how much
                                  # the likelihood of an answer depends on it
-    recent: int = 4              # every head keeps its last tokens: K/8 of them,
-                                 # at least 1, at most this many ("head" only)
+    recent: int = 4              # every head keeps the last K/8 tokens, at least 1,
+                                 # at most this many ("head" only); above layer η
+                                 # only where there are no registers
     decay: str = "threshold"     # or "sigmoid", the paper's
     tau: float = 0.5             # temperature of "threshold", in nats of score
     rank: int = 32               # of LoRA on W_Q and W_O
     routing_strength: str = "growing"  # with the compression; or "full", the paper's
-    registers: int = 2           # learned hidden states, placed behind the document
-                                 # after layer η and kept in every head, so that
-                                 # they can carry what is dropped; 0 is the paper's
+    registers: int = 1           # so many last tokens get a copy after layer η, which
+                                 # is kept in every head and encoded with LoRA, so
+                                 # that it can carry what is dropped; 0: none
 
 
 # ------------------------------------------------------------ part 1: the scorer
@@ -156,22 +157,32 @@ class Selection:
     """Which entries of the cache are kept."""
     kept: torch.Tensor        # (B, l, g, N) bool; recent tokens are in it,
                               # protected ones are not
-    not_scored: torch.Tensor  # (B, 1, 1, N) bool, kept or dropped whatever the
-                              # score: recent and protected tokens, padding
+    not_scored: torch.Tensor  # (B, 1 or l, 1, N) bool, kept or dropped whatever
+                              # the score: recent and protected tokens, padding
     theta: torch.Tensor       # (B, 1, 1, 1) fp32, the threshold: midway between
                               # the last kept score and the next
 
 
-def select(
-    scores, compressible, k, recent=0, taken=0, check: bool = True,
-) -> Selection:
+def last_tokens(compressible, count):
+    """The last `count` compressible tokens of each row: (B, N) bool.
+
+    compressible: (B, N) bool. count: an int or (B,) int64.
+    """
+    if torch.is_tensor(count):
+        count = count[:, None]
+    from_end = compressible.flip(1).cumsum(1).flip(1)  # 1 for the last token
+    return compressible & (from_end <= count)
+
+
+def select(scores, compressible, k, forced=None, taken=0, check: bool = True) -> Selection:
     """Part 2: keep the k·l·g highest scores of each row, of all heads together.
 
     scores: (B, l, g, N) fp32. Of equal ones, the earlier layer, head and token
         goes first.
     compressible: (B, N) bool, the tokens to select from.
     k: (B,) int64, kept tokens per head on average.
-    recent: how many of the last tokens every head keeps; an int or (B,) int64.
+    forced: (B, 1 or l, 1, N) bool, compressible tokens that are kept whatever
+        their score; they use up budget.
     taken: entries of the budget that something else needs; an int or (B,) int64.
     check: whether to look for scores that are not finite.
     Errors: BadInput, with `check`, for a score that is not finite.
@@ -185,12 +196,12 @@ def select(
             "diverged: use a lower --scorer-lr"
         )
 
-    # +∞ ranks recent tokens first, so that they use up budget; −∞ ranks protected
-    # tokens and padding last
-    from_end = compressible.flip(1).cumsum(1).flip(1)  # 1 for the last token
-    is_recent = compressible & (from_end <= k.clamp(max=recent)[:, None])
-    is_recent = is_recent[:, None, None]
-    ranked = scores.masked_fill(is_recent, math.inf).masked_fill(others, -math.inf)
+    # +∞ ranks forced tokens first, −∞ ranks protected tokens and padding last
+    ranked = scores.masked_fill(others, -math.inf)
+    not_scored = others
+    if forced is not None:
+        ranked = ranked.masked_fill(forced, math.inf)
+        not_scored = others | forced
 
     # (B, l·g·N): the heads of a row, one after the other
     ranked, order = ranked.flatten(1).sort(dim=1, descending=True, stable=True)
@@ -202,15 +213,15 @@ def select(
 
     last = ranked.gather(1, (budget - 1).clamp(min=0))
     next_ = ranked.gather(1, budget.clamp(max=l * g * N - 1))
-    # θ must be finite, also where all kept entries are recent, or none is dropped;
+    # θ must be finite, also where all kept entries are forced, or none is dropped;
     # if both hold, no entry has a score that counts
     last = torch.where(last == math.inf, next_ + 1, last)
     next_ = torch.where(next_ == -math.inf, last - 1, next_)
     theta = ((last + next_) / 2)[..., None, None]
-    return Selection(kept.view_as(scores), is_recent | others, theta)
+    return Selection(kept.view_as(scores), not_scored, theta)
 
 
-def gather(keep_mask, beta=None):
+def gather(keep_mask, beta=None, position=None):
     """Part 2: how a layer's keys and values become a compressed cache.
 
     Returns store(layer, k, v), which takes the keys and values (B, G, N, d) of a
@@ -220,12 +231,17 @@ def gather(keep_mask, beta=None):
 
     keep_mask: (B, L or 1, G or 1, N) bool, all that is kept.
     beta: as large, fp32, a bias of the kept entries; or None.
+    position: (B, N) int64, where an entry stands in the text; None: where it
+        stands in keep_mask.
     """
     counts = keep_mask.sum(-1)  # (B, l, g)
     # kept tokens first, in their order
     order = keep_mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
     is_kept = torch.arange(keep_mask.shape[-1], device=keep_mask.device) < counts[..., None]
-    positions = torch.where(is_kept, order, -1).to(torch.int32)
+    positions = order
+    if position is not None:
+        positions = position[:, None, None].expand(order.shape).gather(-1, order)
+    positions = torch.where(is_kept, positions, -1).to(torch.int32)
     index = torch.where(is_kept, order, 0)  # padding is a copy of the first token
     row = torch.arange(len(index), device=index.device)[:, None, None]
     # entries of each head in its longest row and its shortest: (l, g) numbers;
@@ -443,16 +459,15 @@ class Context:
 
 
 class Compressor(nn.Module):
-    """All that is trained, in fp32: the scorer, the LoRA matrices and the registers.
+    """All that is trained, in fp32: the scorer and the LoRA matrices.
 
     The Llama is an argument of the methods, and stays frozen. Layers η+1 … L−1
     have LoRA: in layer L it would reach no key or value.
 
-    A register is like a token without a text: R hidden states, which are the same
-    for every document, follow the document's own after layer η. In the layers
-    above, they attend to the document and are kept in every head. What a document
-    says of a dropped token can move into them. A kept token cannot take up more
-    without losing something of its own, a register can.
+    A register is a copy of one of the last tokens, made after layer η. In the
+    layers above, it attends to the document and is kept in every head. LoRA can
+    move into it what dropped tokens say. The last tokens themselves cannot take
+    up so much without losing what they say; their copies can.
     """
 
     def __init__(self, model_cfg, cfg: CompressorConfig):
@@ -477,7 +492,6 @@ class Compressor(nn.Module):
         self.b_q = nn.Parameter(torch.zeros(n, inner, cfg.rank))
         self.a_o = nn.Parameter(torch.randn(n, cfg.rank, inner) * D ** -0.5)
         self.b_o = nn.Parameter(torch.zeros(n, D, cfg.rank))
-        self.registers = nn.Parameter(torch.zeros(cfg.registers, D))
 
     @staticmethod
     def n_adapted(model_cfg, cfg: CompressorConfig) -> int:
@@ -486,17 +500,6 @@ class Compressor(nn.Module):
 
     def lora_parameters(self) -> list[nn.Parameter]:
         return [self.a_q, self.b_q, self.a_o, self.b_o]
-
-    @torch.no_grad()
-    def start_registers(self, model: Llama, before: list[int], token: int) -> None:
-        """Let the registers begin as what a token looks like after layer η.
-
-        before: ids that the token follows, such as a chat header.
-        """
-        R = len(self.registers)
-        ids = torch.tensor([before + [token] * R], device=model.device)
-        h, _ = model.run_layers(model.embed(ids), 0, self.cfg.eta)
-        self.registers.copy_(h[0, len(before):])
 
     @torch.no_grad()
     def read(self, model: Llama, tokens, lengths=None, protect=None) -> Context:
@@ -538,21 +541,26 @@ class Compressor(nn.Module):
     def select(
         self, scores, ctx: Context, k, registers: bool = False, check: bool = True,
     ) -> Selection:
-        """`select` with this compressor's number of recent tokens.
+        """`select`, with recent tokens in every head.
 
         k: (B,) int64, kept tokens per head on average.
-        registers: whether the registers are part of the budget.
+        registers: whether registers are part of the budget. They take the place
+            of recent tokens in the layers that have them.
         """
-        taken = 0
-        if registers:
-            _, l, g, _ = scores.shape
-            L, eta = self.n_layer, self.cfg.eta
-            taken = math.ceil(len(self.registers) * l * g * (L - eta) / L)
-            taken = self.has_registers(ctx, k) * taken  # (B,)
-        recent = 0
+        forced = None
         if self.cfg.selection == "head":
             recent = (k // 8).clamp(1, self.cfg.recent)
-        return select(scores, ctx.compressible, k, recent, taken, check)
+            forced = last_tokens(ctx.compressible, k.minimum(recent))[:, None, None]
+
+        taken = 0
+        if registers and self.cfg.registers > 0:
+            B, l, g, _ = scores.shape
+            kept_in = self.layers_with_registers(ctx, k)  # (B, L)
+            taken = self.cfg.registers * kept_in.sum(1) * l * g
+            taken = -(-taken // self.n_layer)  # rounded up
+            if l > 1:
+                forced = forced & ~kept_in[..., None, None]
+        return select(scores, ctx.compressible, k, forced, taken, check)
 
     def routing_strength(self, n, k):
         """The strength of LoRA by how much is dropped: (B,) fp32, from 0 to 1.
@@ -567,9 +575,14 @@ class Compressor(nn.Module):
         compression = n.clamp(min=1) / k.clamp(min=1)
         return ((compression / 4).log() / math.log(25)).clamp(0, 1)
 
-    def has_registers(self, ctx: Context, k):
-        """Which rows have registers: (B,) bool. Without LoRA they are of no use."""
-        return self.routing_strength(ctx.compressible.sum(1), k) > 0
+    def layers_with_registers(self, ctx: Context, k):
+        """Which layers of a row's cache have registers: (B, L) bool.
+
+        Those above η, where there is LoRA; without it registers are of no use.
+        """
+        is_on = self.routing_strength(ctx.compressible.sum(1), k) > 0
+        is_above = torch.arange(self.n_layer, device=k.device) >= self.cfg.eta
+        return is_on[:, None] & is_above
 
     def token_lora(self, head_fraction, n, k, dtype):
         """Part 4: a function that maps a layer to its TokenLoRA, or to None.
@@ -595,11 +608,20 @@ class Compressor(nn.Module):
 
         return of_layer
 
-    def register_index(self, ctx: Context):
-        """Which register stands at each place behind a document: (B, N + R) int64,
-        from 0 to R − 1; other places have other numbers."""
-        columns = torch.arange(ctx.h.shape[1] + len(self.registers), device=ctx.h.device)
-        return columns - ctx.lengths[:, None]
+    def add_registers(self, ctx: Context):
+        """The places of a document and of the registers behind it.
+
+        Returns two tensors (B, N + R). `source` is the token that stands at a
+        place: itself, or the one of which a register is a copy. `is_register`
+        is bool.
+        """
+        R = self.cfg.registers
+        N = ctx.h.shape[1]
+        place = torch.arange(N + R, device=ctx.h.device)
+        behind = place - ctx.lengths[:, None]
+        is_register = (behind >= 0) & (behind < R)
+        source = torch.where(is_register, place - R, place).clamp(0, N - 1)
+        return source, is_register
 
     def encode(self, model: Llama, ctx: Context, selection: Selection, k, store=None) -> list:
         """Part 4: encode the context and the registers above layer η, kept tokens
@@ -616,51 +638,42 @@ class Compressor(nn.Module):
         all layers. Keys and values are (B, G, N + R, d); in layers 1 … η, those of
         the registers are 0 and of no meaning.
         """
-        R = len(self.registers)
-        h = F.pad(ctx.h, (0, 0, 0, R))
-        kept = selection.kept
-        if R > 0:
-            # a recent token keeps its own content, the registers carry the rest
-            kept = kept & ~selection.not_scored
-        fraction = F.pad(kept.float().mean(2), (0, R))  # (B, l, N + R)
-        lower = ctx.kvs
-        if R > 0:
-            index = self.register_index(ctx)
-            is_register = (index >= 0) & (index < R)
-            registers = self.registers.to(h.dtype)[index.clamp(0, R - 1)]
-            h = torch.where(is_register[..., None], registers, h)
-            fraction = torch.where(is_register[:, None], 1.0, fraction)
-            lower = [tuple(F.pad(x, (0, 0, 0, R)) for x in kv) for kv in ctx.kvs]
+        R = self.cfg.registers
+        source, is_register = self.add_registers(ctx)
+        h = ctx.h.gather(1, source[..., None].expand(-1, -1, ctx.h.shape[2]))
+        fraction = F.pad(selection.kept.float().mean(2), (0, R))  # (B, l, N + R)
+        fraction = torch.where(is_register[:, None], 1.0, fraction)
+
+        lower = [tuple(F.pad(x, (0, 0, 0, R)) for x in kv) for kv in ctx.kvs]
         if store is not None:
             lower = [store(i, keys, values) for i, (keys, values) in enumerate(lower)]
-
         lora = self.token_lora(fraction, ctx.compressible.sum(1), k, model.dtype)
-        _, upper = model.run_layers(h, self.cfg.eta, token_lora=lora, store=store)
+        # a register has the position of the token that it is a copy of
+        _, upper = model.run_layers(
+            h, self.cfg.eta, token_lora=lora, store=store, positions=source)
         return lower + upper
 
-    def add_registers(self, x, ctx: Context, k, kept, dropped):
+    def with_registers(self, x, ctx: Context, k, kept, dropped):
         """Give a (B, l, g, N) tensor a column for each register: (B, l, g, N + R).
 
-        kept: its value for a register in the layers above η of a row that has
-            registers; dropped: elsewhere. With registers, l becomes L.
+        kept: its value for a register in a layer that has registers; dropped:
+            elsewhere. With registers, l becomes L.
         """
-        R = len(self.registers)
+        R = self.cfg.registers
         if R == 0:
             return x
-        index = self.register_index(ctx)[:, None, None]
-        is_register = (index >= 0) & (index < R)
-        is_above = torch.arange(self.n_layer, device=x.device) >= self.cfg.eta
-        is_kept = self.has_registers(ctx, k)[:, None] & is_above  # (B, L)
-        value = torch.where(is_kept[..., None, None], kept, dropped)
-        return torch.where(is_register, value, F.pad(x, (0, R)))
+        _, is_register = self.add_registers(ctx)
+        has = self.layers_with_registers(ctx, k)[..., None, None]  # (B, L, 1, 1)
+        value = torch.where(has, kept, dropped)
+        return torch.where(is_register[:, None, None], value, F.pad(x, (0, R)))
 
     def training_cache(self, ctx: Context, kvs: list, beta, k) -> Cache:
         """The compressed cache as training needs it: nothing is gathered, all
         entries are there, and β (B, l, g, N) is −1e9 for those that a head dropped.
         This gives the same attention, and shapes that do not depend on the
         selection."""
-        beta = self.add_registers(beta, ctx, k, kept=0.0, dropped=NEG)
-        lengths = ctx.lengths + len(self.registers) if ctx.padded else None
+        beta = self.with_registers(beta, ctx, k, kept=0.0, dropped=NEG)
+        lengths = ctx.lengths + self.cfg.registers if ctx.padded else None
         cache = full_cache(kvs, lengths, beta)
         cache.next_position = ctx.lengths  # a question begins where the text ends
         return cache
@@ -685,10 +698,11 @@ class Compressor(nn.Module):
             # a row that keeps everything is a full cache, without decay
             decayed = selection.kept & (k < n)[:, None, None, None]
             beta = torch.where(decayed, beta, 0.0)
-            beta = self.add_registers(beta, ctx, k, kept=0.0, dropped=NEG)
+            beta = self.with_registers(beta, ctx, k, kept=0.0, dropped=NEG)
         kept = selection.kept | ctx.protected[:, None, None]
-        kept = self.add_registers(kept, ctx, k, kept=True, dropped=False)
-        return Cache(self.encode(model, ctx, selection, k, gather(kept, beta)), ctx.lengths)
+        kept = self.with_registers(kept, ctx, k, kept=True, dropped=False)
+        store = gather(kept, beta, self.add_registers(ctx)[0])
+        return Cache(self.encode(model, ctx, selection, k, store), ctx.lengths)
 
 
 def check_compressor_config(cfg: CompressorConfig, n_layer: int) -> None:

@@ -43,8 +43,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from compress import (Compressor, Context, ask_all, check_length, kept_count, max_attention,
-                      open_compressor, pick_wording, prune_cache, read_text, select)
+from compress import (Compressor, Context, ask_all, check_length, kept_count, last_tokens,
+                      max_attention, open_compressor, pick_wording, prune_cache, read_text, select)
 from data import tasks
 from data.batches import collate
 from data.fetch import fetch
@@ -98,7 +98,8 @@ def share_budget(scores, compressible, k, heads: int, recent: int = 0):
     """
     rows = scores.reshape(-1, 1, heads, scores.shape[3])  # one row per budget
     row_of_all = compressible.expand(len(rows), -1)
-    selection = select(rows, row_of_all, k.expand(len(rows)), recent, check=False)
+    forced = last_tokens(row_of_all, min(recent, int(k)))[:, None, None]
+    selection = select(rows, row_of_all, k.expand(len(rows)), forced, check=False)
     return selection.kept.view_as(scores)
 
 

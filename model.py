@@ -850,7 +850,9 @@ class Llama(nn.Module):
         """(..., D) -> (..., V) fp32"""
         return F.linear(h, self.head_weight).float()
 
-    def run_layers(self, h, first=0, last=None, token_lora=None, store=None):
+    def run_layers(
+        self, h, first=0, last=None, token_lora=None, store=None, positions=None,
+    ):
         """Run layers first … last−1 over whole contexts, and collect their caches.
 
         h: (B, N, D), hidden states before layer `first`; padding on the right.
@@ -859,13 +861,16 @@ class Llama(nn.Module):
         token_lora(layer): the layer's TokenLoRA, or None.
         store(layer, k, v): called with each layer's keys and values,
             (B, G, N, d); what it returns is collected. None: the pair itself.
+        positions: (B, N) int64, of the tokens; None: 0 … N−1.
         Returns: the hidden states after the layers that were run (of no meaning
             after the model's last), and the list.
         Errors: ValueError for more tokens than the model has positions.
         """
         N = h.shape[1]
-        self.check_position(N - 1)
-        rope = self.rope(torch.arange(N, device=h.device)[None])
+        if positions is None:
+            self.check_position(N - 1)
+            positions = torch.arange(N, device=h.device)[None]
+        rope = self.rope(positions)
         if last is None:
             last = self.cfg.n_layer
 

@@ -313,15 +313,13 @@ def my_samples(step: int, batch: int, micro: int, world: World) -> list[list[int
 def start_phase(distiller: Distiller, phase: str, learn_scores: bool, world: World):
     """Let the gradient reach what the phase trains, and nothing else.
 
-    The first phase trains the scorer. The second trains the LoRA, the registers
-    and, with learn_scores, the scorer. With several processes, torch's
+    The first phase trains the scorer. The second trains the LoRA and, with
+    learn_scores, the scorer. With several processes, torch's
     DistributedDataParallel shares the gradients.
     """
     compressor = distiller.compressor
     compressor.requires_grad_(phase != "scorer")
     compressor.scorer.requires_grad_(phase == "scorer" or learn_scores)
-    if len(compressor.registers) == 0:
-        compressor.registers.requires_grad_(False)  # DDP refuses what nobody uses
     if world.world_size == 1:
         return distiller
     return DistributedDataParallel(distiller)
@@ -373,14 +371,13 @@ def set_learning_rates(optimizer, c: TrainConfig, step: int) -> float:
     Returns the rate for the log: the scorer's in the first phase, the LoRA's in
     the second.
     """
-    lora, registers, scorer = optimizer.param_groups
+    lora, scorer = optimizer.param_groups
     if step < c.scorer_steps:
         scorer["lr"] = c.scorer_lr * lr_schedule(step, c.scorer_steps, c.warmup)
         return scorer["lr"]
     factor = lr_schedule(step - c.scorer_steps, c.steps, c.warmup)
     scorer["lr"] = c.scorer_lr_phase2 * factor
     lora["lr"] = c.lr * factor
-    registers["lr"] = 10 * c.lr * factor  # their numbers are larger, about 3
     return lora["lr"]
 
 
@@ -438,7 +435,7 @@ def train(
     lora = compressor.lora_parameters()
     scorer = list(compressor.scorer.parameters())
     optimizer = torch.optim.AdamW(
-        [{"params": lora}, {"params": [compressor.registers]}, {"params": scorer}], lr=0.0, betas=(0.9, 0.98),
+        [{"params": lora}, {"params": scorer}], lr=0.0, betas=(0.9, 0.98),
         weight_decay=c.weight_decay)
     total = c.scorer_steps + c.steps
     begin = resume(out, compressor, optimizer, sampler.texts, total, world)
@@ -468,7 +465,7 @@ def train(
                 wrapped = start_phase(distiller, phase, c.scorer_lr_phase2 > 0, world)
 
             metrics = forward_backward(wrapped, micro_batches, phase, world, signals)
-            metrics["grad_lora"] = nn.utils.clip_grad_norm_([*lora, compressor.registers], c.clip)
+            metrics["grad_lora"] = nn.utils.clip_grad_norm_(lora, c.clip)
             metrics["grad_scorer"] = nn.utils.clip_grad_norm_(scorer, c.clip)
             metrics = to_numbers(metrics, world.device)  # here we wait for the GPU
             check_finite(metrics, step, phase)
@@ -583,8 +580,6 @@ def run(a: argparse.Namespace, c: TrainConfig, about: dict, world: World) -> Non
         compressor = load_adapter(c.init_adapter, model, tokenizer)
     else:
         compressor = Compressor(model.cfg, compressor_config(c)).to(model.device)
-        blank_line = tokenizer.encode("\n\n", joined=True)[0]
-        compressor.start_registers(model, tokenizer.header, blank_line)
     sampler = BatchSampler(c, tokenizer, world)
 
     about = {"train": asdict(c), "system": a.system, **about}

@@ -25,7 +25,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from compress import (  # noqa: E402
-    DEMO, attention_and_effect, effect_weight, kept_count, load_adapter, select)
+    DEMO, attention_and_effect, effect_weight, kept_count, last_tokens, load_adapter,
+    select)
 from data.samples import REPEAT  # noqa: E402
 from data.tasks import METRICS, fidelity  # noqa: E402
 from results.tables import FIGURES, RESULTS, cost_rows  # noqa: E402
@@ -261,7 +262,8 @@ def targets_map(model, tokenizer, text: str, sentence: str, path: Path, keep=0.1
     w = effect_weight(compressible.sum(1) / k)
     counts = []
     for scores in (attention, attention + w * effect):
-        kept = select(scores, compressible, k, recent=min(4, int(k) // 8)).kept
+        forced = last_tokens(compressible, min(4, int(k) // 8))[:, None, None]
+        kept = select(scores, compressible, k, forced).kept
         counts.append(kept[0].sum((0, 1)).numpy())
     before, after = counts
 

@@ -261,9 +261,8 @@ def pop_group(tensors: dict, name: str, next_position, model: Llama) -> HeadGrou
         and (bias is None or bias.shape in per_head and bias.dtype == torch.float32))
     if not fits:
         raise ValueError(f"{name} has tensors of other shapes or dtypes than this model's cache")
-    # registers stand behind the text, so positions may exceed next_position
-    if ((positions < -1) | (positions >= model.cfg.max_positions)).any():
-        raise ValueError(f"{name}.positions are beyond the model's {model.cfg.max_positions}")
+    if ((positions < -1) | (positions >= next_position[:, None, None])).any():
+        raise ValueError(f"{name}.positions are not within the text")
     return HeadGroup(k.to(model.dtype), v.to(model.dtype), positions, bias)
 
 

@@ -45,9 +45,8 @@ def kept_map(cache: Cache, n: int):
             g = group.k.shape[1]
             positions = group.positions[0].cpu().long().expand(g, -1)
             kept = torch.zeros(g, n + 1, dtype=torch.bool)
-            # padding, at −1, and registers go to a column that is cut off
-            is_text = (positions >= 0) & (positions < n)
-            kept.scatter_(1, torch.where(is_text, positions, n), True)
+            # padding, at −1, goes to a column that is cut off
+            kept.scatter_(1, positions % (n + 1), True)
             heads.append(kept[:, :n])
         layers.append(torch.cat(heads))
     return torch.stack(layers)

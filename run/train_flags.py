@@ -89,9 +89,8 @@ class TrainConfig:
         "growing", "strength of the LoRA: growing with "
         "the compression, or full, as in the paper", choices=("growing", "full"))
     registers: int = flag(
-        2, "learned hidden states that follow the context "
-        "above layer eta and are kept in every head, and which the LoRA may fill with "
-        "what is dropped; 0: none, as in the paper", COUNT_OR_0)
+        1, "so many last tokens get a copy above layer eta, which is kept in every head, "
+        "and which the LoRA may fill with what is dropped; 0: none", COUNT_OR_0)
 
     # the loss
     lam: float = flag(

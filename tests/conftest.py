@@ -79,7 +79,6 @@ def tiny_compressor(model, seed=1, trained=True, **changes) -> Compressor:
             compressor.b_q.normal_(std=0.2)
             compressor.b_o.normal_(std=0.2)
             compressor.scorer.w2.weight.mul_(5)
-            compressor.registers.normal_()
     return compressor.to(model.dtype)
 
 

@@ -20,7 +20,7 @@ import torch
 
 import compress as compress_file
 from compress import (
-    Selection, attention_and_effect, decay, kept_count, max_attention, select)
+    Selection, attention_and_effect, decay, kept_count, last_tokens, max_attention, select)
 from conftest import tiny_compressor, tiny_llama
 from model import NEG, full_cache, pad_right, relative_positions, rotate
 from run.checkpoint import load_cache, save_cache
@@ -188,7 +188,8 @@ def test_3_select_takes_the_top_of_the_budget(heads):
     scores = torch.randn(4, *heads, 30)
     compressible = torch.rand(4, 30) > 0.3
     k = kept_count(compressible.sum(1), keep=0.4)
-    chosen = select(scores, compressible, k, recent=2)
+    forced = last_tokens(compressible, 2)[:, None, None]
+    chosen = select(scores, compressible, k, forced)
     for row in range(4):
         kept = chosen.kept[row]
         assert kept.sum() == k[row] * heads[0] * heads[1]
@@ -363,14 +364,14 @@ def test_7_a_protected_span_survives_exactly(model, compressor):
     assert budget_is_spent(compressor, cache, k + protected.sum())
     for layer, groups in enumerate(cache.layers):
         for head, (keys, positions, bias) in enumerate(heads_of(groups)):
-            # a register is not protected
-            spared = (positions < N) & protected[positions.clamp(max=N - 1)]
+            spared = protected[positions]
             assert spared.sum() == protected.sum()
             assert not bias[spared].any()
             if layer <= compressor.cfg.eta:
-                kept = positions < N
-                original = full.layers[layer][0].k[0, head, positions[kept]]
-                assert torch.equal(keys[kept], original)
+                is_register = torch.zeros_like(spared)
+                is_register[-1] = layer == compressor.cfg.eta  # it is stored last
+                original = full.layers[layer][0].k[0, head, positions]
+                assert torch.equal(keys[~is_register], original[~is_register])
 
 
 class Tokenizer:
@@ -542,28 +543,39 @@ def test_the_effect_of_an_entry_is_a_gradient(dtype):
 
 @torch.no_grad()
 def test_registers_are_in_every_head_above_the_scorer(model, selection):
-    """And in none below; the question begins where the text ends."""
-    compressor = tiny_compressor(model, selection=selection, registers=3)
+    """They count as another entry of the token that they copy. Below, and up to 4×,
+    every head has the recent tokens instead (selection per head only)."""
+    compressor = tiny_compressor(model, selection=selection, registers=2, recent=2)
     ctx = read(model, compressor)
-    cache = compressor.compress(model, ctx, keep=0.2)
-    for layer, groups in enumerate(cache.layers):
-        for _, positions, _ in heads_of(groups):
-            found = sorted(x for x in positions.tolist() if x >= N)
-            assert found == ([N, N + 1, N + 2] if layer >= compressor.cfg.eta else [])
+    for keep, from_layer in ((0.2, compressor.cfg.eta), (0.3, 6)):
+        kept = compressor.select(compressor.scores(ctx, k_of(ctx, keep)), ctx, k_of(ctx, keep),
+                                 registers=True).kept
+        cache = compressor.compress(model, ctx, keep=keep)
+        for layer, groups in enumerate(cache.layers):
+            for head, (_, positions, _) in enumerate(heads_of(groups)):
+                own = kept[0, layer if len(kept[0]) > 1 else 0][head if selection == "head" else 0]
+                copies = 1 if layer >= from_layer else 0
+                for token in (N - 2, N - 1):
+                    assert (positions == token).sum() == own[token] + copies
+                if selection == "head" and not copies:
+                    assert own[N - 1]
     assert cache.next_position.tolist() == [N, N]
 
-    # up to 4× there is no LoRA, and registers have nothing to carry
-    cache = compressor.compress(model, ctx, keep=0.3)
-    positions = [x for groups in cache.layers for _, x, _ in heads_of(groups)]
-    assert torch.cat(positions).max() < N
+
+def k_of(ctx, keep):
+    return kept_count(ctx.compressible.sum(1), keep)
 
 
 @torch.no_grad()
-def test_registers_start_as_a_token_that_follows_the_header(model):
-    compressor = tiny_compressor(model, trained=False)
-    compressor.start_registers(model, [3, 4], 9)
-    h, _ = model.run_layers(model.embed(torch.tensor([[3, 4, 9, 9]])), 0, compressor.cfg.eta)
-    assert torch.equal(compressor.registers, h[0, 2:])
+def test_without_lora_a_register_is_the_token_that_it_copies(model):
+    """Its value in the first layer above η: it has the same hidden state there. Its key
+    has the same position, too."""
+    compressor = tiny_compressor(model, trained=False, registers=2)
+    ctx = read(model, compressor)
+    chosen, k = select_at(compressor, ctx)
+    keys, values = compressor.encode(model, ctx, chosen, k)[compressor.cfg.eta]
+    for x in (keys, values):
+        assert torch.equal(x[:, :, N:], x[:, :, N - 2:N])
 
 
 # ------------------------------------------------------------------------------ edges

@@ -52,7 +52,7 @@ def test_select_takes_the_same_entries_also_where_scores_are_equal():
     scores = torch.randint(0, 9, (3, 5, 2, 40), generator=rng).float()
     compressible = torch.arange(40).expand(3, 40) > 4
     k = torch.tensor([1, 9, 35])
-    on_cpu, on_gpu = [select(scores.to(d), compressible.to(d), k.to(d), 2) for d in DEVICES]
+    on_cpu, on_gpu = [select(scores.to(d), compressible.to(d), k.to(d)) for d in DEVICES]
     assert torch.equal(on_cpu.kept, on_gpu.kept.cpu())
     assert torch.equal(on_cpu.theta, on_gpu.theta.cpu())
 

@@ -51,7 +51,7 @@ def test_1_scores():
 def test_2_shared_budget():
     compressible = torch.ones(1, 5, dtype=torch.bool)
     scores = SCORES.mT.contiguous().mT  # not contiguous, like those of the scorer
-    selection = select(scores, compressible, torch.tensor([2]), recent=1)
+    selection = select(scores, compressible, torch.tensor([2]), RECENT)
     assert selection.kept.sum() == 4, "K = 2 per head on average, and two heads: four entries"
     assert selection.kept[0, 0, 1, 4], "every head keeps its recent token, whatever its score"
     assert torch.equal(selection.kept, KEPT), "the best of both heads together, not of each head"
@@ -59,7 +59,7 @@ def test_2_shared_budget():
     assert torch.equal(selection.not_scored, RECENT), "not_scored: what no score could have changed"
 
     compressible[0, 0] = False  # the first token is protected
-    selection = select(scores, compressible, torch.tensor([2]), recent=1)
+    selection = select(scores, compressible, torch.tensor([2]), RECENT)
     expected = [[0, 1, 1, 0, 1], [0, 0, 0, 0, 1]]
     assert selection.kept[0, 0].int().tolist() == expected, "protected tokens use no budget"
     assert selection.not_scored[0, 0, 0].int().tolist() == [1, 0, 0, 0, 1], "protected or recent"

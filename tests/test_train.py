@@ -18,7 +18,7 @@ from train import (BatchSampler, Distiller, MicroBatch, StepCounts, TrainConfig,
                    compressor_config, forward_backward, start_phase, train)
 
 ALONE = World(torch.device("cpu"))
-SECOND = {"a_q", "b_q", "a_o", "b_o", "registers"}  # what the second phase trains
+LORA = {"a_q", "b_q", "a_o", "b_o"}
 
 
 def sample(seed, n_context=40, lengths=(9, 6)) -> Case:
@@ -64,8 +64,8 @@ def test_accumulation_is_one_large_batch(model, phase, selection):
 
 
 @pytest.mark.parametrize("phase, learn_scores, want", [
-    ("scorer", True, {"scorer"}), ("scorer", False, {"scorer"}), ("hard", True, SECOND | {"scorer"}),
-    ("soft", True, SECOND | {"scorer"}), ("hard", False, SECOND)])
+    ("scorer", True, {"scorer"}), ("scorer", False, {"scorer"}), ("hard", True, LORA | {"scorer"}),
+    ("soft", True, LORA | {"scorer"}), ("hard", False, LORA)])
 def test_a_phase_reaches_what_it_trains_and_no_more(model, phase, learn_scores, want):
     _, grads = gradients(model, [[sample(0), sample(1)]], phase, learn_scores)
     reached = {name.split(".")[0] for name, x in grads.items() if x is not None and x.any()}
