@@ -53,7 +53,7 @@ from run.errors import ROOT, BadInput, read_json, reading, run_program
 from run.flags import find_adapter, parse_compress_flags
 
 if __name__ == "__main__":
-    run_program(parse_compress_flags)  # a typo is answered before torch is imported
+    run_program(parse_compress_flags, is_last=False)  # a typo is answered before torch is imported
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports just ends them
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -919,7 +919,9 @@ def spans_to_keep(text: str, passages: list[str], lines: list[tuple[int, int]]) 
     """What --keep-text and --keep-lines name, as spans (start, end) of characters."""
     spans = []
     for passage in passages:
-        found = [m.span() for m in re.finditer(re.escape(passage), text)]
+        # a passage may go over a line's end
+        words = r"\s+".join(re.escape(word) for word in passage.split())
+        found = [m.span() for m in re.finditer(words, text)]
         if not found:
             raise BadInput(f"--keep-text {passage!r}: these words are not in the text")
         spans += found
@@ -1078,10 +1080,13 @@ def save(path, cache: Cache, model: Llama, tokenizer, about: dict) -> None:
 
 def talk(args, conversation: Conversation, about: dict, settings) -> None:
     """--chat. What was said is saved also if Ctrl-C ends it."""
+    before = conversation.turns
     try:
         chat(conversation, *settings)
     finally:
-        if args.save is not None:
+        if args.save is None and conversation.turns > before:
+            print("not saved; --save FILE keeps a conversation")
+        elif args.save is not None:
             about = {**about, "turns": conversation.turns}
             save(args.save, conversation.cache, conversation.model, conversation.tokenizer, about)
 

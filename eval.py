@@ -36,7 +36,7 @@ from run.errors import ROOT, BadInput, provenance, run_program
 from run.eval_flags import BASELINES, DEFAULT_KEEPS, DEFAULT_METHODS, parse_args
 
 if __name__ == "__main__":
-    run_program(parse_args)  # a typo is answered before torch is imported
+    run_program(parse_args, is_last=False)  # a typo is answered before torch is imported
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends them
 
 import torch

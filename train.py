@@ -39,7 +39,7 @@ from run.errors import BadInput, provenance, run_program
 from run.train_flags import LLAMA_8B, TrainConfig, check_batch, parse_args, parse_mix
 
 if __name__ == "__main__":
-    run_program(parse_args)  # a typo is answered before torch is imported
+    run_program(parse_args, is_last=False)  # a typo is answered before torch is imported
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports just ends them
 
 import torch

@@ -137,7 +137,8 @@ def write_shards(documents, tokenizer: Tokenizer, folder: Path) -> None:
         if len(ids):
             tokenized.append(document | {"ids": ids})
     if sum(len(document["ids"]) for document in tokenized) < 2:
-        raise BadInput(f"{folder.name.rpartition('-')[0]}: no text in it")
+        name = folder.name.rpartition("-")[0]
+        raise BadInput(f"the source {name!r} has no text in it")
 
     splits = split(tokenized)
     for name, part in splits.items():

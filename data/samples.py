@@ -263,7 +263,8 @@ class Samples:
             self.mix["continue"] = 1
 
         # Of torchrun's processes, only the first one speaks.
-        if os.environ.get("RANK", "0") == "0":
+        # The replay of the scorer's phase is no kind of --mix.
+        if os.environ.get("RANK", "0") == "0" and "replay" not in self.mix:
             counts = ", ".join(f"{kind} {count}" for kind, count in self.mix.items())
             print(
                 "no text has a description, so nothing can be asked about titles; "

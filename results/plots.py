@@ -1,6 +1,6 @@
 """Draw the figures of results (needs matplotlib):
 
-    python results/plots.py                    # of results/*.json
+    python results/plots.py                    # of the results that the pages show
     python results/plots.py out/fidelity.json  # of any result of eval.py, beside it
     python results/plots.py --heads ADAPTER    # results/heads.png: how much each head keeps
     python results/plots.py --targets          # results/targets.png: the scorer's two targets
@@ -297,7 +297,7 @@ def draw(result: dict, out: Path) -> list[Path]:
             paths.append(needles(result, out.with_name(f"{prefix}-needles.png")))
         elif task == "cost":
             paths.append(cost(result, out.with_name(f"{prefix}-cost.png")))
-        else:
+        elif task != "ends":  # a few numbers, which the table shows
             paths.append(quality(result, task, out.with_name(f"{prefix}-quality.png")))
     return paths
 

@@ -1,9 +1,9 @@
-"""Rewrite the tables of the pages from results/*.json:  python
-results/tables.py
+"""Rewrite the tables of the pages:  python results/tables.py
 
 A page has a block `<!-- table: NAME -->` … `<!-- end -->` for each table.
 results/README.md has one for each result of eval.py. README.md and the card of
-the adapter have one named `headline`.
+the adapter have one named `headline`. What these tables claim was measured on
+the test half of the texts, in results/test/.
 """
 import math
 import re
@@ -23,10 +23,11 @@ from run.records import MIN_UNITS, keeps_of  # noqa: E402
 RESULTS = ROOT / "results"
 CARD = ROOT / "adapters" / "smollm2-135m-instruct" / "README.md"
 KINDS = ("recite", "cloze", "title", "squad", "continue")
+# the figure of a result, in its folder
 FIGURES = {
-    "fidelity": ("fidelity-quality.png", "KL against the kept fraction"),
-    "squad": ("squad-quality.png", "F1 against the kept fraction"),
-    "niah": ("niah-needles.png", "Needles found, by depth and length"),
+    "test/fidelity": ("fidelity-quality.png", "KL against the kept fraction"),
+    "test/squad": ("squad-quality.png", "F1 against the kept fraction"),
+    "test/niah": ("niah-needles.png", "Needles found, by depth and length"),
     "cost": ("cost-cost.png", "Bytes, seconds and rates against length"),
 }
 MISSING = "Not measured with this version yet."
@@ -148,7 +149,7 @@ class Cells:
 
 # ------------------------------------------------------------------------- the tables
 
-def headline_table(result: dict, name: str = "fidelity") -> str:
+def headline_table(result: dict, name: str = "test/fidelity") -> str:
     """KL over all kinds and of SQuAD's answers, for few methods and kept
     fractions."""
     cells = Cells(result, "fidelity")
@@ -167,7 +168,7 @@ def headline_table(result: dict, name: str = "fidelity") -> str:
     head += [f"keep {keep:g}, {cells.fewer_bytes(keep)}" for keep in keeps]
     head += [f"SQuAD answers, keep {keep:g}" for keep in keeps]
     all_kinds = cells("all", "full", 1)
-    note = f"n = {all_kinds['n']} answers about {all_kinds['contexts']} held-out documents"
+    note = f"n = {all_kinds['n']} answers about {all_kinds['contexts']} test documents"
     squad = cells("squad", "full", 1)
     if squad:
         note += (f"; {squad['n']} of them answer SQuAD's questions about {squad['contexts']} "
@@ -175,7 +176,7 @@ def headline_table(result: dict, name: str = "fidelity") -> str:
     return f"{markdown(head, rows)}\n\n{paragraph(f'{note}. From `results/{name}.json`.')}"
 
 
-def fidelity_table(result: dict, name: str = "fidelity") -> str:
+def fidelity_table(result: dict, name: str = "test/fidelity") -> str:
     """KL by kind of question, agreement and paired differences: a table per
     kept fraction."""
     cells = Cells(result, "fidelity")
@@ -217,7 +218,7 @@ def gap(cells: Cells, method: str, keep: float) -> str:
     return f"{(cells('all', method, keep)['mean']['f1'] - floor) / (ceiling - floor):.0%}"
 
 
-def squad_table(result: dict, name: str = "squad") -> str:
+def squad_table(result: dict, name: str = "test/squad") -> str:
     """F1 and its share of the gap, exact match, contained answers: a table per
     kept fraction."""
     cells = Cells(result, "squad")
@@ -243,28 +244,50 @@ def squad_table(result: dict, name: str = "squad") -> str:
     return "\n\n".join([*parts, note, source(result, name)])
 
 
-def niah_table(result: dict, name: str = "niah") -> str:
-    """The share of values found, by length, and of four in one document: a
-    table per keep."""
+def niah_table(result: dict, name: str = "test/niah") -> str:
+    """How many values are found, by depth, and of four in one document: a table
+    per keep."""
     cells = Cells(result, "niah")
-    singles = {kind.split("/")[1] for kind, _, _ in cells.found if kind.startswith("single/")}
-    lengths = sorted(singles, key=int)
-    kinds = [*(f"single/{length}" for length in lengths), "single", "multi"]
+    singles = [kind for kind, _, _ in cells.found if kind.count("/") == 2]
+    depths = sorted({kind.split("/")[2] for kind in singles}, key=float)
+    lengths = sorted({kind.split("/")[1] for kind in singles}, key=int)
+
+    def found(kinds, method, keep) -> str:
+        """How many of how many."""
+        some = [cells(kind, method, keep) for kind in kinds]
+        count = sum(cell["mean"]["match"] * cell["n"] for cell in some)
+        return f"{count:.0f} of {sum(cell['n'] for cell in some)}"
+
     parts = []
     for keep in cells.keeps:
-        head = [f"values found, keep {keep:g}", *lengths, "all lengths (95 %)",
-                "four needles (95 %)"]
+        head = [f"values found, keep {keep:g}", *(f"depth {depth}" for depth in depths),
+                "all depths", "four needles"]
         rows = []
         for method in cells.measured(keep):
-            row = [cells.text(kind, method, keep, "match", "{:.2f}".format, best=max,
-                              interval=kind in ("single", "multi")) for kind in kinds]
+            row = [found([f"single/{length}/{depth}" for length in lengths], method, keep)
+                   for depth in depths]
+            row += [found([kind], method, keep) for kind in ("single", "multi")]
             rows.append([method, *row])
         parts.append(f"{markdown(head, rows)}\n\nkeep {keep:g}: {cells.fewer_bytes(keep)}.")
 
     note = paragraph(
-        "Columns: the tokens of a document with one needle; four needles: all lengths together. "
-        f"n = {cells(kinds[0], 'full', 1)['n']} for each length, "
-        f"{cells('multi', 'full', 1)['n']} values for four needles.")
+        "Depth 0 is the beginning of a document, 1 its end. Four needles: in one document, each "
+        f"of which is asked for. Documents of {', '.join(lengths)} tokens, together.")
+    return "\n\n".join([*parts, note, source(result, name)])
+
+
+def ends_table(result: dict, name: str = "test/ends") -> str:
+    """KL of facts and passages at the beginning and the end of a document."""
+    cells = Cells(result, "ends")
+    kinds = [f"{kind}/{place}" for kind in ("fact", "recite") for place in ("first", "last")]
+    parts = []
+    for keep in cells.keeps:
+        head = [f"keep {keep:g}: KL, nats per token"]
+        head += [kind.replace("/", ", ") + " sentence" for kind in kinds]
+        rows = [[method, *(cells.text(kind, method, keep, "kl", best=min) for kind in kinds)]
+                for method in cells.measured(keep)]
+        parts.append(f"{markdown(head, rows)}\n\n{cells.size(keep)}")
+    note = f"n = {cells(kinds[0], 'full', 1)['n']} documents for each column."
     return "\n\n".join([*parts, note, source(result, name)])
 
 
@@ -311,8 +334,9 @@ def cost_table(result: dict, name: str = "cost") -> str:
     return f"{markdown(head, rows)}\n\n{source(result, name)}"
 
 
-TABLES = {"fidelity": fidelity_table, "squad": squad_table, "niah": niah_table,
-          "cost": cost_table}
+TABLES = {"test/fidelity": fidelity_table, "test/fidelity-200": fidelity_table,
+          "test/fidelity-1600": fidelity_table, "test/ends": ends_table,
+          "test/squad": squad_table, "test/niah": niah_table, "cost": cost_table}
 
 
 # ------------------------------------------------------------------------ the program
@@ -325,19 +349,23 @@ def made(name: str) -> str:
     """The content of a block, its figure first."""
     if not (RESULTS / f"{name}.json").exists():
         return MISSING
-    with reading(RESULTS / f"{name}.json", "make it again with eval.py"):
-        table = TABLES[name](load(name))
-    figure, title = FIGURES[name]
-    if (RESULTS / figure).exists():
-        return f"![{title}]({figure})\n\n{table}"
+    path = RESULTS / f"{name}.json"
+    with reading(path, "make it again with eval.py"):
+        table = TABLES[name](load(name), name)
+    if name in FIGURES:
+        figure, title = FIGURES[name]
+        figure = path.with_name(figure)
+        if figure.exists():
+            return f"![{title}]({figure.relative_to(RESULTS)})\n\n{table}"
     return table
 
 
 def headline() -> str:
-    if not (RESULTS / "fidelity.json").exists():
+    path = RESULTS / "test" / "fidelity.json"
+    if not path.exists():
         return MISSING
-    with reading(RESULTS / "fidelity.json", "make it again with eval.py"):
-        return headline_table(load("fidelity"))
+    with reading(path, "make it again with eval.py"):
+        return headline_table(load("test/fidelity"))
 
 
 def fill(page: Path, tables: dict[str, str]) -> None:

@@ -169,6 +169,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0]
+        if unknown and not unknown.startswith("-"):
+            message += "; a value stands behind its flag"
         for flag in get_close_matches(unknown, self._option_string_actions, n=1):
             message += f"; did you mean {flag}?"
         raise BadInput(f"{message} (--help lists the flags)" if "argument" in message else message)
@@ -199,18 +201,19 @@ def is_input_error(error: Exception) -> bool:
     return type(error) is ValueError
 
 
-def run_program(main) -> None:
+def run_program(main, is_last: bool = True) -> None:
     """Run main(); what the user caused ends it with one line, not a traceback.
+
+    is_last: whether the program ends with it.
 
     Exit codes: 2 for bad input, 128 + the signal for SIGTERM or Ctrl-C. Any
     other exception is a bug of ours and keeps its traceback. A second signal
     ends the program at once.
 
-    Programs have two lines before they import torch, which takes long enough
-    for a Ctrl-C:
+    Programs have these lines before they import torch, which takes seconds:
         if __name__ == "__main__":
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C just ends it
-    compress.py also checks its flags there: see run/flags.py.
+            run_program(parse_args, is_last=False)  # see run/flags.py
     """
     def stop(number, frame):
         signal.signal(number, signal.SIG_DFL)
@@ -240,7 +243,7 @@ def run_program(main) -> None:
         print(f"{name}: error: {BadInput(error)}", file=sys.stderr)
         code = 2
 
-    if under_torchrun:
+    if under_torchrun and (is_last or code is not None):
         leave(code or 0)
     if code is not None:
         sys.exit(code)

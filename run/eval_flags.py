@@ -10,8 +10,8 @@ from pathlib import Path
 from data import tasks
 from data.prepare import SHARDS
 from data.tasks import METRICS
-from run.errors import BadInput, Parser
-from run.flags import add_model_flags, seed_flag
+from run.errors import BadInput, Parser, reading
+from run.flags import add_model_flags, check_readable, seed_flag
 
 # The baselines: whose scores rank the entries, and who shares a budget.
 #   head        each head has a budget of its own
@@ -138,8 +138,16 @@ def check(args: argparse.Namespace) -> None:
         raise BadInput("--ask is one process; start it without torchrun")
     if not all(question.strip() for question in args.question or ()):
         raise BadInput("--question is empty; ask something")
-    if args.n < 1 or args.pack < 1 or args.context < 16:
-        raise BadInput("--n and --pack must be at least 1, --context at least 16 tokens")
+    for flag, least in (("n", 1), ("pack", 1), ("context", 16)):
+        if getattr(args, flag) < least:
+            raise BadInput(f"--{flag} is {getattr(args, flag)}, expected at least {least}")
+    if args.pack > 1 and "squad" not in args.tasks:
+        raise BadInput("--pack is for --tasks squad")
+    check_readable(args.ask, args.adapter, args.weights)
+    for task, path in args.data.items():
+        if task not in ("fidelity", "ends"):  # these have sources
+            with reading(path, f"expected the file of --data {task}"):
+                open(path, "rb").close()
     if args.against is not None and args.against not in args.methods:
         raise BadInput(f"--against {args.against}: expected one of --methods "
                        f"({','.join(args.methods)})")

@@ -8,7 +8,7 @@ import math
 import os
 from pathlib import Path
 
-from run.errors import BadInput, Parser
+from run.errors import BadInput, Parser, reading
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -123,8 +123,32 @@ def parse_compress_flags() -> argparse.Namespace:
         p.error(f"--temperature is {args.temperature}, expected 0 or more")
     if args.load is not None and not Path(args.load).is_file():
         p.error(f"--load {args.load}: no such file")
+    check_readable(args.context, args.adapter, args.weights)
     check_written(p, args)
     return args
+
+
+def check_weights_folder(folder) -> None:
+    """Errors: BadInput for one that cannot be a model's."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: there is no such folder; expected one with a model's weights")
+    if not (folder / "config.json").exists():
+        raise BadInput(f"{folder}: no config.json in it; expected the folder of a model")
+
+
+def check_readable(text=None, adapter=None, weights=None) -> None:
+    """Refuse what is not there, before anything else takes time. Errors: BadInput.
+
+    text: a file, or "-"; adapter, weights: folders.
+    """
+    if text is not None and text != "-":
+        with reading(text, "expected a file of UTF-8 text"):
+            open(text, "rb").close()
+    if adapter is not None:
+        find_adapter(adapter)
+    if weights is not None:
+        check_weights_folder(weights)
 
 
 def check_written(p: Parser, args: argparse.Namespace) -> None:
@@ -155,11 +179,15 @@ def check_together(p: Parser, args: argparse.Namespace) -> None:
             if getattr(args, flag) is not None:
                 p.error(f"--{flag.replace('_', '-')} does not go with --load, which uses a "
                         "cache as it is")
+        if args.system is not None:
+            p.error("--system does not go with --load: the saved cache has its system prompt")
         if args.save is not None and not args.chat:
             p.error("--save does not go with --load; only a conversation (--chat) changes a cache")
         if not args.question and not args.chat:
             p.error("--load needs --chat, or at least one --question")
     if args.chat:
+        if args.plain:
+            p.error("--plain does not go with --chat, which always sends what you type")
         for flag in ("question", "html"):
             if getattr(args, flag):
                 p.error(f"--{flag} does not go with --chat, in which you type what you ask")

@@ -14,6 +14,7 @@ from data.tokenizer import Tokenizer
 from model import (
     KEYS, Config, Llama, hf_to_ours, load_llama, local_shard, rope_frequencies, weight_files)
 from run.errors import BadInput, expect, read_json, reading
+from run.flags import check_weights_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -95,9 +96,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def read_config(path) -> Config:
     """Config.from_json for a file from a stranger: checks types and sizes."""
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: there is no such folder; expected one with a model's weights")
+    check_weights_folder(Path(path).parent)
     read_json(path)  # refuses what is not an object with finite numbers
     with reading(path, "expected the config.json of a Llama, Mistral or Qwen"):
         cfg = Config.from_json(path)

@@ -7,10 +7,11 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from data.samples import KINDS
 from run.errors import ROOT, BadInput, Parser, expect, read_json, reading
-from run.flags import add_model_flags, find_adapter
+from run.flags import add_model_flags, check_readable, find_adapter
 
 
 def number(kind, low, high=math.inf):
@@ -226,8 +227,10 @@ def parse_args() -> tuple[argparse.Namespace, TrainConfig]:
         folder = find_adapter(known.init_adapter, "--init-adapter")
         with reading(folder / "adapter.json"):
             config = expect(read_json(folder / "adapter.json")["config"], dict)
-        known_names = {f.name for f in fields(TrainConfig)}
-        adapter_settings = {k: v for k, v in config.items() if k in known_names}
+            unknown = config.keys() - {f.name for f in fields(TrainConfig)}
+            if unknown:
+                raise ValueError(f"its config has {min(unknown)!r:.50}, which no flag sets")
+        adapter_settings = config
     p.set_defaults(**PRESETS[known.preset] | adapter_settings)
 
     a = p.parse_args()
@@ -241,6 +244,13 @@ def parse_args() -> tuple[argparse.Namespace, TrainConfig]:
             flags = flags.replace("_", "-")
             p.error(
                 f"--init-adapter {folder} was trained with {flags}; leave these flags out")
+    if not a.plan:
+        if a.weights != LLAMA_8B["weights"]:
+            check_readable(weights=a.weights)
+        for flag in ("gpus", "gpu_memory", "gpu_tflops"):
+            if getattr(a, flag) != p.get_default(flag):
+                p.error(f"--{flag.replace('_', '-')} is for --plan; torchrun starts several "
+                        "processes")
     check(c)
     return a, c
 
@@ -255,8 +265,13 @@ def check(c: TrainConfig) -> None:
     if not c.keep_min <= c.keep_max < 1:
         raise BadInput(f"--keep-min {c.keep_min}, --keep-max {c.keep_max}: expected "
                        "keep-min <= keep-max < 1")
-    if not all(path.strip() for path in c.sources.split(",")):
+    if not all(source.strip() for source in c.sources.split(",")):
         raise BadInput("--sources has an empty entry; expected wiki, sotu, or paths")
+    for source in c.sources.split(","):
+        if source not in ("wiki", "sotu") and not Path(source).exists():
+            raise BadInput(
+                f"--sources {source!r}: no such file or folder; expected wiki, sotu, or paths "
+                "to text files")
     parse_mix(c.mix)
 
     has_learned = c.scorer_steps or c.init_adapter

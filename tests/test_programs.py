@@ -100,7 +100,7 @@ def test_compress_save_load_ask(tiny, saved, tmp_path):
               "--keep", "0.1", "--save", cache, *ask)
     found = re.search(r"(\d+) -> (\d+) per head on average \((\d+) to (\d+)\)", out)
     n, k, least, most = map(int, found.groups())
-    assert k == -(-n // 10) and 3 == least < k < most  # recent tokens in every head: 30 // 8
+    assert k == -(-n // 10) and 1 == least < k < most  # some heads keep a register alone
     sizes = re.search(r"bytes +([\d,]+) -> ([\d,]+)", out).groups()
     before, after = (int(x.replace(",", "")) for x in sizes)
     assert after < 0.2 * before
