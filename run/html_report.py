@@ -136,7 +136,7 @@ def legend_of(limits: list[int], n_heads: int, has_own: bool, in_color: bool) ->
             amount = f"{first} to {last}" if first < last else f"{first}"
             parts.append((level, amount))
     names = [styled(amount, i) if in_color else f"{MARKS[i]} {amount}" for i, amount in parts]
-    legend = f"marks    {', '.join(names)} of {n_heads} heads keep the token"
+    legend = f"marks    {', '.join(names)} of {n_heads} heads keep the token; none: fewer"
     if has_own:
         name = "what you asked to keep"
         legend += f"; {styled(name, OWN) if in_color else f'{MARKS[OWN]} {name}'}"

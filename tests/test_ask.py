@@ -73,6 +73,12 @@ def call(folder, *args, stdin="") -> str:
     (["--load", "x", "--keep-text", "a", "--chat"], 2, "--keep-text does not go with --load"),
     (["--load", "x"], 2, "--load needs --chat"),
     (["--load", "x", "--question", "q", "--save", "y"], 2, "only a conversation"),
+    (["--load", "x", "--question", "q", "--system", "y"], 2, "--system does not go with --load"),
+    (["--chat", "--plain"], 2, "--plain does not go with --chat"),
+    (["--context", "nowhere.txt"], 2, "nowhere.txt: no such file"),
+    (["--adapter", "nowhere"], 2, "no adapter.json in it"),
+    (["--weights", "nowhere"], 2, "there is no such folder"),
+    (["What is it?"], 2, "unrecognized arguments: What is it?; a value stands behind its flag"),
 ])
 def test_flags_are_checked_before_torch_is_imported(tmp_path, args, code, message):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
@@ -232,6 +238,13 @@ def test_every_head_keeps_a_span_beside_its_budget(house):
     cache = compressor.compress(model, ctx, keep=0.1)
     assert kept_map(cache, ctx.tokens.shape[1])[..., own].all()
     assert cache.entries().float().mean() == k + ctx.protected.sum()
+
+
+def test_a_passage_may_go_over_the_end_of_a_line():
+    text = "It was built\nby Ada  Stone."
+    assert spans_to_keep(text, ["built by Ada Stone"], []) == [(7, 28)]
+    with pytest.raises(BadInput, match="these words are not in the text"):
+        spans_to_keep(text, ["builtby"], [])
 
 
 def test_the_program_keeps_passages_and_lines(house):

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 import eval
-from compress import Compressor, CompressorConfig
+from compress import DEMO, SHIPPED_ADAPTER, Compressor, CompressorConfig, load_adapter
 from conftest import ROOT, tiny_compressor, tiny_llama
+from data import tasks
 from data.samples import Case, Query
 from eval import (Document, divergence, h2o, judge, kvzip, kvzip_replays,
                   log_probabilities, measure, share_budget, share_in_layer, snapkv, streaming)
@@ -289,6 +290,28 @@ def test_bytes_count_what_is_stored(document):
     assert document.full.nbytes() == 63 * 6 * (2 * entry + 4)  # a layer's heads share positions
     assert document.cache("kvzip:equal", 0.2).nbytes() == 15 * 12 * (entry + 4)
     assert document.cache("random", 0.2).nbytes() == 15 * 12 * (entry + 4)
+
+
+# the shipped adapter ----------------------------------------------------------------------
+
+@pytest.mark.weights
+@torch.no_grad()
+def test_the_end_of_a_document_is_found(smollm, tokenizer):
+    """At 20x, a needle behind the last sentence. Without the register, LoRA fills the
+    last tokens with the text before them, and their own content is lost."""
+    compressor = load_adapter(SHIPPED_ADAPTER, smollm, tokenizer)
+    cases = [case for case in tasks.niah(tokenizer, DEMO, 8, 3, [512], [1.0])
+             if len(case.queries) == 1]
+    found = {}
+    for registers in (compressor.cfg.registers, 0):
+        compressor.cfg.registers = registers
+        found[registers] = 0
+        for case in cases:
+            cache = Document(smollm, tokenizer, compressor, case, "x").cache("kvdistill", 0.05)
+            answer, = judge("niah", smollm, tokenizer, case, cache, None)
+            found[registers] += answer["match"]
+    print(found)
+    assert len(cases) == 4 and found[1] >= 3 and found[0] <= 1
 
 
 # judging ----------------------------------------------------------------------------------

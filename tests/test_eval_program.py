@@ -265,6 +265,7 @@ def test_two_runs_on_one_result_file(files, tmp_path):
     (("--ask", "x.txt", "--question", "Who?"), "x.txt: no such file"),
     (("--ask", "x.txt", "--question", "Who?", "--out", "y"), "--out does not go with --ask"),
     (("--plain",), "--plain goes with --ask"),
+    (("--pack", "3"), "--pack is for --tasks squad"),
 ])
 def test_bad_flags_are_one_line(files, args, message):
     assert message in error_of(eval, *flags(files, *args, data={}))

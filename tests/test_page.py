@@ -375,7 +375,7 @@ def shown(text: str, counts: str, own: str = "", in_color=False, width=80) -> li
 
 def test_a_terminal_marks_what_many_heads_keep():
     lines = shown("abcdefghij klmnopqrs", "01234567890000000000", "          ==")
-    legend = "marks    . 4 to 7, + 8, # 9 of 9 heads keep the token; = what you asked to keep"
+    legend = "marks    . 4 to 7, + 8, # 9 of 9 heads keep the token; none: fewer; = what you asked to keep"
     assert lines == ["abcdefghij klmnopqrs", "    ....+#==", "", legend]
 
 

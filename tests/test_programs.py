@@ -340,6 +340,7 @@ def test_a_run_goes_on_from_an_adapter_and_has_its_shape(tiny, tiny_run, tmp_pat
     (("--steps", "many"), "invalid int value"),
     (("--stpes", "5"), "unrecognized arguments"), (("--chunk", "-1"), "--chunk: -1"),
     (("--batch", "3", "--micro", "2"), "--batch 3 cannot be shared"),
+    (("--gpus", "8"), "--gpus is for --plan"), (("--sources", "nowhere"), "nowhere': no such file"),
     (("--steps", "0", "--scorer-steps", "0"), "--steps and --scorer-steps are both 0"),
     (("--keep-max", "1.0"), "keep-min <= keep-max < 1"), (("--lam", "2"), "2, expected 0 to 1"),
     (("--mix", "sing=1"), "expected KIND=COUNT"), (("--mix", "cloze=²"), "expected KIND=COUNT"),

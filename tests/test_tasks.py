@@ -10,7 +10,7 @@ from transformers.data.metrics import squad_metrics
 
 from data.samples import Case
 from data.tasks import (
-    N_KEYS, SPLITS, choice, contains, cost, ends, exact_match, f1, fidelity, niah, normalize, rouge_l, spread,
+    N_KEYS, SPLITS, choice, contains, cost, ends, essays, exact_match, f1, fidelity, niah, normalize, rouge_l, spread,
     squad, squad_answers, string_match_all, summary, windows,
 )
 from data.tokenizer import Tokenizer
@@ -307,6 +307,13 @@ def test_both_halves_of_the_held_out_texts_are_apart(tok, tmp_path):
     asked = {split: squad(tok, squad_path, 100, 0, split=split) for split in SPLITS}
     dev, test = documents(asked["dev"]), documents(asked["test"])
     assert dev and test and not dev & test and dev | test == documents(asked["all"])
+
+
+@pytest.mark.weights
+def test_essays_are_halved():
+    dev, test = essays("dev"), essays("test")
+    assert len(dev) > 20 and len(test) > 20 and not set(dev) & set(test)
+    assert sorted(dev + test) == sorted(essays())
 
 
 def test_ends_ask_about_the_first_and_the_last_sentence(tok, tmp_path):
