@@ -77,19 +77,19 @@ class CompressorConfig:
                                  # "token": all heads keep the same, as in the paper
     eta: int = 6                 # the scorer reads hidden states after this layer
     hidden: int = 1024           # width of the scorer's hidden layer
-    target: str = "both"         # what the scorer predicts of an entry: how much
-                                 # it is looked at ("attention"), or also how much
-                                 # the likelihood of an answer depends on it
+    target: str = "both"         # what the scorer predicts of an entry: the attention
+                                 # that it gets, and its effect on the likelihood of
+                                 # what is read later; or "attention" alone
     recent: int = 4              # every head keeps the last K/8 tokens, at least 1,
-                                 # at most this many ("head" only); above layer η
-                                 # only where there are no registers
+                                 # at most this many ("head" only), but for heads
+                                 # that keep registers instead
     decay: str = "threshold"     # or "sigmoid", the paper's
     tau: float = 0.5             # temperature of "threshold", in nats of score
     rank: int = 32               # of LoRA on W_Q and W_O
     routing_strength: str = "growing"  # with the compression; or "full", the paper's
-    registers: int = 1           # so many last tokens get a copy after layer η, which
-                                 # is kept in every head and encoded with LoRA, so
-                                 # that it can carry what is dropped; 0: none
+    registers: int = 1           # where LoRA is on, every head above layer η keeps
+                                 # copies of so many last tokens, which LoRA can fill
+                                 # with what is dropped; 0: none
 
 
 # ------------------------------------------------------------ part 1: the scorer
@@ -97,10 +97,10 @@ class CompressorConfig:
 class Scorer(nn.Module):
     """A network with one hidden layer, in fp32: scores for each token and head.
 
-    Its outputs are logarithms of the largest attention weight that the entry will
-    get, and of the effect that it will have on the likelihood of what is read
-    later (see `attention_and_effect`); −4 is a typical value of the first, −7 of
-    the second. The input is the RMS-normalised hidden state, log(1 + tokens after
+    Its outputs predict log(attention) and log(effect): of the largest attention
+    weight that the entry will get, and of its effect on the likelihood of what is
+    read later (see `attention_and_effect`). −4 is a typical value of the first, −7
+    of the second. The input is the RMS-normalised hidden state, log(1 + tokens after
     it) and log(1 + tokens before it): a causal hidden state cannot know how much
     text is to come.
 
@@ -156,7 +156,7 @@ def kept_count(n, keep: float | None = None, tokens: int | None = None):
 class Selection:
     """Which entries of the cache are kept."""
     kept: torch.Tensor        # (B, l, g, N) bool; recent tokens are in it,
-                              # protected ones are not
+                              # protected ones and registers are not
     not_scored: torch.Tensor  # (B, 1 or l, 1, N) bool, kept or dropped whatever
                               # the score: recent and protected tokens, padding
     theta: torch.Tensor       # (B, 1, 1, 1) fp32, the threshold: midway between
@@ -174,8 +174,11 @@ def last_tokens(compressible, count):
     return compressible & (from_end <= count)
 
 
-def select(scores, compressible, k, forced=None, taken=0, check: bool = True) -> Selection:
-    """Part 2: keep the k·l·g highest scores of each row, of all heads together.
+def select(
+    scores, compressible, k, forced=None, reserved=0, check: bool = True,
+) -> Selection:
+    """Part 2: keep the k·l·g − reserved highest scores of each row, of all heads
+    together.
 
     scores: (B, l, g, N) fp32. Of equal ones, the earlier layer, head and token
         goes first.
@@ -183,7 +186,8 @@ def select(scores, compressible, k, forced=None, taken=0, check: bool = True) ->
     k: (B,) int64, kept tokens per head on average.
     forced: (B, 1 or l, 1, N) bool, compressible tokens that are kept whatever
         their score; they use up budget.
-    taken: entries of the budget that something else needs; an int or (B,) int64.
+    reserved: entries of the budget that registers fill; an int or (B,) int64. At
+        least one entry per head is kept all the same, on average.
     check: whether to look for scores that are not finite.
     Errors: BadInput, with `check`, for a score that is not finite.
     """
@@ -205,16 +209,16 @@ def select(scores, compressible, k, forced=None, taken=0, check: bool = True) ->
 
     # (B, l·g·N): the heads of a row, one after the other
     ranked, order = ranked.flatten(1).sort(dim=1, descending=True, stable=True)
-    least = k.clamp(max=1) * l * g  # one entry for each head
-    budget = (k * l * g - taken).maximum(least)[:, None]
+    least = k.clamp(max=1) * l * g
+    budget = (k * l * g - reserved).maximum(least)[:, None]
     rank = torch.arange(l * g * N, device=k.device)
     kept = torch.zeros_like(ranked, dtype=torch.bool)
     kept.scatter_(1, order, rank < budget)
 
     last = ranked.gather(1, (budget - 1).clamp(min=0))
     next_ = ranked.gather(1, budget.clamp(max=l * g * N - 1))
-    # θ must be finite, also where all kept entries are forced, or none is dropped;
-    # if both hold, no entry has a score that counts
+    # θ must be finite also where all kept entries are forced, or none is dropped;
+    # where both hold, no entry has a score, and nobody reads θ
     last = torch.where(last == math.inf, next_ + 1, last)
     next_ = torch.where(next_ == -math.inf, last - 1, next_)
     theta = ((last + next_) / 2)[..., None, None]
@@ -295,7 +299,7 @@ def decay(scores, selection: Selection, kind: str, tau: float, soft: bool = Fals
         hard step) dropped entries have −1e9, which masks them, and under
         "threshold" the *value* of β is 0 for kept ones, which leaves its
         gradient.
-    Returns: (B, l, g, N) fp32; 0 for recent and protected tokens.
+    Returns: (B, l, g, N) fp32; 0 for recent and protected tokens and for padding.
     """
     if kind == "sigmoid":
         beta = F.logsigmoid(scores)
@@ -365,13 +369,14 @@ def attention_and_effect(model: Llama, full: Cache, tokens, segments, max_positi
 
     The first is the largest attention weight, as in `max_attention`. The second is
     what the gradient of decayed attention says. Let query p attend to entry c with
-    weight A, let o = Σ_c A_c·v_c be its output, and g the gradient of
+    weight A, let o = Σ_c A_c·v_c be the output, and g the gradient of
     log p(tokens) with respect to o. A bias β on that one logit has the gradient
-    A·g·(v_c − o). If the entry is left out, the likelihood changes, to first order,
-    by
-        δ = A/(1 − A) · g·(v_c − o),
-    and an entry's effect is the root of Σ δ² over the queries: the Fisher
-    information of whether it is there.
+    A·g·(v_c − o). If the entry is left out, the log-likelihood falls, to first
+    order, by
+        δ = A/(1 − A) · g·(v_c − o).
+    δ is added up over the query heads that share the entry. Its squares are added
+    up over the queries, which resembles an empirical Fisher information of whether
+    the entry is there. An entry's effect is the root of that.
 
     tokens, segments: (B, T) int64, see Llama.forward.
     Returns: two tensors (B, L, G, N) fp32.
@@ -390,7 +395,7 @@ def attention_and_effect(model: Llama, full: Cache, tokens, segments, max_positi
 
         def on_gradient(grad):  # with respect to the weights: g·v_c
             average = (A * grad).sum(-1, keepdim=True)  # g·o
-            odds = A[..., :N] / (1 - A[..., :N]).clamp(min=1e-3)
+            odds = A[..., :N] / (1 - A[..., :N]).clamp(min=1e-3)  # finite for A = 1
             change = odds * (grad[..., :N] - average)
             change = change.sum(2)  # of all query heads that share the entry
             squares[layer] = squares.get(layer, 0) + change.square().sum(2)
@@ -411,8 +416,8 @@ def attention_and_effect(model: Llama, full: Cache, tokens, segments, max_positi
 
 
 def effect_weight(compression):
-    """The weight w of the effect in a score, by the compression N/K: 1 up to 4×, then
-    falling with its logarithm, 0 from 20× on.
+    """The weight w of the effect in a score, by the compression n/k of compressible
+    tokens: 1 up to 4×, then falling with its logarithm, 0 from 20× on.
 
     Where few entries are kept, it matters that several heads hold copies of what an
     answer needs. Each of them can go, so each has little effect; all cannot.
@@ -464,10 +469,10 @@ class Compressor(nn.Module):
     The Llama is an argument of the methods, and stays frozen. Layers η+1 … L−1
     have LoRA: in layer L it would reach no key or value.
 
-    A register is a copy of one of the last tokens, made after layer η. In the
-    layers above, it attends to the document and is kept in every head. LoRA can
-    move into it what dropped tokens say. The last tokens themselves cannot take
-    up so much without losing what they say; their copies can.
+    A register is a copy of one of the last tokens, made after layer η. It goes
+    through the layers above behind the document, and where LoRA is on, every head
+    of these layers keeps it. LoRA can move into it what dropped tokens say. The
+    last tokens themselves cannot take up so much without losing what they say.
     """
 
     def __init__(self, model_cfg, cfg: CompressorConfig):
@@ -480,7 +485,7 @@ class Compressor(nn.Module):
             heads = (model_cfg.n_layer, model_cfg.n_kv_head)
         n_outputs = 2 if cfg.target == "both" else 1
         self.scorer = Scorer(model_cfg.n_embd, cfg.hidden, *heads, n_outputs)
-        # about the mean of a log attention weight; or a σ(s) near 1
+        # about the mean of a log(attention); or a σ(s) near 1
         start = -4.0 if cfg.decay == "threshold" else 4.0
         nn.init.constant_(self.scorer.w2.bias, start)
 
@@ -541,26 +546,29 @@ class Compressor(nn.Module):
     def select(
         self, scores, ctx: Context, k, registers: bool = False, check: bool = True,
     ) -> Selection:
-        """`select`, with recent tokens in every head.
+        """The function `select`, with this compressor's recent tokens and registers.
 
         k: (B,) int64, kept tokens per head on average.
         registers: whether registers are part of the budget. They take the place
             of recent tokens in the layers that have them.
         """
+        per_head = self.cfg.selection == "head"
         forced = None
-        if self.cfg.selection == "head":
-            recent = (k // 8).clamp(1, self.cfg.recent)
+        if per_head:
+            recent = (k // 8).clamp(1, self.cfg.recent)  # 0 if cfg.recent is 0
             forced = last_tokens(ctx.compressible, k.minimum(recent))[:, None, None]
 
-        taken = 0
+        reserved = 0
         if registers and self.cfg.registers > 0:
-            B, l, g, _ = scores.shape
-            kept_in = self.layers_with_registers(ctx, k)  # (B, L)
-            taken = self.cfg.registers * kept_in.sum(1) * l * g
-            taken = -(-taken // self.n_layer)  # rounded up
-            if l > 1:
-                forced = forced & ~kept_in[..., None, None]
-        return select(scores, ctx.compressible, k, forced, taken, check)
+            has_registers = self.layers_with_registers(ctx, k)  # (B, L)
+            # the budget counts l·g entries for a token, and registers are in some
+            # of L layers: with l = 1, this is rounded up
+            _, l, g, _ = scores.shape
+            reserved = self.cfg.registers * has_registers.sum(1) * l * g
+            reserved = -(-reserved // self.n_layer)
+            if per_head:
+                forced = forced & ~has_registers[..., None, None]
+        return select(scores, ctx.compressible, k, forced, reserved, check)
 
     def routing_strength(self, n, k):
         """The strength of LoRA by how much is dropped: (B,) fp32, from 0 to 1.
@@ -608,7 +616,7 @@ class Compressor(nn.Module):
 
         return of_layer
 
-    def add_registers(self, ctx: Context):
+    def places(self, ctx: Context):
         """The places of a document and of the registers behind it.
 
         Returns two tensors (B, N + R). `source` is the token that stands at a
@@ -635,36 +643,37 @@ class Compressor(nn.Module):
         Every token still attends to every earlier one; entries are dropped when
         the cache is stored.
         store(layer, k, v): see Llama.run_layers. Returns what it returned, for
-        all layers. Keys and values are (B, G, N + R, d); in layers 1 … η, those of
-        the registers are 0 and of no meaning.
+        all layers. Without `store`, these are keys and values, (B, G, N + R, d). In
+        layers 1 … η, those of the registers are 0 and of no meaning.
         """
         R = self.cfg.registers
-        source, is_register = self.add_registers(ctx)
+        source, is_register = self.places(ctx)
         h = ctx.h.gather(1, source[..., None].expand(-1, -1, ctx.h.shape[2]))
         fraction = F.pad(selection.kept.float().mean(2), (0, R))  # (B, l, N + R)
         fraction = torch.where(is_register[:, None], 1.0, fraction)
 
-        lower = [tuple(F.pad(x, (0, 0, 0, R)) for x in kv) for kv in ctx.kvs]
         if store is not None:
-            lower = [store(i, keys, values) for i, (keys, values) in enumerate(lower)]
+            lower = [store(i, keys, values) for i, (keys, values) in enumerate(ctx.kvs)]
+        else:
+            lower = [tuple(F.pad(x, (0, 0, 0, R)) for x in kv) for kv in ctx.kvs]
         lora = self.token_lora(fraction, ctx.compressible.sum(1), k, model.dtype)
         # a register has the position of the token that it is a copy of
         _, upper = model.run_layers(
             h, self.cfg.eta, token_lora=lora, store=store, positions=source)
         return lower + upper
 
-    def with_registers(self, x, ctx: Context, k, kept, dropped):
+    def with_registers(self, x, ctx: Context, k, on, off):
         """Give a (B, l, g, N) tensor a column for each register: (B, l, g, N + R).
 
-        kept: its value for a register in a layer that has registers; dropped:
-            elsewhere. With registers, l becomes L.
+        on: its value for a register in a layer that has registers; off: in the
+            others. With registers, l becomes L.
         """
         R = self.cfg.registers
         if R == 0:
             return x
-        _, is_register = self.add_registers(ctx)
+        _, is_register = self.places(ctx)
         has = self.layers_with_registers(ctx, k)[..., None, None]  # (B, L, 1, 1)
-        value = torch.where(has, kept, dropped)
+        value = torch.where(has, on, off)
         return torch.where(is_register[:, None, None], value, F.pad(x, (0, R)))
 
     def training_cache(self, ctx: Context, kvs: list, beta, k) -> Cache:
@@ -672,7 +681,7 @@ class Compressor(nn.Module):
         entries are there, and β (B, l, g, N) is −1e9 for those that a head dropped.
         This gives the same attention, and shapes that do not depend on the
         selection."""
-        beta = self.with_registers(beta, ctx, k, kept=0.0, dropped=NEG)
+        beta = self.with_registers(beta, ctx, k, on=0.0, off=NEG)
         lengths = ctx.lengths + self.cfg.registers if ctx.padded else None
         cache = full_cache(kvs, lengths, beta)
         cache.next_position = ctx.lengths  # a question begins where the text ends
@@ -698,10 +707,11 @@ class Compressor(nn.Module):
             # a row that keeps everything is a full cache, without decay
             decayed = selection.kept & (k < n)[:, None, None, None]
             beta = torch.where(decayed, beta, 0.0)
-            beta = self.with_registers(beta, ctx, k, kept=0.0, dropped=NEG)
+            beta = self.with_registers(beta, ctx, k, on=0.0, off=NEG)
         kept = selection.kept | ctx.protected[:, None, None]
-        kept = self.with_registers(kept, ctx, k, kept=True, dropped=False)
-        store = gather(kept, beta, self.add_registers(ctx)[0])
+        kept = self.with_registers(kept, ctx, k, on=True, off=False)
+        position, _ = self.places(ctx)
+        store = gather(kept, beta, position)
         return Cache(self.encode(model, ctx, selection, k, store), ctx.lengths)
 
 

@@ -1,6 +1,6 @@
 """Train a KV-cache compressor for a frozen Llama.
 
-    python train.py                       # ten minutes on two CPU cores
+    python train.py                       # a quarter to half an hour, two CPU cores
     python train.py --preset small        # two hours of one core
     python train.py --preset paper-small  # the paper's own method
     python train.py --init-adapter FOLDER --sources my/texts
@@ -9,7 +9,8 @@
 A run has two phases:
 
 1. `--scorer-steps`: the scorer learns by regression how much attention each
-   cache entry will get. No gradient flows through the Llama.
+   cache entry will get, and how much the likelihood of later text depends on it.
+   A backward pass through the frozen Llama measures the latter.
 2. `--steps`: distillation. The teacher is the frozen model with its full cache.
    The student is the same model with a compressed cache. The loss pulls the
    student's predictions towards the teacher's. It trains the LoRA matrices and,
@@ -170,13 +171,13 @@ class Distiller(nn.Module):
     def scorer_loss(
         self, m: MicroBatch, counts: StepCounts, ctx: Context, full: Cache,
     ) -> dict:
-        """The squared error of the scores.
+        """The squared error of the scorer's predictions.
 
         The targets of a cache entry are two logarithms: of the largest attention
         weight that it gets while the model reads the questions of SCORER_MIX and
-        their answers, and of its effect on how likely these are. The first, while
-        the context is repeated, is KVzip's importance score (arXiv 2505.23416).
-        KVzip measures it by a second reading of each context; the scorer learns to
+        their answers, and of its effect on how likely these are. With the replay
+        alone, the first would be KVzip's importance score (arXiv 2505.23416). KVzip
+        measures it by a second reading of each context; the scorer learns to
         predict it.
         """
         b = m.batch
@@ -190,11 +191,11 @@ class Distiller(nn.Module):
                 max_position=m.max_position)]
 
         loss = 0
-        for score, target in zip(self.compressor.scorer(ctx.h, ctx.lengths), targets):
+        for predicted, target in zip(self.compressor.scorer(ctx.h, ctx.lengths), targets):
             # (B, L, G, N); with token selection (B, 1, 1, N)
             if self.compressor.cfg.selection == "token":
                 target = target.mean((1, 2), keepdim=True)
-            error = score - target.clamp(min=1e-6).log()
+            error = predicted - target.clamp(min=1e-6).log()  # −13.8 is the floor
             error = torch.where(ctx.compressible[:, None, None], error, 0)
             # the mean over heads, (B, N), and the sum over tokens, a scalar
             loss = loss + error.square().mean((1, 2)).sum()

@@ -79,7 +79,8 @@ class TrainConfig:
         choices=("both", "attention"))
     recent: int = flag(
         4, "every head keeps the last K/8 tokens, at least 1, at "
-        "most this many; K: what heads keep on average (head selection only)", COUNT_OR_0)
+        "most this many, but for heads that keep registers instead; K: what heads keep "
+        "on average (head selection only)", COUNT_OR_0)
     decay: str = flag(
         "threshold", "how a score becomes β, the bias on attention; by "
         "default β only masks, and the scorer stays as phase 1 left it; sigmoid is the "
@@ -90,8 +91,9 @@ class TrainConfig:
         "growing", "strength of the LoRA: growing with "
         "the compression, or full, as in the paper", choices=("growing", "full"))
     registers: int = flag(
-        1, "so many last tokens get a copy above layer eta, which is kept in every head, "
-        "and which the LoRA may fill with what is dropped; 0: none", COUNT_OR_0)
+        1, "where the LoRA is on, every head above layer eta keeps copies of so many "
+        "last tokens, which the LoRA may fill with what is dropped; 0: none",
+        COUNT_OR_0)
 
     # the loss
     lam: float = flag(
