@@ -294,11 +294,6 @@ class DistillKL(torch.autograd.Function):
 
 # --------------------------------------------- the processes that share a step
 
-def batch_of(c: TrainConfig, phase: str) -> int:
-    """The number of contexts in a step."""
-    return phase == "scorer" and c.scorer_batch or c.batch
-
-
 def my_samples(step: int, batch: int, micro: int, world: World) -> list[list[int]]:
     """The numbers of this process's samples in a step, by forward pass.
 
@@ -414,8 +409,7 @@ class BatchSampler:
             samples = self.distillation_samples
 
         micro_batches = []
-        batch = batch_of(c, phase)
-        for numbers in my_samples(step, batch, c.micro, self.world):
+        for numbers in my_samples(step, c.batch_of(phase), c.micro, self.world):
             batch = collate([samples(i) for i in numbers], c.prompts)
             micro_batches.append(MicroBatch.of(batch, keep))
         return phase, keep, micro_batches
@@ -518,7 +512,7 @@ def speed(
     """How fast a step was; line: its other numbers in the log."""
     tokens = line["context"] + line["continuation"]
     flops = step_flops(
-        model.cfg, compressor, batch_of(c, line["phase"]), line["context"], line["continuation"],
+        model.cfg, compressor, c.batch_of(line["phase"]), line["context"], line["continuation"],
         line["supervised"], line["phase"], c.scorer_lr_phase2 > 0)
     return {
         "seconds": round(seconds, 3),
@@ -540,7 +534,7 @@ def check_context(c: TrainConfig, tokenizer, max_positions: int) -> None:
     Questions of which the length is not known yet may be longer.
     Errors: BadInput.
     """
-    room = max_positions - len(tokenizer.header) - c.registers
+    room = max_positions - len(tokenizer.header)
     longest = room - c.answer
     asked = f"the answer (--answer {c.answer})"
     if c.scorer_steps:

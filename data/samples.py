@@ -32,8 +32,9 @@ from run.errors import BadInput
 KINDS = ("continue", "recite", "cloze", "title", "fact")
 REPEAT = "\n\nRepeat the previous context exactly."
 BLANK = "____"
-# Where training asks: a quarter at each end of the document, where compression may
-# treat tokens differently, and the rest anywhere
+# Where training asks for passages and facts: a quarter at each end of the document,
+# where compression may treat tokens differently, and the rest anywhere. Of gaps, a
+# quarter is in the last sentence.
 PLACES = (None, None, "first", "last")
 
 # Sentences that no text holds: (sentence, question, answer)
@@ -159,7 +160,7 @@ def recite_query(
 def cloze_query(rng, text: str, tok: Tokenizer, at: str | None = None) -> Query | None:
     """Blank out a name, a number or a long word of a sentence, and ask for it.
 
-    at: "last" for the last sentence that has one; None for any sentence.
+    at: "last" for the last sentence that has one; otherwise any sentence.
     """
     # one or two words with a capital: "Ada", "New York"
     names = r"[A-Z][\w’'-]*(?: [A-Z][\w’'-]*)?"

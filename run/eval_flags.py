@@ -33,8 +33,8 @@ BASELINES = {
 METHODS = ("full", "none", *BASELINES, "kvdistill", "kvdistill:random")
 DEFAULT_METHODS = "full,none,random,kvzip,kvzip:recent,no-routing,kvdistill,kvdistill:random"
 DEFAULT_KEEPS = [0.5, 0.25, 0.1, 0.05]
-NOT_WITH_ASK = ("tasks", "n", "split", "data", "shards", "context", "pack", "lengths", "depths", "against",
-                "out")
+NOT_WITH_ASK = ("tasks", "n", "split", "data", "shards", "context", "pack", "lengths", "depths",
+                "against", "out")
 
 
 def names(known):

@@ -169,7 +169,7 @@ def print_plan(a, c, model: Llama, compressor, scorer_mix: dict, mix: dict) -> N
     for phase, steps, questions in (
         ("scorer", c.scorer_steps, scorer_mix), ("distillation", c.steps, mix),
     ):
-        batch = phase == "scorer" and c.scorer_batch or c.batch
+        batch = c.batch_of(phase)
         asked = batch * tokens_asked(questions, c)
         context = batch * (HEADER + mean)
         flops = step_flops(model.cfg, compressor, batch, context, asked, asked,

@@ -132,6 +132,12 @@ class TrainConfig:
     activation_checkpointing: bool = flag(
         False, "compute activations again in the backward pass, to save memory")
 
+    def batch_of(self, phase: str) -> int:
+        """The number of contexts in a step of a phase."""
+        if phase == "scorer" and self.scorer_batch > 0:
+            return self.scorer_batch
+        return self.batch
+
 
 LLAMA_8B = {
     "weights": str(ROOT / "weights" / "llama-3.1-8b-instruct"),
