@@ -103,7 +103,7 @@ def parse_compress_flags() -> argparse.Namespace:
     p.add_argument("--max-new-tokens", type=int, default=64, help="default 64")
     p.add_argument("--temperature", type=float, default=0.0, help="0, the default, is "
                    "greedy decoding")
-    p.add_argument("--seed", type=seed_flag, default=0, help="of sampling")
+    p.add_argument("--seed", type=seed_flag, help="of sampling with --temperature; default 0")
     add_model_flags(p)
     args = p.parse_args()
 
@@ -121,6 +121,9 @@ def parse_compress_flags() -> argparse.Namespace:
         p.error(f"--max-new-tokens is {args.max_new_tokens}, expected at least 1")
     if not 0 <= args.temperature < math.inf:
         p.error(f"--temperature is {args.temperature}, expected 0 or more")
+    if args.seed is not None and not args.temperature:
+        p.error("--seed is for sampling; give a --temperature above 0, too")
+    args.seed = args.seed or 0
     if args.load is not None and not Path(args.load).is_file():
         p.error(f"--load {args.load}: no such file")
     check_readable(args.context, args.adapter, args.weights)

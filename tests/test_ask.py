@@ -75,6 +75,7 @@ def call(folder, *args, stdin="") -> str:
     (["--load", "x", "--question", "q", "--save", "y"], 2, "only a conversation"),
     (["--load", "x", "--question", "q", "--system", "y"], 2, "--system does not go with --load"),
     (["--chat", "--plain"], 2, "--plain does not go with --chat"),
+    (["--seed", "1"], 2, "give a --temperature above 0"),
     (["--context", "nowhere.txt"], 2, "nowhere.txt: no such file"),
     (["--adapter", "nowhere"], 2, "no adapter.json in it"),
     (["--weights", "nowhere"], 2, "there is no such folder"),
