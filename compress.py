@@ -7,8 +7,8 @@ the fifth, the loss, is in train.py:
   2. select, gather   the entries with the highest scores of all heads together
                       are kept, under one shared budget
   3. decay            attention to an entry is decayed by its score, so that a
-                      gradient of the loss can reach the scorer; the shipped
-                      scorer learned by regression instead (train.py)
+                      gradient of the loss can reach the scorer; by default decay
+                      only masks, and the scorer learns by regression (train.py)
   4. token_lora,      while the context is encoded, kept tokens get a low-rank
      encode           addition to W_Q and W_O (`TokenLoRA` in model.py)
 `Compressor` puts them together. An entry is the key and the value of one token
@@ -33,11 +33,12 @@ tensor([ True,  True, False, False])
 This is a hard step, in which dropped entries are masked. In a soft step nothing
 is dropped, only decayed: with `soft=True` in `decay`, all four have a gradient.
 
-Shapes: B batch, N context tokens, K kept tokens per head on average, L layers,
-G key-value heads per layer, d head width, D model width, r LoRA rank. Scores,
-selections and biases are (B, l, g, N). With a selection per head, l = L and
-g = G. With a selection per token, the paper's way, l = g = 1: one score stands
-for all heads. Layers count from 1 in the prose: layer η is `layers[eta - 1]`.
+Shapes: B rows of a batch, N context tokens, R registers, K kept tokens per head
+on average, T tokens read afterwards, L layers, H query heads, G key-value heads
+per layer, d head width, D model width, r LoRA rank. Scores, selections and biases
+are (B, l, g, N). With a selection per head, l = L and g = G. With a selection per
+token, the paper's way, l = g = 1: one score stands for all heads. Layers count from
+1 in the prose: layer η is `layers[eta - 1]`.
 """
 import math
 import os
@@ -95,12 +96,13 @@ class CompressorConfig:
 # ------------------------------------------------------------ part 1: the scorer
 
 class Scorer(nn.Module):
-    """A network with one hidden layer, in fp32: scores for each token and head.
+    """A network with one hidden layer, in fp32, which predicts two numbers for each
+    token and head. `Compressor.scores` makes the score of them.
 
-    Its outputs predict log(attention) and log(effect): of the largest attention
-    weight that the entry will get, and of its effect on the likelihood of what is
-    read later (see `attention_and_effect`). −4 is a typical value of the first, −7
-    of the second. The input is the RMS-normalised hidden state, log(1 + tokens after
+    They are log(attention) and log(effect): of the largest attention weight that
+    the entry will get, and of its effect on the likelihood of what is read later
+    (see `attention_and_effect`). −4 is a typical value of the first, −7 of the
+    second. The input is the RMS-normalised hidden state, log(1 + tokens after
     it) and log(1 + tokens before it): a causal hidden state cannot know how much
     text is to come.
 
@@ -158,7 +160,7 @@ class Selection:
     kept: torch.Tensor        # (B, l, g, N) bool; recent tokens are in it,
                               # protected ones and registers are not
     not_scored: torch.Tensor  # (B, 1 or l, 1, N) bool, kept or dropped whatever
-                              # the score: recent and protected tokens, padding
+                              # the score: forced and protected tokens, padding
     theta: torch.Tensor       # (B, 1, 1, 1) fp32, the threshold: midway between
                               # the last kept score and the next
 
@@ -186,8 +188,9 @@ def select(
     k: (B,) int64, kept tokens per head on average.
     forced: (B, 1 or l, 1, N) bool, compressible tokens that are kept whatever
         their score; they use up budget.
-    reserved: entries of the budget that registers fill; an int or (B,) int64. At
-        least one entry per head is kept all the same, on average.
+    reserved: entries of the budget that registers fill; an int or (B,) int64. If
+        they leave fewer than l·g entries, l·g are kept all the same, and the cache
+        has more than k·l·g.
     check: whether to look for scores that are not finite.
     Errors: BadInput, with `check`, for a score that is not finite.
     """
@@ -218,7 +221,7 @@ def select(
     last = ranked.gather(1, (budget - 1).clamp(min=0))
     next_ = ranked.gather(1, budget.clamp(max=l * g * N - 1))
     # θ must be finite also where all kept entries are forced, or none is dropped;
-    # where both hold, no entry has a score, and nobody reads θ
+    # where both hold, no entry has a score, and `decay` masks what comes of θ
     last = torch.where(last == math.inf, next_ + 1, last)
     next_ = torch.where(next_ == -math.inf, last - 1, next_)
     theta = ((last + next_) / 2)[..., None, None]
@@ -299,7 +302,7 @@ def decay(scores, selection: Selection, kind: str, tau: float, soft: bool = Fals
         hard step) dropped entries have −1e9, which masks them, and under
         "threshold" the *value* of β is 0 for kept ones, which leaves its
         gradient.
-    Returns: (B, l, g, N) fp32; 0 for recent and protected tokens and for padding.
+    Returns: (B, l, g, N) fp32; 0 where `selection.not_scored`.
     """
     if kind == "sigmoid":
         beta = F.logsigmoid(scores)
@@ -317,9 +320,8 @@ def decay(scores, selection: Selection, kind: str, tau: float, soft: bool = Fals
 
 @torch.no_grad()
 def max_attention(
-    model: Llama, cache: Cache, tokens, lengths=None, segments=None,
-    first: int = 0, end: int | None = None, sinks: int = 0,
-    max_position: int | None = None,
+    model: Llama, cache: Cache, tokens, segments=None, first: int = 0,
+    end: int | None = None, sinks: int = 0, max_position: int | None = None,
 ):
     """The most attention that entries of a full cache get from any of `tokens`.
 
@@ -327,8 +329,7 @@ def max_attention(
     tokens that repeat the context, this is KVzip's importance score (arXiv
     2505.23416).
 
-    tokens: (B, T) int64, padded on the right to `lengths` (B,) or with -1 in
-        `segments`; see Llama.forward.
+    tokens, segments: (B, T) int64, see Llama.forward; padding has the segment −1.
     first, end: look at entries first … end−1. Attention is then counted as if
         only these, the first `sinks` entries and the tokens themselves existed.
     max_position: see Llama.forward.
@@ -337,11 +338,6 @@ def max_attention(
     S = cache.layers[0][0].k.shape[2]
     if end is None:
         end = S
-    is_token = None
-    if segments is not None:
-        is_token = segments >= 0  # (B, T)
-    elif lengths is not None:
-        is_token = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     best = {}
 
     def on_weights(layer: int, weights, first_query: int):  # (B, G, H/G, t, s)
@@ -350,16 +346,16 @@ def max_attention(
             total = received.sum(-1) + weights[..., S:].sum(-1)
             total = total + weights[..., :min(sinks, first)].sum(-1)
             received = received / total.clamp(min=1e-30)[..., None]
-        if is_token is not None:
-            queries = is_token[:, first_query:first_query + weights.shape[3]]
-            received = received.masked_fill(~queries[:, None, None, :, None], 0)
+        if segments is not None:
+            is_token = segments[:, first_query:first_query + weights.shape[3]] >= 0
+            received = received.masked_fill(~is_token[:, None, None, :, None], 0)
         received = received.amax((2, 3))  # (B, G, end − first)
         # a layer comes once for each block of queries
         if layer in best:
             received = torch.maximum(best[layer], received)
         best[layer] = received
 
-    model(tokens, cache, segments, lengths, on_weights, max_position)
+    model(tokens, cache, segments, on_weights=on_weights, max_position=max_position)
     return torch.stack(list(best.values()), 1)
 
 
@@ -402,7 +398,8 @@ def attention_and_effect(model: Llama, full: Cache, tokens, segments, max_positi
 
         weights.register_hook(on_gradient)
 
-    # A bias of 0 changes nothing. It is there so that there is a gradient.
+    # All weights are frozen, so autograd would record nothing. This bias of 0 requires
+    # a gradient only so that the attention weights get one, for `on_gradient`.
     beta = torch.zeros(len(tokens), model.cfg.n_layer, 1, N, device=tokens.device)
     kvs = [(group.k, group.v) for (group,) in full.layers]
     with torch.enable_grad():
@@ -454,11 +451,11 @@ class Context:
     tokens: torch.Tensor        # (B, N) int64
     lengths: torch.Tensor       # (B,) int64, real tokens of each row
     compressible: torch.Tensor  # (B, N) bool; the others are padding or protected
-    padded: bool                # whether rows differ in length
+    padded: bool                # whether rows may differ in length
 
     @property
     def protected(self):
-        """The tokens that every head keeps by rule: (B, N) bool."""
+        """Tokens that every head keeps, outside of the budget: (B, N) bool."""
         columns = torch.arange(self.h.shape[1], device=self.h.device)
         return (columns < self.lengths[:, None]) & ~self.compressible
 
@@ -472,7 +469,8 @@ class Compressor(nn.Module):
     A register is a copy of one of the last tokens, made after layer η. It goes
     through the layers above behind the document, and where LoRA is on, every head
     of these layers keeps it. LoRA can move into it what dropped tokens say. The
-    last tokens themselves cannot take up so much without losing what they say.
+    last tokens themselves cannot take up so much without losing what they say. In
+    layer η+1 a register is still an exact copy; LoRA shows in it from layer η+2 on.
     """
 
     def __init__(self, model_cfg, cfg: CompressorConfig):
@@ -489,19 +487,14 @@ class Compressor(nn.Module):
         start = -4.0 if cfg.decay == "threshold" else 4.0
         nn.init.constant_(self.scorer.w2.bias, start)
 
-        # a ~ N(0, 1/D) and b = 0, so that at first LoRA changes nothing
-        n = self.n_adapted(model_cfg, cfg)
+        # a ~ N(0, 1/width of its input) and b = 0, so that at first LoRA changes nothing
+        n = model_cfg.n_layer - 1 - cfg.eta  # layers with LoRA
         D = model_cfg.n_embd
         inner = model_cfg.n_head * model_cfg.head_dim
         self.a_q = nn.Parameter(torch.randn(n, cfg.rank, D) * D ** -0.5)
         self.b_q = nn.Parameter(torch.zeros(n, inner, cfg.rank))
-        self.a_o = nn.Parameter(torch.randn(n, cfg.rank, inner) * D ** -0.5)
+        self.a_o = nn.Parameter(torch.randn(n, cfg.rank, inner) * inner ** -0.5)
         self.b_o = nn.Parameter(torch.zeros(n, D, cfg.rank))
-
-    @staticmethod
-    def n_adapted(model_cfg, cfg: CompressorConfig) -> int:
-        """The number of layers with LoRA."""
-        return model_cfg.n_layer - 1 - cfg.eta
 
     def lora_parameters(self) -> list[nn.Parameter]:
         return [self.a_q, self.b_q, self.a_o, self.b_o]
@@ -635,16 +628,16 @@ class Compressor(nn.Module):
         """Part 4: encode the context and the registers above layer η, kept tokens
         and registers with LoRA.
 
-            layer   1 … η             η+1 … L−1                     L
-                    read once, for    dropped tokens: frozen        keys and
-                    full and          kept tokens and registers:    values only
+            layer   1 … η             η+1 … L−1                        L
+                    read once, for    dropped, protected: frozen       keys and
+                    full and          selected tokens and registers:   values only
                     compressed cache  frozen plus LoRA
 
         Every token still attends to every earlier one; entries are dropped when
         the cache is stored.
         store(layer, k, v): see Llama.run_layers. Returns what it returned, for
         all layers. Without `store`, these are keys and values, (B, G, N + R, d). In
-        layers 1 … η, those of the registers are 0 and of no meaning.
+        layers 1 … η there is no register: what stands at its place must be masked.
         """
         R = self.cfg.registers
         source, is_register = self.places(ctx)
@@ -726,7 +719,7 @@ def check_compressor_config(cfg: CompressorConfig, n_layer: int) -> None:
         value = getattr(cfg, name)
         if type(value) is not int or value < 0:
             raise BadInput(f"{name} is {value!r:.20}, expected a whole number")
-    if type(cfg.tau) is not float:
+    if type(cfg.tau) is not float or not 0 < cfg.tau < math.inf:
         raise BadInput(f"tau is {cfg.tau!r:.20}, expected a number such as 0.5")
     for name, known in (
         ("selection", ("head", "token")),

@@ -16,8 +16,9 @@ full cache (method `full`) is the ceiling, no document at all (`none`) is the
 floor. Tasks and metrics are in data/tasks.py, means and 95 % intervals in
 run/records.py.
 
-Shapes: N tokens of one document, K of them kept per head on average, L layers,
-H query heads, G key-value heads, d head width. Importance scores are
+Shapes: N tokens of one document, K of them kept per head on average, T tokens
+read after it, R of them predicted in answers, L layers, H query heads, G
+key-value heads, D model width, d head width, V vocabulary. Importance scores are
 (1, l, g, N) fp32: l = L and g = G, or l = g = 1 where all heads share one score
 per token.
 """
@@ -58,18 +59,21 @@ from run.records import Results, cells_of, keeps_of, print_table
 
 # The constants of the baselines, as their authors chose them.
 SINKS = 4          # the first tokens, which StreamingLLM and KVzip always keep
-WINDOW = 64        # SnapKV averages the attention of so many last tokens
-KERNEL = 5         # and smooths it over so many neighbours
+WINDOW = 64        # SnapKV averages the attention of this many last tokens
+KERNEL = 5         # and smooths it over this many neighbours
 SAFEGUARD = 0.2    # AdaKV: this share of an equal budget is each head's own
-CHUNK = 2048       # KVzip replays so many tokens at once
-TAIL = 8           # and quotes so many tokens before a later chunk
-INSTRUCTION = 128  # its instruction has fewer tokens, even if each is a letter
+CHUNK = 2048       # KVzip replays this many tokens at once
+TAIL = 8           # and quotes this many tokens before a later chunk
+
+# How much room to leave for a replay of KVzip.
+INSTRUCTION = 128  # its instruction has fewer tokens, even at one token per character
+LEAST_CHUNK = 256  # what may be replayed at once where the model has few positions
 REPEAT_FROM = "\n\nRepeat the part of the previous context exactly, starting with"
 
 
-def sync_flags(args: argparse.Namespace, world: World) -> None:
-    """Refuse what several processes cannot share, and give each process its
-    device."""
+def prepare_process(args: argparse.Namespace, world: World) -> None:
+    """Refuse what several processes cannot share, give each process its device,
+    and download the weights once."""
     if world.world_size == 1:
         return
     if "cost" in args.tasks:
@@ -93,7 +97,7 @@ def share_budget(scores, compressible, k, heads: int, recent: int = 0):
 
     scores (1, l, g, N) fp32; compressible (1, N) bool; k (1,) int64. heads: 1
     gives each head its own budget, G one to each layer, L·G a single one to all
-    heads. recent: so many last tokens are kept in every head. Returns the kept
+    heads. recent: this many last tokens are kept in every head. Returns the kept
     entries, (1, l, g, N) bool.
     """
     rows = scores.reshape(-1, 1, heads, scores.shape[3])  # one row per budget
@@ -148,6 +152,7 @@ def attention_sum(model: Llama, tokens, cache: Cache | None, n: int):
     def on_weights(layer, weights, first_query):              # (1, G, H/G, t, s)
         received = weights[0, ..., :n].sum(2)                 # (G, H/G, n or less)
         received = F.pad(received, (0, n - received.shape[-1]))
+        # Called for each block of queries; a block does not see the keys behind it.
         total[layer] = total[layer] + received if layer in total else received
 
     model(tokens, cache, on_weights=on_weights)
@@ -155,10 +160,9 @@ def attention_sum(model: Llama, tokens, cache: Cache | None, n: int):
 
 
 def h2o(model: Llama, ctx: Context):
-    """H2O (arXiv 2306.14048): the attention that a token has received from all
-    others.
+    """H2O (arXiv 2306.14048): the attention that a token has received.
 
-    It is summed over the tokens and averaged over the query heads of a group,
+    It is summed over the tokens from itself on, and averaged over the query heads of a group,
     (1, L, G, N). The document is read a second time here. Code that sums in the
     first reading does not need to.
     """
@@ -173,9 +177,9 @@ def snapkv(model: Llama, ctx: Context, full: Cache, window: int):
     """SnapKV (arXiv 2404.14469): mean attention from the last `window` tokens,
     smoothed.
 
-    Returns (1, L, G, N). The last tokens themselves are always kept, so their
-    score is 1, which no mean weight exceeds. They are read once more, after a
-    cache of what lies before them.
+    Returns (1, L, G, N). The last tokens themselves are always kept: their score
+    is 1, which no mean weight exceeds. They are read once more, after a cache of
+    what lies before them.
     """
     n = ctx.tokens.shape[1] - window
     layers = []
@@ -256,7 +260,7 @@ class Document:
         self.case = case
         self.seed = seed
         self.made = {}             # scores that have been made, and the seconds it took
-        self.reused_seconds = 0.0  # of scores that the cache at hand found made
+        self.reused_seconds = 0.0  # spent earlier on scores that this cache reuses
 
         tokens = torch.tensor([case.context], device=model.device)
         protect = torch.arange(tokens.shape[1], device=model.device)[None] < case.n_protect
@@ -318,8 +322,8 @@ class Document:
         return share_budget(scores, self.ctx.compressible, k, heads, recent)
 
     def cache(self, method: str, keep: float) -> Cache:
-        """The cache of one method, one row. keep = 1 is the full cache,
-        whatever the method."""
+        """The cache of one method, one row. keep = 1 is the full cache, whatever
+        the method (but for `none`)."""
         model, ctx = self.model, self.ctx
         if method == "none":
             return model.prefill(ctx.tokens[:, :self.case.n_protect])
@@ -426,7 +430,7 @@ def judge_cost(model: Llama, case: Case, cache: Cache) -> list[dict]:
     for batch in (1, 8):
         rows = cache if batch == 1 else cache.rows([0] * batch)
         steps = generate(model, rows, [prompt] * batch, new + 1)
-        next(steps)                    # the first token is the prompt's
+        next(steps)                    # the first token comes from reading the prompt
         decoding = clock(model)
         done = sum(1 for _ in steps)
         rates[batch] = batch * done / (clock(model) - decoding)
@@ -512,8 +516,8 @@ def measure(task: str, model: Llama, tokenizer, compressor: Compressor, cases, m
 def held_out_table(model: Llama, tokenizer, compressor: Compressor, sources: str, shards,
                    context: int, contexts: int, seed: int, world: World | None = None,
                    share: bool = True) -> list[dict]:
-    """The table that ends a training run: fidelity on held-out text. Returns
-    its cells.
+    """The table that ends a training run: fidelity on the development half of
+    held-out text. Returns its cells.
 
     context: tokens of a document; contexts: documents for each kind of
     question. world: the processes, which share the documents out; without
@@ -523,7 +527,7 @@ def held_out_table(model: Llama, tokenizer, compressor: Compressor, sources: str
     if squad is None:
         print("the table has no answers to SQuAD's questions: results/README.md says where to get "
               f"the file {tasks.SQUAD}")
-    context = min(context, model.cfg.max_positions // 2)  # KVzip reads a document twice
+    context = min(context, model.cfg.max_positions // 2)  # leaves room to replay or ask
     cases = list(enumerate(
         tasks.fidelity(tokenizer, contexts, seed, context, sources, shards, squad, split="dev")))
     if world and share:
@@ -551,7 +555,7 @@ def fit(cases: list[Case], task: str, max_positions: int) -> None:
     for case in cases:
         longest = max(len(query.prompt) + len(query.answer) for query in case.queries)
         room = longest + MAX_NEW_TOKENS.get(task, 64)
-        room = max(room, INSTRUCTION + min(case.n, 256))  # a replay may come in chunks
+        room = max(room, INSTRUCTION + min(case.n, LEAST_CHUNK))
         over = len(case.context) + room - max_positions
         if over <= 0:
             continue
@@ -623,7 +627,7 @@ def ask(args) -> None:
     tokenizer, model_cfg = open_tokenizer(args)
     asking = pick_wording(args, tokenizer)
     replays = any(method.startswith("kvzip") for method in args.methods)
-    room = INSTRUCTION + 256 if replays else 0
+    room = INSTRUCTION + LEAST_CHUNK if replays else 0
     check_length(asking, tokenizer, text, args.question, model_cfg.max_positions, room)
     model, _ = open_model(args, tokenizer=tokenizer)
     compressor, _ = open_compressor(args.adapter, args.weights, model, tokenizer)
@@ -651,7 +655,8 @@ def evaluate(args, about: dict, world: World, results: Results) -> None:
     shows the result."""
     model, tokenizer = open_model(args)
     compressor, folder = open_compressor(args.adapter, args.weights, model, tokenizer)
-    settings = {"weights": base_of(model, tokenizer)["weights"][:16], "dtype": str(model.dtype)[6:],
+    settings = {"weights": base_of(model, tokenizer)["weights"][:16],
+                "dtype": str(model.dtype).removeprefix("torch."),
                 "adapter": adapter_hash(compressor), "seed": args.seed, "tasks": {}}
     work = {}
     for task in args.tasks:
@@ -670,14 +675,14 @@ def evaluate(args, about: dict, world: World, results: Results) -> None:
         wanted = {(i, method, keep) for i in range(len(cases)) for method in args.methods
                   for keep in keeps_of(method, args.keep)}
         done = results.done(task, wanted)
-        what = (args.methods, args.keep, args.seed)
+        methods = {"methods": args.methods, "keeps": args.keep, "seed": args.seed}
         if task == "cost":  # the first passes are slow, whatever they are
             warm = replace(cases[0], context=cases[0].context[:128])
-            list(measure(task, model, tokenizer, compressor, [(0, warm)], *what))
+            list(measure(task, model, tokenizer, compressor, [(0, warm)], **methods))
         left = world.my_rows(sorted({i for i, _, _ in wanted - done}))
         bar = tqdm([(i, cases[i]) for i in left], desc=task, unit="document", mininterval=1,
                    disable=world.rank > 0)
-        for records in measure(task, model, tokenizer, compressor, bar, *what, done):
+        for records in measure(task, model, tokenizer, compressor, bar, **methods, done=done):
             results.add(records)
         results.finish(task)
 
@@ -692,7 +697,7 @@ def main() -> None:
         return ask(args)
     about = provenance(args.seed)
     world = World.start(args.device)
-    sync_flags(args, world)
+    prepare_process(args, world)
     with Results(args.out, world) as results:
         evaluate(args, about, world, results)
     world.end()

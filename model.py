@@ -13,10 +13,10 @@ Three things differ from the plainest Llama, because the compressor needs them:
 This file needs nothing else of this repository. It raises ValueError, with a
 message of one line, where its input is wrong.
 
-Shapes: B batch, T new tokens, S keys that they see, D model width, H query
-heads, G key-value heads, g of them in a group, d head width, V vocabulary, r
-LoRA rank. Each key-value head serves H / G query heads. The code counts layers
-from 0, the prose from 1.
+Shapes: B rows of a batch, N context tokens, T new tokens, S keys that they see, L
+layers, D model width, H query heads, G key-value heads, g of them in a group, d
+head width, V vocabulary, r LoRA rank. Each key-value head serves H / G query
+heads. The code counts layers from 0, the prose from 1.
 
 References: Llama 3, arXiv 2407.21783; Qwen3, arXiv 2505.09388; rotary
 positions, arXiv 2104.09864.
@@ -230,7 +230,7 @@ class Cache:
         return seen
 
     def advance(self, T: int, lengths=None) -> None:
-        """After all layers have written T tokens, of them `lengths` (B,) real."""
+        """Count T tokens as written; `lengths` (B,) of them are real in each row."""
         self.slots.n_written.add_(T)
         self.next_position.add_(T if lengths is None else lengths)
 
@@ -242,7 +242,7 @@ class Cache:
         return Cache(layers, self.next_position[i])
 
     def state(self) -> list[torch.Tensor]:
-        """Every tensor that a decoding step from a reserved cache reads."""
+        """Every tensor that differs between reserved caches of one layout."""
         slots = self.slots
         stored = [*slots.keys, *slots.values, *slots.biases]
         return [*stored, slots.n_written, self.next_position]
@@ -289,7 +289,7 @@ class Slots:
     starts: torch.Tensor        # (L, G) int64: where each head's slots start
     keys: list[torch.Tensor]    # of each layer: (B, entries of all heads, d)
     values: list[torch.Tensor]
-    biases: list[torch.Tensor]  # (B, 1 or g, S) each, all that there are
+    biases: list[torch.Tensor]  # (B, 1 or g, S) each, the different ones of all groups
 
     def next(self, T: int) -> torch.Tensor:
         """Which slots the next T tokens get: (T,) int64."""
@@ -335,10 +335,11 @@ def add_slots(groups: list[HeadGroup], extra: int):
 def add_biases(groups: list[HeadGroup], extra: int) -> list[torch.Tensor]:
     """Give every group of a cache a bias that hides its last `extra` entries.
 
-    Groups without a bias share one tensor: a group of S entries, slots included,
-    takes its last S numbers. GPU kernels want that view to start at a multiple of
-    8 numbers, so that one tensor serves the groups with equal S mod 8. A group's
-    own bias is padded. Returns: all different tensors.
+    A group's own bias is padded. A group without one needs zeros, and NEG for its
+    slots. All groups with equal S mod 8 share one such tensor, as long as the
+    longest of them (S: entries, slots included): each takes its last S numbers,
+    which then start at a multiple of 8, as GPU kernels want.
+    Returns: the different tensors.
     """
     longest = max(group.k.shape[2] for group in groups)
     biases = []
@@ -370,8 +371,8 @@ def full_cache(kvs, lengths=None, bias=None) -> Cache:
     kvs: (k, v) of every layer, (B, G, N, d) each.
     lengths: (B,) int64, the real tokens of each row; None: all of them.
     bias: (B, L or 1, G or 1, N) fp32, the decay of entries, or NEG for an entry
-        that a head has to do without. The gradient of one that serves all layers
-        is summed over them in fp32.
+        that a head has to do without. With L = 1 it serves all layers, and its
+        gradient is their sum, in fp32.
     """
     k, _ = kvs[0]
     B, _, N, _ = k.shape
@@ -467,10 +468,11 @@ def attention(q, k, v, mask=None, bias=None, on_weights=None):
     """softmax(q·kᵀ/√d + bias)·v: (B, H, T, d) for queries q (B, H, T, d).
 
     k, v: (B, G, S, d), G ≤ H.
-    mask: (B or 1, 1, T, M) bool, which of the last M keys a query sees (M is T,
-        or the number of slots); the keys before them are seen by all. None: the last T keys are the queries'
-        own, and attention to them is causal. A single query sees everything,
-        whatever the mask says; what it must not see needs a bias of NEG.
+    mask: (B or 1, 1, T, M) bool, which of the last M keys a query sees, where M is
+        T or the number of slots; earlier keys are seen by all. None: the last T
+        keys are the queries' own, and attention to them is causal. Unless
+        on_weights is given, a single query ignores the mask: hide keys by a bias
+        of NEG.
     bias: (B, 1 or G, S), added to the logits towards a key.
     on_weights: see `attention_blockwise`.
     """
@@ -707,7 +709,8 @@ class Block(nn.Module):
     ):
         """One layer: h (B, T, D) -> h, and its keys and values (B, G, T, d).
 
-        update: as Cache.update, for this layer; None: there is no cache.
+        update: update(k, v) is Cache.update for this layer; None: there is no
+            cache.
         kv_only: compute only keys and values, and return h unchanged; a cache
             needs no more of the last layer.
         """
@@ -789,16 +792,20 @@ class Llama(nn.Module):
             written to, any other is left as it is.
         segments: (B, T) int64, for several continuations of a cache in one row:
             a token sees its own segment, and every segment starts at the
-            cache's next position. -1 is padding. Not with reserved slots.
-        lengths: (B,) int64, the real tokens of each row, where rows differ; not
-            together with segments.
+            cache's next position. -1 is padding. They go neither with lengths nor
+            with reserved slots.
+        lengths: (B,) int64, the real tokens of each row, where rows differ.
         on_weights: called as on_weights(layer, weights, first_query) with the
             weights of attention; see `attention_blockwise`. The cache, if any,
             must be a full one.
         max_position: the largest position among the tokens, if it is known;
             asking a GPU for it would mean waiting for the GPU.
-        Errors: ValueError for more tokens than the model has positions.
+        Errors: ValueError for more tokens than the model has positions, and for
+            segments with lengths or slots.
         """
+        has_slots = cache is not None and cache.slots is not None
+        if segments is not None and (lengths is not None or has_slots):
+            raise ValueError("segments go neither with lengths nor with reserved slots")
         positions = relative_positions(tokens, segments)
         if lengths is not None:
             positions = positions.minimum(lengths[:, None] - 1)
@@ -813,7 +820,7 @@ class Llama(nn.Module):
         index = None
         if segments is not None:
             mask = segment_mask(segments)
-        if cache is not None and cache.slots is not None:
+        if has_slots:
             index, mask = self.open_slots(tokens, cache.slots, lengths)
 
         h = self.embed(tokens)
@@ -1115,7 +1122,7 @@ def generate(
         step = capture(model, cache, temperature, rng)
     else:
         step = partial(next_token, model, cache, temperature, rng)
-    del cache  # a captured step may have one of its own
+    del cache  # a replayed step works on the cache that it was captured with
 
     alive = [True] * len(prompts)
     for i in range(max_new_tokens):

@@ -3,7 +3,8 @@
     python train.py                       # a quarter to half an hour, two CPU cores
     python train.py --preset small        # two hours of one core
     python train.py --preset paper-small  # the paper's own method
-    python train.py --init-adapter FOLDER --sources my/texts
+    python train.py --init-adapter FOLDER --sources my/texts --scorer-steps 0 \
+        --steps 60 --lr 2e-4              # go on from an adapter
     torchrun --nproc_per_node=8 train.py --preset 8b
 
 A run has two phases:
@@ -36,7 +37,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from run.errors import BadInput, provenance, run_program
+from run.errors import BadInput, provenance, read_json, run_program
 from run.train_flags import LLAMA_8B, TrainConfig, check_batch, parse_args, parse_mix
 
 if __name__ == "__main__":
@@ -80,7 +81,7 @@ class MicroBatch:
     """The contexts of one forward pass.
 
     Sizes are computed here, on the CPU: asking a GPU for them means waiting.
-    batch: see data/samples.py. All queries about a context, each with its answer,
+    batch: see data/batches.py. All queries about a context, each with its answer,
         stand in one row of `continuation`; `segments` numbers them, so that they
         do not see each other.
     """
@@ -120,7 +121,7 @@ class StepCounts:
     fp32 scalars.
     """
     supervised: torch.Tensor    # tokens whose prediction is distilled
-    answers: torch.Tensor       # those of them that belong to an answer
+    answers: torch.Tensor       # those of them whose next token belongs to an answer
     compressible: torch.Tensor  # context tokens that may be dropped
     context: torch.Tensor       # all context tokens
     continuation: torch.Tensor  # tokens of questions and answers
@@ -138,7 +139,10 @@ class StepCounts:
 
 
 class Distiller(nn.Module):
-    """A training step as one forward pass, in either phase."""
+    """The loss of one forward pass, in either phase.
+
+    It is a module so that DistributedDataParallel can wrap it.
+    """
 
     def __init__(self, model: Llama, compressor: Compressor, lam: float, chunk: int):
         super().__init__()
@@ -150,15 +154,17 @@ class Distiller(nn.Module):
     def forward(self, m: MicroBatch, counts: StepCounts, phase: str) -> dict:
         """This pass's share of the step's loss, and numbers for the log: scalars.
 
-        phase: "scorer", "hard" (dropped entries get no attention) or "soft"
-            (no entry is dropped, all are decayed).
+        phase: "scorer", or one of the second phase's two kinds of step: "hard"
+            (dropped entries get no attention) and "soft" (no entry is dropped,
+            all are decayed).
         """
         b = m.batch
         model = self.model[0]
         lengths = b.lengths if m.padded else None
         # layers 1 … η of the context
         ctx = self.compressor.read(model, b.tokens, lengths, b.protect)
-        # its remaining layers, frozen, for the teacher
+        # The full cache. The scorer's targets are measured on it, or the teacher
+        # reads it.
         full = self.compressor.full_cache(model, ctx)
         if phase == "scorer":
             return self.scorer_loss(m, counts, ctx, full)
@@ -206,9 +212,13 @@ class Distiller(nn.Module):
     ) -> dict:
         """KL divergence between the teacher and the student.
 
-        teacher: its hidden states at the supervised tokens, (R, D). In the quick
-        experiment B = 1, N = 424, R is about 290, and L, G, D are 30, 3, 576.
-        Here N counts the 400 compressible tokens and the 24 of the chat header.
+        teacher: its hidden states at the supervised tokens, (R, D).
+        soft: see `decay`.
+
+        In the quick experiment B = 1, N = 424, R is about 290, and L, G, D are
+        30, 3, 576. Here N counts the 400 compressible tokens and the 24 of the
+        chat header.
+
         A step at keep 0.25 or above trains no LoRA if its strength is "growing":
         the strength is 0 up to 4×.
         """
@@ -247,8 +257,8 @@ class DistillKL(torch.autograd.Function):
 
     student, teacher: (R, D), hidden states after the last norm.
     head: (V, D), the output head, which makes logits z of them.
-    Returns three fp32 (R,): the loss, KL(p‖q), and 1 where teacher and student
-    rank the same token first, else 0.
+    Returns three (R,) in fp32 (fp64 for fp64 inputs): the loss, KL(p‖q),
+    and 1 where teacher and student rank the same token first, else 0.
 
     All logits at once would take too much memory (R·V numbers), so `chunk` rows
     are computed at a time, and their gradient as well, while they exist:
@@ -386,7 +396,7 @@ class BatchSampler:
         self.world = world
         with world.local_rank0_first():
             folders = prepare(c.sources.split(","), tokenizer, c.shards or SHARDS)
-        self.texts = fingerprint(folders)
+        self.texts_hash = fingerprint(folders)
         shards = [Shard(folder, "train", tokenizer) for folder in folders]
 
         def samples(mix):
@@ -397,7 +407,10 @@ class BatchSampler:
         self.distillation_samples = samples(parse_mix(c.mix))
 
     def __call__(self, step: int) -> tuple[str, float, list[MicroBatch]]:
-        """The step's phase and keep ratio, and this process's forward passes."""
+        """The step's phase and keep ratio, and this process's forward passes.
+
+        The first phase drops nothing, so it does not use the keep ratio.
+        """
         c = self.c
         rng = random.Random(f"{c.seed}/step/{step}")
         keep = math.exp(rng.uniform(math.log(c.keep_min), math.log(c.keep_max)))
@@ -433,7 +446,7 @@ def train(
         [{"params": lora}, {"params": scorer}], lr=0.0, betas=(0.9, 0.98),
         weight_decay=c.weight_decay)
     total = c.scorer_steps + c.steps
-    begin = resume(out, compressor, optimizer, sampler.texts, total, world)
+    begin = resume(out, compressor, optimizer, sampler.texts_hash, total, world)
     distiller = Distiller(model, compressor, c.lam, c.chunk)
     sizes = [sum(p.numel() for p in x.parameters()) for x in (compressor, model)]
     print("training {:,} parameters; {:,} are frozen".format(*sizes))
@@ -476,7 +489,7 @@ def train(
             if is_first:
                 append_line(log, line, sync=save)  # first the log, then the state
             if is_first and save:
-                about = {"processes": world.world_size, "texts": sampler.texts}
+                about = {"processes": world.world_size, "texts": sampler.texts_hash}
                 save_state(out, step + 1, compressor, optimizer, about)
             if save:
                 signals.saved = step + 1
@@ -558,12 +571,13 @@ def run(a: argparse.Namespace, c: TrainConfig, about: dict, world: World) -> Non
         usage += f" --weights {a.weights}"
 
     # What can be refused is refused before the model is loaded.
-    flags = {"train": asdict(c), "system": a.system, **about}
-    world.on_rank0(lambda: check_run(out, flags, a.resume))
+    about = {"train": asdict(c), "system": a.system, **about}
+    world.on_rank0(lambda: check_run(out, about, a.resume))
     with world.local_rank0_first():
         a.weights = a.weights or fetch()
     a.device = str(world.device)
     c.parallel = world.broadcast(choose_parallel(c.parallel, a.weights, a.dtype, world))
+    about["train"]["parallel"] = c.parallel
     tokenizer, cfg = open_tokenizer(a)
     check_context(c, tokenizer, cfg.max_positions)
     model, _ = open_model(a, world.shard if c.parallel == "fsdp" else None, tokenizer)
@@ -577,14 +591,16 @@ def run(a: argparse.Namespace, c: TrainConfig, about: dict, world: World) -> Non
         compressor = Compressor(model.cfg, compressor_config(c)).to(model.device)
     sampler = BatchSampler(c, tokenizer, world)
 
-    about = {"train": asdict(c), "system": a.system, **about}
     config = {**about, "dtype": dtype, "base": base_of(model, tokenizer)}
     with ExitStack() as stack:
         finished = world.on_rank0(
             lambda: stack.enter_context(open_run(out, config, a.resume)))
         if finished:
-            return print(f"{out}: this run is finished; its adapter is {adapter}")
-        print(f"writing to {out}; its config.json has all flags")
+            print(f"{out}: this run is finished; its adapter is {adapter}")
+            if a.json:
+                print(json.dumps(read_json(out / "result.json")))
+            return
+        print(f"writing to {out}; its config.json has the settings")
         train(c, sampler, compressor, model, out, world)
         compressor.requires_grad_(False)
         if world.rank == 0:
@@ -603,8 +619,9 @@ def run(a: argparse.Namespace, c: TrainConfig, about: dict, world: World) -> Non
         if world.rank == 0:
             write_result(out / "result.json", result)
 
-    print(f"\nall numbers, by kind of question, too: {out / 'result.json'}\n"
-          f"use the adapter: {usage}")
+    if cells:
+        print(f"\nall numbers, by kind of question, too: {out / 'result.json'}")
+    print(f"use the adapter: {usage}")
     if a.json:
         print(json.dumps(result))
 
@@ -624,8 +641,8 @@ def plan(a: argparse.Namespace, c: TrainConfig) -> None:
 
 def main() -> None:
     a, c = parse_args()
-    check_batch(c, a.gpus)
     if a.plan:
+        check_batch(c, a.gpus)
         return plan(a, c)
     about = provenance(c.seed)
     if c.init_adapter:

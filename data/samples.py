@@ -256,7 +256,9 @@ class Samples:
     def replace_title_queries(self) -> None:
         """Give the places of the title queries to the other kinds in turn."""
         n_title = self.mix.pop("title")
-        others = [k for k in self.mix if k != "continue" and self.mix[k] > 0]
+        # A text goes on in one way only, and is repeated in one way only.
+        others = [k for k in self.mix
+                  if k not in ("continue", "replay") and self.mix[k] > 0]
         if others:
             for i in range(n_title):
                 self.mix[others[i % len(others)]] += 1

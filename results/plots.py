@@ -205,7 +205,8 @@ def budget_shares(compressor, model, cases, keep: float):
         protect = torch.arange(tokens.shape[1], device=model.device)[None] < case.n_protect
         ctx = compressor.read(model, tokens, protect=protect)
         k = kept_count(ctx.compressible.sum(1), keep)
-        kept = compressor.select(compressor.scores(ctx, k), ctx, k).kept       # (1, L, G, N)
+        scores = compressor.scores(ctx, k)
+        kept = compressor.select(scores, ctx, k, registers=True).kept          # (1, L, G, N)
         rows.append(kept[0].sum(-1).cpu() / int(k))
     return torch.stack(rows).numpy()
 

@@ -55,7 +55,9 @@ def three(x: float) -> str:
 
 
 def signed(x: float) -> str:
-    sign = "+" if x > 0 else "−" if x < 0 else ""
+    if abs(x) < 0.0005:
+        return "0"
+    sign = "+" if x > 0 else "−"
     return sign + number(abs(x))
 
 
@@ -125,7 +127,7 @@ class Cells:
         text = form(mean)
         if best and method not in ("full", "none"):
             rivals = [self(kind, m, keep) for m in self.methods if m not in ("full", "none")]
-            if mean == best(rival["mean"][metric] for rival in rivals if rival):
+            if text == form(best(rival["mean"][metric] for rival in rivals if rival)):
                 text = f"**{text}**"
         if interval and cell["units"] >= MIN_UNITS:
             low, high = cell["ci95"][metric]

@@ -13,7 +13,8 @@ from data.tasks import METRICS
 from run.errors import BadInput, Parser, reading
 from run.flags import add_model_flags, check_readable, seed_flag
 
-# The baselines: whose scores rank the entries, and who shares a budget.
+# Methods that select from the plain cache: whose scores rank the entries, and who
+# shares a budget.
 #   head        each head has a budget of its own
 #   layer       the heads of a layer share one
 #   all         all heads share one
@@ -86,12 +87,13 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--n", type=int, default=20, help="fidelity, ends: documents per kind of "
                    "question; squad, choice: questions; summary, niah: documents; cost: repeats; "
                    "default 20")
-    p.add_argument("--split", choices=tasks.SPLITS, default="all", help="of the texts: dev, to "
-                   "choose by; test, to report; default all of them")
+    p.add_argument("--split", choices=tasks.SPLITS, default="all", help="fidelity, ends, "
+                   "squad, and niah's essays: the texts to choose by (dev), those to report "
+                   "(test), or, by default, all")
     p.add_argument("--data", type=data_source, action="append", default=[], metavar="TASK=PATH",
-                   help="repeatable: squad=FILE, summary=FILE, choice=FILE, niah=TEXT or cost=TEXT "
-                   "(default: essays), fidelity=SOURCES or ends=SOURCES (built-in or folders; "
-                   "default wiki,sotu)")
+                   help="repeatable: squad=FILE (also adds the kind squad to fidelity), "
+                   "summary=FILE, choice=FILE, niah=TEXT or cost=TEXT (default: essays), "
+                   "fidelity=SOURCES or ends=SOURCES (built-in or folders; default wiki,sotu)")
     p.add_argument("--shards", default=SHARDS, metavar="DIR",
                    help="fidelity, ends: the folder for tokens; default data/shards")
     p.add_argument("--context", type=int, default=512,

@@ -14,7 +14,7 @@ from run.errors import BadInput, Parser, reading
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", metavar="DIR",
-        help="folder of a Llama, Mistral or Qwen in the Hugging Face layout; default: "
+        help="folder of a Llama, Mistral or Qwen in the Hugging Face layout; without it: "
         "SmolLM2-135M-Instruct, which is downloaded on first use. A text must fit into the "
         "model's sliding window, if it has one")
     parser.add_argument(

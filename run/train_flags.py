@@ -23,7 +23,7 @@ def number(kind, low, high=math.inf):
             raise argparse.ArgumentTypeError(f"{text}, expected {limits}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    parse.__name__ = kind.__name__  # for METAVARS, and for argparse's "invalid int value"
     return parse
 
 
@@ -60,7 +60,8 @@ class TrainConfig:
         40, "tokens that a continue or recite query asks for", number(int, 2))
     mix: str = flag(
         "continue=1,recite=2,cloze=2,title=2",
-        "queries per context, by kind: continue, recite, cloze, title, fact")
+        "questions per context in the second phase, by kind: continue, recite, cloze, "
+        "title, fact; the first phase has its own, SCORER_MIX in train.py")
     prompts: bool = flag(True, "distil the words of a question, not only its answer")
     sources: str = flag("wiki,sotu", "texts: wiki, sotu, or paths, comma-separated")
     shards: str = flag("", "folder for the tokens of the texts; default: data/shards")
@@ -78,13 +79,12 @@ class TrainConfig:
         "that entries get, or both that and their effect on the likelihood of a text",
         choices=("both", "attention"))
     recent: int = flag(
-        4, "every head keeps the last K/8 tokens, at least 1, at "
-        "most this many, but for heads that keep registers instead; K: what heads keep "
-        "on average (head selection only)", COUNT_OR_0)
+        4, "with head selection, every head keeps the last K/8 tokens, 1 to this many "
+        "(0: none), where K is what heads keep on average; heads with registers do not",
+        COUNT_OR_0)
     decay: str = flag(
-        "threshold", "how a score becomes β, the bias on attention; by "
-        "default β only masks, and the scorer stays as phase 1 left it; sigmoid is the "
-        "paper's", choices=("threshold", "sigmoid"))
+        "threshold", "how a score becomes β, the bias on attention; sigmoid is the paper's",
+        choices=("threshold", "sigmoid"))
     tau: float = flag(0.5, "temperature of threshold decay", POSITIVE)
     rank: int = flag(32, "rank of the LoRA on W_Q and W_O", COUNT)
     routing_strength: str = flag(
@@ -125,7 +125,8 @@ class TrainConfig:
     out: str = flag("", "folder of the run; default: out/PRESET")
     save_every: int = flag(25, "steps between checkpoints", COUNT)
     eval_contexts: int = flag(
-        8, "held-out documents in the final table; 0: no table", COUNT_OR_0)
+        8, "held-out documents for each kind of question in the final table; 0: no table",
+        COUNT_OR_0)
     parallel: str = flag(
         "auto", "under torchrun, each process holds the whole frozen model (ddp) or "
         "a part (fsdp); auto: ddp if it fits", choices=("auto", "ddp", "fsdp"))
@@ -147,7 +148,7 @@ LLAMA_8B = {
     "context": 2048,
     "answer": 128,
     "mix": "continue=1,recite=2,cloze=4,title=4",
-    "target": "attention",  # the effect would need 60 GB for a context of this length
+    "target": "attention",  # the effect would keep 33 GB of attention weights: not tried
     "hidden": 4096,
     "rank": 128,
     "lr": 5e-5,
@@ -251,13 +252,12 @@ def parse_args() -> tuple[argparse.Namespace, TrainConfig]:
             flags = ", ".join(f"--{name} {value}" for name, value in differing)
             flags = flags.replace("_", "-")
             p.error(
-                f"--init-adapter {folder} was trained with {flags}; leave these flags out")
+                f"--init-adapter {folder} has {flags}, which is taken over; give no other value")
     if not a.plan:
-        if a.weights != LLAMA_8B["weights"]:
-            check_readable(weights=a.weights)
-        for flag in ("gpus", "gpu_memory", "gpu_tflops"):
-            if getattr(a, flag) != p.get_default(flag):
-                p.error(f"--{flag.replace('_', '-')} is for --plan; torchrun starts several "
+        check_readable(weights=a.weights)
+        for name in ("gpus", "gpu_memory", "gpu_tflops"):
+            if getattr(a, name) != p.get_default(name):
+                p.error(f"--{name.replace('_', '-')} is for --plan; torchrun starts several "
                         "processes")
     check(c)
     return a, c
@@ -282,15 +282,24 @@ def check(c: TrainConfig) -> None:
                 "to text files")
     parse_mix(c.mix)
 
-    has_learned = c.scorer_steps or c.init_adapter
-    needs_phase2 = c.decay == "sigmoid" or c.soft_fraction
-    if not c.scorer_lr_phase2 and (needs_phase2 or not has_learned):
+    if c.decay == "sigmoid" and (c.scorer_steps or c.target == "both"):
         raise BadInput(
-            "--scorer-lr-phase2 is 0: with --scorer-steps 0, --soft-fraction or "
-            "--decay sigmoid the scorer learns by distillation; try 1e-3")
+            "--decay sigmoid takes a score for a logit, but the first phase fits scores to "
+            "logarithms; add --scorer-steps 0 --target attention --scorer-lr-phase2 1e-3")
+    reasons = {
+        "--scorer-steps 0": not c.scorer_steps and not c.init_adapter,
+        "--soft-fraction": c.soft_fraction > 0,
+        "--decay sigmoid": c.decay == "sigmoid",
+    }
+    for flags, given in reasons.items():
+        if given and not c.scorer_lr_phase2:
+            raise BadInput(
+                f"--scorer-lr-phase2 is 0, but with {flags} the scorer learns by "
+                "distillation; try --scorer-lr-phase2 1e-3")
 
 
 def check_batch(c: TrainConfig, processes: int) -> None:
+    """Refuse batches that the processes cannot share. Errors: BadInput."""
     together = processes * c.micro
     if c.batch % together:
         raise BadInput(

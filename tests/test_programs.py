@@ -302,7 +302,8 @@ def test_the_settings_have_the_defaults_of_the_compressor():
 
 
 def test_flags_win_over_the_preset(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "paper", "--rank", "7"])
+    argv = ["train.py", "--preset", "paper", "--rank", "7", "--plan"]
+    monkeypatch.setattr(sys, "argv", argv)
     a, c = train.parse_args()
     assert (c.rank, c.eta, c.lam, c.batch, c.scorer_steps, a.dtype) == (7, 6, 0.6, 32, 0, "bf16")
     monkeypatch.setattr(sys, "argv", ["train.py"])
@@ -345,7 +346,7 @@ def test_a_run_goes_on_from_an_adapter_and_has_its_shape(tiny, tiny_run, tmp_pat
     (("--keep-max", "1.0"), "keep-min <= keep-max < 1"), (("--lam", "2"), "2, expected 0 to 1"),
     (("--mix", "sing=1"), "expected KIND=COUNT"), (("--mix", "cloze=²"), "expected KIND=COUNT"),
     (("--decay", "linear"), "invalid choice"), (("--selection", "layer"), "invalid choice"),
-    (("--decay", "sigmoid"), "try 1e-3"), (("--scorer-steps", "0"), "try 1e-3"),
+    (("--decay", "sigmoid"), "--scorer-steps 0"), (("--scorer-steps", "0"), "try 1e-3"),
     (("--soft-fraction", "0.5"), "try 1e-3"), (("--clip", "0"), "--clip: 0"),
     (("--scorer-lr-phase2", "-1"), "at least 0"), (("--seed", "-3"), "expected 0 to"),
     (("--sources", "wiki,"), "an empty entry"), (("--min-context", "3"), "16 to --context"),

@@ -163,6 +163,14 @@ def test_title_queries_without_descriptions_give_their_places_away(tok, capsys):
     assert mix["title"] == 3  # the caller's mix is not changed
 
 
+def test_a_context_is_repeated_once_where_there_are_no_titles(tok):
+    plain = OneDocument(tok.encode("The Old Mill was built by Ada in the spring. " * 40))
+    mix = {"replay": 1, "continue": 1, "cloze": 1, "title": 2}
+    for case in map(Samples([plain], tok, 400, mix, n_answer=20), range(5)):
+        kinds = Counter(query.kind for query in case.queries)
+        assert kinds == {"replay": 1, "continue": 1, "cloze": 3}
+
+
 def test_title_queries_stay_where_one_source_has_descriptions(tok, shard, capsys):
     plain = OneDocument(tok.encode("The Old Mill was built by Ada. " * 40))
     stream = Samples([plain, shard], tok, 400, {"title": 2}, n_answer=20)
