@@ -96,30 +96,23 @@ class CompressorConfig:
 # ------------------------------------------------------------ part 1: the scorer
 
 class Scorer(nn.Module):
-    """A network with one hidden layer, in fp32, which predicts two numbers for each
-    token and head. `Compressor.scores` makes the score of them.
+    """A network with one hidden layer, in fp32: a score for each token and head.
 
-    They are log(attention) and log(effect): of the largest attention weight that
-    the entry will get, and of its effect on the likelihood of what is read later
-    (see `attention_and_effect`). −4 is a typical value of the first, −7 of the
-    second. The input is the RMS-normalised hidden state, log(1 + tokens after
-    it) and log(1 + tokens before it): a causal hidden state cannot know how much
-    text is to come.
-
-    n_outputs: 2, or 1 for the attention alone.
+    The score predicts log(attention · effect): of the largest attention weight that
+    the entry will get, times its effect on the likelihood of what is read later (see
+    `attention_and_effect`). The input is the RMS-normalised hidden state,
+    log(1 + tokens after it) and log(1 + tokens before it): a causal hidden state
+    cannot know how much text is to come.
     """
 
-    def __init__(self, n_embd: int, hidden: int, n_layer: int, n_kv_head: int, n_outputs: int):
+    def __init__(self, n_embd: int, hidden: int, n_layer: int, n_kv_head: int):
         super().__init__()
-        self.shape = (n_outputs, n_layer, n_kv_head)
+        self.shape = (n_layer, n_kv_head)
         self.w1 = nn.Linear(n_embd + 2, hidden)
-        self.w2 = nn.Linear(hidden, n_outputs * n_layer * n_kv_head)
+        self.w2 = nn.Linear(hidden, n_layer * n_kv_head)
 
     def forward(self, h, lengths):
-        """h: (B, N, D), of contexts of `lengths` (B,) tokens.
-
-        Returns n_outputs tensors (B, l, g, N).
-        """
+        """h: (B, N, D), of contexts of `lengths` (B,) tokens -> (B, l, g, N)."""
         dtype = self.w1.weight.dtype
         before = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
         after = (lengths[:, None] - 1 - before).clamp(min=0)
@@ -127,8 +120,8 @@ class Scorer(nn.Module):
 
         x = F.rms_norm(h.to(dtype), h.shape[-1:])
         x = torch.cat([x, distances], -1)      # (B, N, D + 2)
-        y = self.w2(F.gelu(self.w1(x)))        # (B, N, n_outputs·l·g)
-        return y.transpose(1, 2).unflatten(1, self.shape).unbind(1)
+        y = self.w2(F.gelu(self.w1(x)))        # (B, N, l·g)
+        return y.transpose(1, 2).unflatten(1, self.shape)
 
 
 # ----------------------------------------------- part 2: selection under a budget
@@ -412,16 +405,6 @@ def attention_and_effect(model: Llama, full: Cache, tokens, segments, max_positi
     return torch.stack([largest[layer] for layer in layers], 1), effect
 
 
-def effect_weight(compression):
-    """The weight w of the effect in a score, by the compression n/k of compressible
-    tokens: 1 up to 4×, then falling with its logarithm, 0 from 20× on.
-
-    Where few entries are kept, it matters that several heads hold copies of what an
-    answer needs. Each of them can go, so each has little effect; all cannot.
-    """
-    return ((20 / compression).log() / math.log(5)).clamp(0, 1)
-
-
 def log_likelihood(model: Llama, hidden, tokens, segments, rows: int = 256):
     """The sum of log p(token) over all tokens but the first of each segment.
 
@@ -481,10 +464,12 @@ class Compressor(nn.Module):
         heads = (1, 1)
         if cfg.selection == "head":
             heads = (model_cfg.n_layer, model_cfg.n_kv_head)
-        n_outputs = 2 if cfg.target == "both" else 1
-        self.scorer = Scorer(model_cfg.n_embd, cfg.hidden, *heads, n_outputs)
-        # about the mean of a log(attention); or a σ(s) near 1
-        start = -4.0 if cfg.decay == "threshold" else 4.0
+        self.scorer = Scorer(model_cfg.n_embd, cfg.hidden, *heads)
+        # Scores begin at the mean of what they will learn: log(attention) has −4,
+        # log(attention · effect) −11. With decay σ(s), attention hardly decays at first.
+        start = -11.0 if cfg.target == "both" else -4.0
+        if cfg.decay == "sigmoid":
+            start = 4.0
         nn.init.constant_(self.scorer.w2.bias, start)
 
         # a ~ N(0, 1/width of its input) and b = 0, so that at first LoRA changes nothing
@@ -522,19 +507,6 @@ class Compressor(nn.Module):
         the others, without LoRA and registers."""
         _, kvs = model.run_layers(ctx.h, self.cfg.eta)
         return full_cache(ctx.kvs + kvs, ctx.lengths if ctx.padded else None)
-
-    def scores(self, ctx: Context, k):
-        """The score by which entries are ranked: (B, l, g, N) fp32.
-
-        k: (B,) int64, kept tokens per head on average.
-        It is log(attention) + w·log(effect), with w from `effect_weight`.
-        """
-        attention, *effect = self.scorer(ctx.h, ctx.lengths)
-        if not effect:
-            return attention
-        n = ctx.compressible.sum(1)
-        w = effect_weight(n.clamp(min=1) / k.clamp(min=1))
-        return attention + w[:, None, None, None] * effect[0]
 
     def select(
         self, scores, ctx: Context, k, registers: bool = False, check: bool = True,
@@ -691,7 +663,7 @@ class Compressor(nn.Module):
         k = kept_count(n, keep, tokens)
         if bool((k == n).all()):
             return self.full_cache(model, ctx)
-        own_scores = self.scores(ctx, k) if scores is None else scores
+        own_scores = self.scorer(ctx.h, ctx.lengths) if scores is None else scores
         selection = self.select(own_scores, ctx, k, registers=True)
 
         beta = None

@@ -271,10 +271,8 @@ class Document:
         self.prefill_seconds = clock(model) - start
 
     def scores(self, name: str, k: int):
-        """The scores of a baseline, (1, l, g, N). Those of SnapKV and of the scorer
-        depend on k."""
-        depends_on = {"snapkv": snapkv_window(k), "scorer": k}
-        key = (name, depends_on.get(name))
+        """The scores of a baseline, (1, l, g, N). Those of SnapKV depend on k."""
+        key = (name, snapkv_window(k) if name == "snapkv" else None)
         if key in self.made:
             scores, seconds = self.made[key]
             self.reused_seconds += seconds
@@ -293,7 +291,7 @@ class Document:
         elif name == "kvzip":
             scores = kvzip(model, self.tokenizer, ctx, self.full)
         else:
-            scores = self.compressor.scores(ctx, torch.tensor([k], device=model.device))
+            scores = self.compressor.scorer(ctx.h, ctx.lengths)
         self.made[key] = scores, clock(self.model) - start
         return scores
 

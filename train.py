@@ -177,34 +177,33 @@ class Distiller(nn.Module):
     def scorer_loss(
         self, m: MicroBatch, counts: StepCounts, ctx: Context, full: Cache,
     ) -> dict:
-        """The squared error of the scorer's predictions.
+        """The squared error of the scores, as predictions of log(attention · effect).
 
-        The targets of a cache entry are two logarithms: of the largest attention
-        weight that it gets while the model reads the questions of SCORER_MIX and
-        their answers, and of its effect on how likely these are. With the replay
-        alone, the first would be KVzip's importance score (arXiv 2505.23416). KVzip
-        measures it by a second reading of each context; the scorer learns to
-        predict it.
+        The attention of a cache entry is the largest weight that it gets while the
+        model reads the questions of SCORER_MIX and their answers. Its effect is how
+        much the likelihood of these depends on it. With the replay alone, the
+        attention would be KVzip's importance score (arXiv 2505.23416). KVzip measures
+        it by a second reading of each context; the scorer learns to predict it.
         """
         b = m.batch
         model = self.model[0]
         if self.compressor.cfg.target == "both":
-            targets = attention_and_effect(
+            factors = attention_and_effect(
                 model, full, b.continuation, b.segments, m.max_position)
         else:
-            targets = [max_attention(
+            factors = [max_attention(
                 model, full, b.continuation, segments=b.segments,
                 max_position=m.max_position)]
 
-        loss = 0
-        for predicted, target in zip(self.compressor.scorer(ctx.h, ctx.lengths), targets):
-            # (B, L, G, N); with token selection (B, 1, 1, N)
+        target = 0  # (B, L, G, N); with token selection (B, 1, 1, N)
+        for factor in factors:
             if self.compressor.cfg.selection == "token":
-                target = target.mean((1, 2), keepdim=True)
-            error = predicted - target.clamp(min=1e-6).log()  # −13.8 is the floor
-            error = torch.where(ctx.compressible[:, None, None], error, 0)
-            # the mean over heads, (B, N), and the sum over tokens, a scalar
-            loss = loss + error.square().mean((1, 2)).sum()
+                factor = factor.mean((1, 2), keepdim=True)
+            target = target + factor.clamp(min=1e-6).log()  # −13.8 is the floor
+        error = self.compressor.scorer(ctx.h, ctx.lengths) - target
+        error = torch.where(ctx.compressible[:, None, None], error, 0)
+        # the mean over heads, (B, N), and the sum over tokens, a scalar
+        loss = error.square().mean((1, 2)).sum()
         return {"loss": loss / counts.compressible}
 
     def distillation_loss(
@@ -226,7 +225,7 @@ class Distiller(nn.Module):
         compressor = self.compressor
         cfg = compressor.cfg
         # (B, L, G, N); with token selection (B, 1, 1, N)
-        scores = compressor.scores(ctx, m.k)
+        scores = compressor.scorer(ctx.h, ctx.lengths)
         # check=False: checking would wait for the GPU
         selection = compressor.select(scores, ctx, m.k, registers=True, check=False)
         beta = decay(scores, selection, cfg.decay, cfg.tau, soft)

@@ -25,7 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from compress import (  # noqa: E402
-    DEMO, attention_and_effect, effect_weight, kept_count, last_tokens, load_adapter,
+    DEMO, attention_and_effect, kept_count, last_tokens, load_adapter,
     select)
 from data.samples import REPEAT  # noqa: E402
 from data.tasks import METRICS, fidelity  # noqa: E402
@@ -205,7 +205,7 @@ def budget_shares(compressor, model, cases, keep: float):
         protect = torch.arange(tokens.shape[1], device=model.device)[None] < case.n_protect
         ctx = compressor.read(model, tokens, protect=protect)
         k = kept_count(ctx.compressible.sum(1), keep)
-        scores = compressor.scores(ctx, k)
+        scores = compressor.scorer(ctx.h, ctx.lengths)
         kept = compressor.select(scores, ctx, k, registers=True).kept          # (1, L, G, N)
         rows.append(kept[0].sum(-1).cpu() / int(k))
     return torch.stack(rows).numpy()
@@ -260,9 +260,8 @@ def targets_map(model, tokenizer, text: str, sentence: str, path: Path, keep=0.1
     ids, attention, effect = two_targets(model, tokenizer, text)
     compressible = torch.ones(1, len(ids), dtype=torch.bool)
     k = kept_count(compressible.sum(1), keep)
-    w = effect_weight(compressible.sum(1) / k)
     counts = []
-    for scores in (attention, attention + w * effect):
+    for scores in (attention, attention + effect):
         forced = last_tokens(compressible, min(4, int(k) // 8))[:, None, None]
         kept = select(scores, compressible, k, forced).kept
         counts.append(kept[0].sum((0, 1)).numpy())

@@ -48,7 +48,7 @@ def continuation(model, batch=2):
 def select_at(compressor, ctx, keep=0.1):
     """A selection and its k, by default at 10×, where LoRA has its part."""
     k = kept_count(ctx.compressible.sum(1), keep)
-    return compressor.select(compressor.scores(ctx, k), ctx, k, registers=True), k
+    return compressor.select(compressor.scorer(ctx.h, ctx.lengths), ctx, k, registers=True), k
 
 
 def masked_cache(model, compressor, ctx, chosen, k, beta):
@@ -208,7 +208,7 @@ def test_3_recent_tokens_are_an_eighth_of_the_kept_ones_at_most(model):
     compressor = tiny_compressor(model, recent=4)
     ctx = compressor.read(model, torch.randint(97, (3, 60)))
     k = torch.tensor([40, 16, 5])
-    chosen = compressor.select(compressor.scores(ctx, k), ctx, k)
+    chosen = compressor.select(compressor.scorer(ctx.h, ctx.lengths), ctx, k)
     assert chosen.not_scored.sum(-1).flatten().tolist() == [4, 2, 1]
 
 
@@ -281,7 +281,7 @@ def test_4_gradients_agree_with_finite_differences(model, compressor, ctx, decay
     def formula(scores):
         return decay(scores, chosen, decay_kind, 0.5, soft=True)
 
-    scores = compressor.scores(ctx, k).detach().requires_grad_()
+    scores = compressor.scorer(ctx.h, ctx.lengths).detach().requires_grad_()
     beta = decay(scores, chosen, decay_kind, 0.5, soft)
     beta.retain_grad()
     loss(beta).backward()
@@ -308,7 +308,7 @@ def test_5_training_leaves_the_frozen_model_as_it_was(model, compressor, ctx):
     teacher = teacher_of(model, compressor, ctx)
     for soft in (False, True):
         chosen, k = select_at(compressor, ctx)
-        beta = decay(compressor.scores(ctx, k), chosen, "threshold", 0.5, soft)
+        beta = decay(compressor.scorer(ctx.h, ctx.lengths), chosen, "threshold", 0.5, soft)
         distillation(model, compressor, ctx, teacher, chosen, k, beta).backward()
         assert all(p.grad.any() for p in compressor.parameters())
         optimizer.step()
@@ -409,7 +409,7 @@ def test_9_decoding_is_one_forward_pass_and_the_cache_stays(model, compressor, c
 @both_decays
 def test_10_the_gathered_cache_equals_the_masked_one(model, compressor, ctx, tokens, decay_kind):
     chosen, k = select_at(compressor, ctx)
-    beta = decay(compressor.scores(ctx, k), chosen, decay_kind, 0.5)
+    beta = decay(compressor.scorer(ctx.h, ctx.lengths), chosen, decay_kind, 0.5)
     masked = logits(model, masked_cache(model, compressor, ctx, chosen, k, beta), tokens)
     gathered = logits(model, compressor.compress(model, ctx, keep=0.1), tokens)
     assert torch.allclose(gathered, masked, atol=1e-4)
@@ -454,7 +454,7 @@ def test_11_the_selection_learns(selection):
         target = max_attention(model, compressor.full_cache(model, ctx), tokens).log()
         if selection == "token":
             target = target.mean((1, 2), keepdim=True)
-        loss = (compressor.scores(ctx, None) - target).square().mean()
+        loss = (compressor.scorer(ctx.h, ctx.lengths) - target).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -464,7 +464,7 @@ def test_11_the_selection_learns(selection):
         questions = torch.randint(0, 97, (64, 7), generator=rng)
         full = compressor.full_cache(model, ctx)
         log_p = logits(model, full, questions).log_softmax(-1)
-        learned = compressor.scores(ctx, None)
+        learned = compressor.scorer(ctx.h, ctx.lengths)
         kl = []
         for scores in (torch.rand(learned.shape, generator=rng), learned):
             cache = compressor.compress(model, ctx, keep=0.2, scores=scores)
@@ -548,7 +548,7 @@ def test_registers_are_in_every_head_above_the_scorer(model, selection):
     compressor = tiny_compressor(model, selection=selection, registers=2, recent=2)
     ctx = read(model, compressor)
     for keep, from_layer in ((0.2, compressor.cfg.eta), (0.3, 6)):
-        kept = compressor.select(compressor.scores(ctx, k_of(ctx, keep)), ctx, k_of(ctx, keep),
+        kept = compressor.select(compressor.scorer(ctx.h, ctx.lengths), ctx, k_of(ctx, keep),
                                  registers=True).kept
         cache = compressor.compress(model, ctx, keep=keep)
         for layer, groups in enumerate(cache.layers):
@@ -590,7 +590,7 @@ def test_eta_must_leave_a_layer_to_adapt(model, eta):
 def test_a_row_without_compressible_tokens_harms_nobody(model, compressor, ctx, tokens, decay_kind):
     ctx.compressible[1] = False
     chosen, k = select_at(compressor, ctx)
-    beta = decay(compressor.scores(ctx, k), chosen, decay_kind, 0.5)
+    beta = decay(compressor.scorer(ctx.h, ctx.lengths), chosen, decay_kind, 0.5)
     beta.sum().backward()
     assert not beta[1].any()
     assert all(p.grad.isfinite().all() for p in compressor.scorer.parameters())

@@ -39,7 +39,7 @@ def test_a_compressed_cache_answers_as_on_a_cpu(selection, keep):
         ctx = read(model, compressor)
         tokens = continuation(model)
         chosen, k = select_at(compressor, ctx, keep)
-        beta = decay(compressor.scores(ctx), chosen, "threshold", 0.5)
+        beta = decay(compressor.scorer(ctx.h, ctx.lengths), chosen, "threshold", 0.5)
         masked = masked_cache(model, compressor, ctx, chosen, k, beta)
         gathered = compressor.compress(model, ctx, keep=keep)
         answers.append(logits(model, gathered, tokens))

@@ -27,24 +27,22 @@ def near(*expected):
 
 def test_1_scores():
     torch.manual_seed(0)
-    scorer = Scorer(n_embd=4, hidden=8, n_layer=3, n_kv_head=2, n_outputs=2)
+    scorer = Scorer(n_embd=4, hidden=8, n_layer=3, n_kv_head=2)
     h = torch.randn(2, 5, 4)
     lengths = torch.tensor([5, 3])  # the second row has two tokens of padding
-    attention, effect = scorer(h, lengths)
-    scores = torch.stack([attention, effect])
-    assert attention.shape == effect.shape == (2, 3, 2, 5), (
-        "two of (B, L, G, N): every head gives every token two numbers")
-    scaled = torch.stack(scorer(7 * h, lengths))
+    scores = scorer(h, lengths)
+    assert scores.shape == (2, 3, 2, 5), "(B, L, G, N): every head gives every token a score"
+    scaled = scorer(7 * h, lengths)
     assert torch.allclose(scaled, scores, atol=1e-5), "the length of a hidden state must not matter"
-    alone = torch.stack(scorer(h[1:, :3], lengths[1:]))
-    assert torch.allclose(scores[:, 1:, ..., :3], alone, atol=1e-5), "padding does not count as text"
+    alone = scorer(h[1:, :3], lengths[1:])
+    assert torch.allclose(scores[1:, ..., :3], alone, atol=1e-5), "padding does not count as text"
 
     second = h[0, 1] / h[0, 1].square().mean().sqrt()
     distances = torch.tensor([3.0, 1.0]).log1p()  # three tokens follow, one precedes
-    expected = scorer.w2(F.gelu(scorer.w1(torch.cat([second, distances])))).view(2, 3, 2)
-    assert torch.allclose(scores[:, 0, :, :, 1], expected, atol=1e-5), (
-        "W₂·GELU(W₁·x), and output (i·L + l)·G + g is number i of head g of layer l")
-    dtype = scorer(h.bfloat16(), lengths)[0].dtype
+    expected = scorer.w2(F.gelu(scorer.w1(torch.cat([second, distances])))).view(3, 2)
+    assert torch.allclose(scores[0, :, :, 1], expected, atol=1e-5), (
+        "W₂·GELU(W₁·x), and output l·G + g is the score of head g of layer l")
+    dtype = scorer(h.bfloat16(), lengths).dtype
     assert dtype == torch.float32, "scores are fp32 for bf16 models, too"
 
 

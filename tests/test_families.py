@@ -83,7 +83,7 @@ def test_the_method_runs(family):
     compressor = tiny_compressor(model)
     ctx = read(model, compressor)
     selection, k = select_at(compressor, ctx)
-    beta = decay(compressor.scores(ctx, k), selection, "threshold", 0.5)
+    beta = decay(compressor.scorer(ctx.h, ctx.lengths), selection, "threshold", 0.5)
     tokens = continuation(model)
     student = model(tokens, masked_cache(model, compressor, ctx, selection, k, beta))
     with torch.no_grad():
