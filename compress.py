@@ -78,8 +78,8 @@ class CompressorConfig:
                                  # "token": all heads keep the same, as in the paper
     eta: int = 6                 # the scorer reads hidden states after this layer
     hidden: int = 1024           # width of the scorer's hidden layer
-    target: str = "both"         # what the scorer predicts of an entry: the attention
-                                 # that it gets, and its effect on the likelihood of
+    target: str = "both"         # what a score predicts of an entry: the attention
+                                 # that it gets times its effect on the likelihood of
                                  # what is read later; or "attention" alone
     recent: int = 4              # every head keeps the last K/8 tokens, at least 1,
                                  # at most this many ("head" only), but for heads

@@ -75,8 +75,8 @@ class TrainConfig:
     hidden: int = flag(
         1024, "width of the scorer's hidden layer", COUNT)
     target: str = flag(
-        "both", "what the scorer learns to predict: the attention "
-        "that entries get, or both that and their effect on the likelihood of a text",
+        "both", "what scores predict: the attention that entries get, or that times "
+        "their effect on the likelihood of what is read later",
         choices=("both", "attention"))
     recent: int = flag(
         4, "with head selection, every head keeps the last K/8 tokens, 1 to this many "

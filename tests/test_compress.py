@@ -155,7 +155,7 @@ def test_1_fresh_lora_without_decay_is_the_plain_model(model, fresh, ctx, tokens
 
 @torch.no_grad()
 def test_2_lora_changes_dropped_tokens_only_through_attention(model, compressor, fresh, ctx):
-    kept = torch.zeros(2, *compressor.scorer.shape[1:], N, dtype=torch.bool)
+    kept = torch.zeros(2, *compressor.scorer.shape, N, dtype=torch.bool)
     kept[:, :, 0, [15, 22]] = True  # by one head of each layer
     chosen = Selection(kept, torch.zeros(2, 1, 1, N).bool(), torch.zeros(2, 1, 1, 1))
     k = torch.tensor([2, 2])
