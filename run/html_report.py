@@ -36,7 +36,8 @@ OWN = 4
 def kept_map(cache: Cache, n: int):
     """Which of a context's n tokens each head holds: (L, G, n) bool.
 
-    cache: of one row.
+    cache: of one row. A register counts as the token of which it is a copy, the
+    last one.
     """
     layers = []
     for groups in cache.layers:
