@@ -55,6 +55,11 @@ def test_2_shared_budget():
     assert torch.equal(selection.kept, KEPT), "the best of both heads together, not of each head"
     assert torch.equal(selection.theta, THETA), "midway between −1.5, the last kept, and −2"
     assert torch.equal(selection.not_scored, RECENT), "not_scored: what no score could have changed"
+    less = select(scores, compressible, torch.tensor([2]), RECENT, reserved=1)
+    assert less.kept.sum() == 3, "registers use up budget"
+    less = select(scores, compressible, torch.tensor([2]), RECENT, reserved=4)
+    assert less.kept.sum() == 2, "but one entry per head is kept, on average"
+    assert less.theta.isfinite().all(), "θ is finite, even if all kept entries are forced"
 
     compressible[0, 0] = False  # the first token is protected
     selection = select(scores, compressible, torch.tensor([2]), RECENT)
@@ -72,6 +77,9 @@ def test_3_ragged_cache():
     positions = [group.positions.flatten().tolist() for group in groups]
     assert positions == [[0, 2, 4], [4]], "where an entry stood in the context"
     assert all(group.bias is None for group in groups), "nothing is padded or decayed: no bias"
+    moved = gather(KEPT, position=torch.tensor([[9, 8, 7, 6, 5]]))(0, k, -k)
+    positions = [group.positions.flatten().tolist() for group in moved]
+    assert positions == [[9, 7, 5], [5]], "`position`, if it is given, says where an entry stood"
 
     groups = gather(KEPT[:, :, :1])(0, k, -k)
     keys = [group.k[0, :, :, 0].tolist() for group in groups]
@@ -102,6 +110,9 @@ def test_4_decay_and_its_gradient():
     hard = decay(scores, selection, "threshold", 0.5)
     assert hard[0, 0].tolist() == [[0, NEG, 0, NEG, 0], [NEG, NEG, NEG, NEG, 0]], "kept or dropped"
     assert gradient(hard) == near(0.365, 0, 0.755, 0, 0), "the value is 0, the gradient remains"
+    protected = Selection(KEPT & ~RECENT, RECENT, THETA)
+    assert not decay(scores, protected, "threshold", 0.5)[..., 4].any(), (
+        "what is not scored has 0, also if it is not in `kept`")
     paper = decay(scores, selection, "sigmoid", 0.5)
     expected = near(-1.313, NEG, -1.701, NEG, 0)
     assert paper[0, 0, 0].tolist() == expected, "sigmoid: log σ(s), and its value stays"
