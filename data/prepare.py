@@ -43,8 +43,8 @@ FORMAT = 2  # of the shards; it is part of the hash in a folder's name
 
 
 # ------------------------------------------------------------------ sources
-# A document is {"title", "about" (a one-line description, or ""), "text"}, and
-# perhaps {"file"}.
+# A document is {"title", "about" (a one-line description, or ""), "text"}. One from
+# a folder also has its "file", the path within the folder.
 
 def wiki_documents() -> Iterator[dict]:
     """10,002 lead sections of English Wikipedia (CC BY-SA 4.0)."""
@@ -83,18 +83,21 @@ def text_files(path: Path) -> list[Path]:
     return files
 
 
-def file_documents(files: list[Path]) -> Iterator[dict]:
+def file_documents(source: Path, files: list[Path]) -> Iterator[dict]:
     for path in files:
         with reading(path, "expected UTF-8 text; convert it first"):
             text = path.read_text(encoding="utf-8-sig")
-        title = os.fsencode(path.stem).decode(errors="replace")
-        yield {"title": title, "about": "", "text": text.strip(), "file": path.name}
+        title, name = [os.fsencode(x).decode(errors="replace") for x in (
+            path.stem, path.name if path == source else path.relative_to(source))]
+        yield {"title": title, "about": "", "text": text.strip(), "file": name}
 
 
 # ------------------------------------------------------------------- splits
 
-def title_hash(document: dict) -> bytes:
-    return hashlib.sha256(document["title"].encode()).digest()
+def name_hash(document: dict) -> bytes:
+    """By the path of a file: many folders have a README.md."""
+    name = document.get("file", document["title"])
+    return hashlib.sha256(name.encode()).digest()
 
 
 def split(documents: list[dict]) -> dict[str, list[dict]]:
@@ -112,12 +115,12 @@ def split(documents: list[dict]) -> dict[str, list[dict]]:
 
     splits = {"train": [], "val": []}
     for document in documents:
-        is_held_out = title_hash(document)[0] % 20 == 0
+        is_held_out = name_hash(document)[0] % 20 == 0
         splits["val" if is_held_out else "train"].append(document)
 
     # Few documents may all land on one side.
     if not splits["train"] or not splits["val"]:
-        by_hash = sorted(documents, key=title_hash)
+        by_hash = sorted(documents, key=name_hash)
         return {"train": by_hash[1:], "val": by_hash[:1]}
     return splits
 
@@ -218,13 +221,13 @@ def prepare(sources: list[str], tokenizer: Tokenizer, root: Path = SHARDS) -> li
             documents = sotu_documents()
         else:
             files = text_files(Path(source))
-            documents = file_documents(files)
+            documents = file_documents(Path(source), files)
             for path in files:
                 stat = path.stat()
                 state.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
 
         key = repr((FORMAT, tokenizer.fingerprint, state)).encode()
-        name = f"{Path(source).stem}-{hashlib.sha256(key).hexdigest()[:8]}"
+        name = f"{Path(source).resolve().stem}-{hashlib.sha256(key).hexdigest()[:8]}"
         folder = Path(root) / name
         if not (folder / "val.json").exists():  # it is written last
             write_shards(documents, tokenizer, folder)

@@ -12,7 +12,7 @@ are questions in the chat format:
   cloze      a sentence of the text with a word or two blanked out
   title      "What is TITLE?", answered by the article's one-line description
   fact       a sentence that we made up and put into the text is asked for
-The scorer learns from a sixth in the first phase:
+A sixth kind is asked only in the first phase, beside continue, cloze and title:
   replay     the context is repeated exactly
 The document is one window of a long article, or several short articles in a row.
 Then a question about one article has to find it. Sample i of a seed is the same
@@ -27,14 +27,14 @@ from dataclasses import dataclass, field
 
 from data.prepare import Shard
 from data.tokenizer import Tokenizer
-from run.errors import BadInput
 
 KINDS = ("continue", "recite", "cloze", "title", "fact")
 REPEAT = "\n\nRepeat the previous context exactly."
 BLANK = "____"
-# Where training asks for passages and facts: a quarter at each end of the document,
-# where compression may treat tokens differently, and the rest anywhere. Of gaps, a
-# quarter is in the last sentence.
+# Where training asks for passages: a quarter at each end of the document, where
+# compression may treat tokens differently, and the rest anywhere. Of the facts in a
+# document, one is placed so, and the others anywhere. Of blanks, a quarter is in the
+# last sentence.
 PLACES = (None, None, "first", "last")
 
 # Sentences that no text holds: (sentence, question, answer)
@@ -242,15 +242,9 @@ class Samples:
                           # n_context, with equal chance for each doubling
 
     def __post_init__(self):
-        mix = dict(self.mix)
-        if mix.get("continue", 0) > 1:
-            raise BadInput(
-                f"mix continue={mix['continue']}: expected 0 or 1, since a text goes "
-                "on in one way only; a longer answer asks for more of it"
-            )
-        self.mix = mix
+        self.mix = dict(self.mix)
         described = any(d["about"] for shard in self.shards for d in shard.docs)
-        if mix.get("title") and not described:
+        if self.mix.get("title") and not described:
             self.replace_title_queries()
 
     def replace_title_queries(self) -> None:

@@ -3,8 +3,9 @@
 A task is a list of `Case`s. Each document is compressed once, and all its queries
 are asked of the compressed cache.
   fidelity   does the compressed cache predict an answer's tokens as the full one
-             does? The kinds of query are those of data/samples.py on held-out
-             text, and `squad` answers, which training never sees
+             does? The kinds of query are continue, recite, cloze and title of
+             data/samples.py on held-out text, and `squad` answers, which training
+             never sees
   ends       the same, for facts and passages at the beginning and the end of a
              document, where compression may treat tokens differently
   squad      questions of SQuAD v1.1 about several paragraphs of one article
@@ -16,8 +17,9 @@ A query's `kind` is a path such as "single/1024/0.5". Results are given for ever
 prefix of it.
 
 Whatever is chosen by its results is chosen on the *dev* half of the texts.
-What is claimed is measured on the *test* half. Each function below takes `split`:
-"dev", "test", or "all".
+What is claimed is measured on the *test* half. fidelity, ends, squad, and the essays
+of niah are split so (`split`: "dev", "test", or "all"); a file of your own for niah,
+summary, choice or cost is not.
 """
 import hashlib
 import math
@@ -140,7 +142,8 @@ METRICS = {
     "choice": {"accuracy": None, "chance": None},
     "cost": {"tokens_per_s": None, "tokens_per_s_8": None, "question_s": None},
 }
-# The metrics of an answer between 0 and 1
+# Judgements of an answer, from 0 to 1: `mean_and_interval` knows what to do where
+# all of them agree.
 SHARES = {"f1", "em", "contains", "match", "rougeL", "accuracy"}
 MAX_NEW_TOKENS = {"squad": 24, "niah": 12, "summary": 160, "cost": 16}
 
@@ -463,15 +466,24 @@ def ends(
                 recite_query(rng, text, tok, n_answer, at="last"),
             ]
         else:
-            (first, first_query), (last, last_query) = [fact_query(rng, tok) for _ in "12"]
+            first, first_query = fact_query(rng, tok)
+            last, last_query = fact_query(rng, tok)
             before = tok.document(first)
             after = tok.encode(" " + last, joined=True)
             middle = tok.encode(" " + text, joined=True)
-            ids = before + middle[:n_context - len(before) - len(after)] + after
+            room = n_context - len(before) - len(after)
+            if room < 1:
+                raise BadInput(
+                    f"ends: --context {n_context} has no room for two made-up sentences; "
+                    "try 64 or more")
+            ids = before + middle[:room] + after
             queries = [first_query, last_query]
         for query, place in zip(queries, ("first", "last")):
-            query.kind = f"{query.kind}/{place}"
-        cases.append(make_case(tok, ids, queries, unit))
+            if query is not None:
+                query.kind = f"{query.kind}/{place}"
+        queries = [query for query in queries if query is not None]
+        if queries:
+            cases.append(make_case(tok, ids, queries, unit))
     return cases
 
 
@@ -483,8 +495,8 @@ def niah(
     """At least n documents, as many for every cell of a grid.
 
     single/LENGTH/DEPTH: one needle at that depth in a document of LENGTH
-    compressible tokens, give or take a sentence. multi/LENGTH: N_KEYS needles
-    at different depths, each of which is asked for. Keys and values are random,
+    compressible tokens, give or take a sentence. multi/LENGTH/DEPTH: one of N_KEYS
+    needles at different depths, each of which is asked for. Keys and values are random,
     so that nothing can be guessed.
     """
     texts = [read_text(path)] if path is not None else essays(split)

@@ -1,7 +1,9 @@
 """A conversation about a document, on one cache that grows.
 
 Its tokens are those of one long prompt that transformers would make of the same
-turns. Nothing is read twice, and nothing that was said is compressed.
+turns. The document and earlier turns are not read again. A turn's question and
+answer are read once more, to enter the cache, and nothing that was said is
+compressed.
 """
 import sys
 from dataclasses import dataclass

@@ -43,7 +43,8 @@ CACHE_FORMAT = 2
 STATE_KEY = "kvdistill_state"  # in the header of a training state
 STATES_KEPT = 2  # a run goes back to the older one if the newer one cannot be read
 
-# Flags that a resumed run may change: they say how a step is computed, not what.
+# Flags that do not decide what is trained, so a resumed run may change them.
+# (init_adapter is compared by its content, under `from`.)
 FREE_FLAGS = {
     "init_adapter", "micro", "chunk", "parallel", "activation_checkpointing",
     "save_every", "eval_contexts", "out", "shards"}
@@ -520,11 +521,12 @@ def quarantine(out, step: int) -> None:
 
 
 def trim_log(path, steps: int) -> None:
-    """Drop a log's lines after its first `steps`; they are computed again."""
+    """Drop a log's lines of all but the first `steps` steps; they are computed again."""
     path = Path(path)
     with reading(path, "move it away"):
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    lines = [line for line in lines[:steps] if line.endswith(b"\n")]
+        lines = [line for line in lines if line.endswith(b"\n")]
+        lines = [line for line in lines if parse_json(line.decode())["step"] < steps]
     if len(lines) < steps:
         warn(f"{path}: {len(lines)} lines where {steps} were expected; the rest is lost")
     write_atomic(path, lambda temporary: temporary.write_bytes(b"".join(lines)))

@@ -22,8 +22,8 @@ from run.errors import write_atomic
 KEEPS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5)  # the page's, beside the user's own
 TEMPLATE = Path(__file__).with_suffix(".html")
 
-# The terminal's three steps: at most so many of the tokens are of this step or above.
-# So there is something to see at any keep ratio.
+# The fractions of tokens that get each of the terminal's three marks or a stronger one,
+# at most, so that there is something to see at any keep ratio.
 SHARES = (0.35, 0.15, 0.05)
 # By level: no step, the three steps, and what the user wanted to be kept.
 MARKS = " .+#="
@@ -36,8 +36,8 @@ OWN = 4
 def kept_map(cache: Cache, n: int):
     """Which of a context's n tokens each head holds: (L, G, n) bool.
 
-    cache: of one row. A register counts as the token of which it is a copy, the
-    last one.
+    cache: of one row. A register counts as the token of which it is a copy, one of
+    the last ones.
     """
     layers = []
     for groups in cache.layers:
@@ -80,9 +80,10 @@ def text_units(tokenizer, ids: list[int]) -> list[tuple[str, int]]:
 # --------------------------------------------------------------- in a terminal
 
 def step_limits(counts: list[int], n_heads: int) -> list[int]:
-    """How many heads keep a token of each step at least.
+    """For each mark, how many heads must keep a token that gets it.
 
-    counts: of the heads, how many keep each token.
+    At most the fraction SHARES of the tokens get it, unless all heads keep more.
+    counts: how many heads keep each token.
     """
     ordered = sorted(counts, reverse=True)
     limits = []
@@ -232,10 +233,10 @@ def make_report(
         return [answer_text(tokenizer, answer, settings[0]) for answer in found]
 
     n = len(ids) - sum(own)
-    ratio_of = {}  # by tokens per head
-    for ratio in sorted({*KEEPS, kept / max(1, n)}):
+    ratio_of = {}  # by tokens per head; where two ratios have as many, the rounder one
+    for ratio in (kept / max(1, n), *KEEPS):
         ratio_of[max(1, math.ceil(ratio * n - 1e-6))] = ratio
-    counts = list(ratio_of)
+    counts = sorted(ratio_of)
 
     bits = torch.zeros(len(ids), model.cfg.n_layer, model.cfg.n_kv_head, dtype=torch.uint8)
     sizes = []
@@ -260,7 +261,7 @@ def make_report(
         "header": n_header,
         "layers": model.cfg.n_layer,
         "heads": model.cfg.n_kv_head,
-        "keeps": list(ratio_of.values()),
+        "keeps": [ratio_of[k] for k in counts],
         "kept": counts,
         "start": counts.index(max(1, math.ceil(kept - 1e-6))),
         "units": units,

@@ -1,7 +1,8 @@
 """What a training run needs, by arithmetic: memory, operations, hours (--plan).
 
 A multiply-add counts as two operations, causal attention as half a square. What
-activation checkpointing computes twice counts once.
+activation checkpointing computes twice counts once, but for the logits of the
+first phase.
 """
 import math
 
@@ -10,13 +11,13 @@ import torch
 from model import Config, Llama
 from run.dist import World
 from run.errors import BadInput
-from run.loading import is_out_of_memory, read_config
+from run.loading import is_out_of_memory, pick_dtype, read_config
 
 # the model of the presets 8b and paper, whose config.json is behind a licence
 LLAMA_8B_SHAPE = Config(
     vocab_size=128256, n_layer=32, n_head=32, n_kv_head=8, head_dim=128, n_embd=4096,
     n_ffn=14336, max_positions=131072, tied=False)
-BYTES = {"fp32": 4, "bf16": 2, "auto": 2}
+BYTES = {"fp32": 4, "bf16": 2, "auto": 2}  # auto: --plan takes a GPU with bf16 units
 HEADER = 24        # tokens of the chat header before every context
 USABLE = 0.9       # of a GPU's memory; the rest is for the driver and the allocator
 UTILISATION = 0.4  # of a GPU's peak; train.py logs what a step reaches
@@ -27,14 +28,15 @@ def count(module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def tokens_asked(mix: dict[str, int], c) -> int:
-    """Tokens of the questions and answers about one context, on average.
+def tokens_asked(mix: dict[str, int], c, context: float) -> float:
+    """Tokens of the questions and answers about a context of `context` tokens, on
+    average, as counted with SmolLM2's tokenizer.
 
     c: the TrainConfig, also below.
     """
     per_question = {
         "continue": c.answer, "recite": 24 + c.answer, "cloze": 54, "title": 29,
-        "fact": 30, "replay": 16 + c.context}
+        "fact": 30, "replay": 16 + context}
     return sum(n * per_question[kind] for kind, n in mix.items())
 
 
@@ -78,10 +80,10 @@ def step_flops(
 
 
 def memory(
-    c, model: Llama, compressor, asked: int, dtype: str, gpus: int, parallel: str,
+    c, model: Llama, compressor, asked: float, dtype: str, gpus: int, parallel: str,
     phase: str = "distillation",
 ) -> dict[str, float]:
-    """Bytes in one process when it needs most in a phase: in the loss.
+    """Bytes in one process at the peak of a phase, which is in the loss.
 
     asked: tokens of the questions about one context.
     A frozen matrix keeps nothing for the backward pass. What a block keeps, per
@@ -95,7 +97,8 @@ def memory(
     size = BYTES[dtype]
     adapted = len(compressor.a_q)
     n_backward = cfg.n_layer if c.scorer_lr_phase2 else adapted
-    context = c.micro * (c.context + HEADER)
+    micro = max(1, min(c.micro, c.batch_of(phase) // gpus))
+    context = micro * (c.context + HEADER)
     trained = count(compressor)
     frozen = count(model)
     if parallel == "fsdp":  # a share of all blocks, and two whole ones at a time
@@ -104,7 +107,7 @@ def memory(
     per_token = 8 * D + size * (2 * inner + 2 * kv + 3 * cfg.n_ffn)
     encode = context * (per_token + size * (D + inner))  # with the LoRA's inputs
     entries = c.context + HEADER + asked / 2  # that a token of a question looks at
-    asked = c.micro * asked
+    asked = micro * asked  # of all contexts of a forward pass
     # attention keeps keys and values of every query head, widened for the bias
     ask = asked * per_token + 2.2 * (context + asked) * size * inner
     kept = adapted * encode + n_backward * ask
@@ -139,7 +142,7 @@ def print_plan(a, c, model: Llama, compressor, scorer_mix: dict, mix: dict) -> N
         ("scorer", c.scorer_steps, scorer_mix), ("distillation", c.steps, mix),
     ):
         if steps > 0:
-            asked = tokens_asked(questions, c)
+            asked = tokens_asked(questions, c, c.context)
             phases.append(memory(
                 c, model, compressor, asked, a.dtype, a.gpus, parallel, phase))
     items = max(phases, key=lambda items: sum(items.values()))
@@ -170,7 +173,7 @@ def print_plan(a, c, model: Llama, compressor, scorer_mix: dict, mix: dict) -> N
         ("scorer", c.scorer_steps, scorer_mix), ("distillation", c.steps, mix),
     ):
         batch = c.batch_of(phase)
-        asked = batch * tokens_asked(questions, c)
+        asked = batch * tokens_asked(questions, c, mean)
         context = batch * (HEADER + mean)
         flops = step_flops(model.cfg, compressor, batch, context, asked, asked,
                            phase, c.scorer_lr_phase2 > 0)
@@ -188,9 +191,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.3g} hours"
 
 
-def fitting_parallel(weights: float, processes: int, memory: float | None) -> str:
+def fitting_parallel(weights: float, processes: int, gpu_bytes: float | None) -> str:
     """ddp while the frozen weights (bytes) leave half of a GPU's memory, else fsdp."""
-    too_large = memory and weights > memory / 2
+    too_large = gpu_bytes and weights > gpu_bytes / 2
     return "fsdp" if too_large and processes > 1 else "ddp"
 
 
@@ -207,11 +210,11 @@ def choose_parallel(asked: str, folder, dtype: str, world: World) -> str:
 
     cfg = read_config(f"{folder}/config.json")
     with torch.device("meta"):
-        weights = count(Llama(cfg)) * BYTES[dtype]
-    memory = None
+        weights = count(Llama(cfg)) * pick_dtype(dtype, world.device).itemsize
+    gpu_bytes = None
     if world.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(world.device).total_memory
-    chosen = fitting_parallel(weights, world.world_size, memory)
+        gpu_bytes = torch.cuda.get_device_properties(world.device).total_memory
+    chosen = fitting_parallel(weights, world.world_size, gpu_bytes)
     print(f"--parallel {chosen}: the frozen model takes {weights / 1e9:.3g} GB")
     return chosen
 

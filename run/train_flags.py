@@ -320,6 +320,9 @@ def parse_mix(text: str) -> dict[str, int]:
             raise BadInput(f"--mix is {text!r}, expected KIND=COUNT,… with the kinds "
                            f"{', '.join(KINDS)}")
         mix[kind] = int(count)
+    if mix.get("continue", 0) > 1:
+        raise BadInput(f"--mix continue={mix['continue']}: expected 0 or 1, since a text goes on "
+                       "in one way only; for more of it give a larger --answer")
     if not any(mix.values()):
         raise BadInput(f"--mix is {text!r}, expected at least one question")
     return mix

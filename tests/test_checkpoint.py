@@ -304,6 +304,10 @@ def test_a_log_is_cut_back_to_its_state(tmp_path, capsys):
     trim_log(path, 5)
     assert "2 lines where 5 were expected" in capsys.readouterr().err
 
+    path.write_text('{"step": 50}\n{"step": 51}\n')  # its beginning was lost
+    trim_log(path, 51)
+    assert path.read_text() == '{"step": 50}\n'
+
 
 def test_a_full_disk_while_logging_is_one_line():
     with open("/dev/full", "ab", buffering=0) as log, pytest.raises(BadInput, match="No space left"):

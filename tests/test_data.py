@@ -160,7 +160,7 @@ def test_few_documents_hold_out_at_least_one(tok, tmp_path, capsys, n):
 
 def test_a_side_is_never_empty_whatever_the_hashes(tok, tmp_path, monkeypatch):
     for byte in (0, 1):  # all documents hash to the held-out side; none does
-        monkeypatch.setattr(prepare_module, "title_hash", lambda document: bytes([byte]))
+        monkeypatch.setattr(prepare_module, "name_hash", lambda document: bytes([byte]))
         write_shards(documents(n=5), tok, tmp_path)
         found = read_shards(tmp_path, tok)
         assert (len(found["train"]), len(found["val"])) == (4, 1)

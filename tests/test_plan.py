@@ -55,7 +55,7 @@ def trace(cfg, c: TrainConfig, phase: str, mix, make_mode):
     def zeros(*shape):
         return torch.zeros(shape, dtype=torch.long)
 
-    n, asked, B = c.context + HEADER, tokens_asked(mix, c), c.micro
+    n, asked, B = c.context + HEADER, tokens_asked(mix, c, c.context), c.micro
     with FakeTensorMode():
         torch.set_default_dtype(torch.bfloat16)
         model = Llama(cfg).requires_grad_(False)
@@ -165,4 +165,14 @@ def test_out_of_memory_names_flags_that_help():
 
 
 def test_every_kind_of_question_has_its_tokens():
-    assert all(tokens_asked({kind: 1}, TrainConfig()) > 20 for kind in (*KINDS, "replay"))
+    assert all(tokens_asked({kind: 1}, TrainConfig(), 400) > 20 for kind in (*KINDS, "replay"))
+
+
+def test_a_pass_holds_no_more_contexts_than_its_step():
+    """--scorer-batch 1 --micro 16: the first phase needs what one context needs."""
+    with torch.device("meta"):
+        model = Llama(SMOLLM)
+        compressor = Compressor(SMOLLM, compressor_config(TrainConfig()))
+    needs = [memory(c, model, compressor, 1000, "bf16", 1, "ddp", "scorer") for c in (
+        TrainConfig(batch=16, micro=16, scorer_batch=1), TrainConfig())]
+    assert needs[0] == needs[1]

@@ -242,11 +242,11 @@ def test_train_learns_on_a_tiny_model(tiny, tiny_run, tmp_path):
     """Both phases through the real program: each one's loss falls; then the table, and the command
     that uses the adapter, which runs."""
     out = tmp_path / "run"
-    said = run("train.py", *tiny_run, "--scorer-steps", "40", "--steps", "40", "--batch", "4",
+    said = run("train.py", *tiny_run, "--scorer-steps", "40", "--steps", "80", "--batch", "4",
                "--micro", "2", "--keep-min", "0.1", "--lr", "0.01", "--scorer-lr", "0.01", "--out",
                out, "--eval-contexts", "4")
     log = log_of(out)
-    assert [line["phase"] for line in log] == ["scorer"] * 40 + ["hard"] * 40
+    assert [line["phase"] for line in log] == ["scorer"] * 40 + ["hard"] * 80
     for part in (log[:40], log[40:]):
         first, last = (sum(line["loss"] for line in x) for x in (part[:10], part[-10:]))
         assert last < 0.95 * first
@@ -326,7 +326,7 @@ def test_a_run_goes_on_from_an_adapter_and_has_its_shape(tiny, tiny_run, tmp_pat
     assert all(torch.allclose(after[name], before[name], atol=1e-7) for name in before)
     meta = read_json(second / "adapter" / "adapter.json")
     assert meta["config"]["tau"] == 0.25 and meta["from"]["train"]["scorer_steps"] == 1
-    assert "--rank 4; leave" in error_of(train, *flags, "--rank", "8")
+    assert "--rank 4, which is taken over" in error_of(train, *flags, "--rank", "8")
     assert "finished" in call(train, *flags, "--resume")
 
     path = first / "adapter" / "adapter.json"
@@ -344,10 +344,11 @@ def test_a_run_goes_on_from_an_adapter_and_has_its_shape(tiny, tiny_run, tmp_pat
     (("--gpus", "8"), "--gpus is for --plan"), (("--sources", "nowhere"), "nowhere': no such file"),
     (("--steps", "0", "--scorer-steps", "0"), "--steps and --scorer-steps are both 0"),
     (("--keep-max", "1.0"), "keep-min <= keep-max < 1"), (("--lam", "2"), "2, expected 0 to 1"),
-    (("--mix", "sing=1"), "expected KIND=COUNT"), (("--mix", "cloze=²"), "expected KIND=COUNT"),
+    (("--mix", "sing=1"), "expected KIND=COUNT"),
+    (("--mix", "continue=2"), "expected 0 or 1"), (("--mix", "cloze=²"), "expected KIND=COUNT"),
     (("--decay", "linear"), "invalid choice"), (("--selection", "layer"), "invalid choice"),
-    (("--decay", "sigmoid"), "--scorer-steps 0"), (("--scorer-steps", "0"), "try 1e-3"),
-    (("--soft-fraction", "0.5"), "try 1e-3"), (("--clip", "0"), "--clip: 0"),
+    (("--decay", "sigmoid"), "--scorer-steps 0"), (("--scorer-steps", "0"), "try --scorer-lr-phase2 1e-3"),
+    (("--soft-fraction", "0.5"), "try --scorer-lr-phase2 1e-3"), (("--clip", "0"), "--clip: 0"),
     (("--scorer-lr-phase2", "-1"), "at least 0"), (("--seed", "-3"), "expected 0 to"),
     (("--sources", "wiki,"), "an empty entry"), (("--min-context", "3"), "16 to --context"),
     (("--init-adapter", "/"), "no adapter.json in it")], ids=str)

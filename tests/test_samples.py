@@ -10,7 +10,6 @@ from data.prepare import Shard, write_shards
 from data.batches import collate
 from data.samples import BLANK, KINDS, Case, Query, Samples, fact_query
 from data.tokenizer import Tokenizer
-from run.errors import BadInput
 from test_tokenizer import write_tokenizer
 
 MIX = dict.fromkeys(KINDS, 2) | {"continue": 1}
@@ -176,11 +175,6 @@ def test_title_queries_stay_where_one_source_has_descriptions(tok, shard, capsys
     stream = Samples([plain, shard], tok, 400, {"title": 2}, n_answer=20)
     assert "title" in {q.kind for i in range(20) for q in stream(i).queries}
     assert capsys.readouterr().err == ""
-
-
-def test_two_identical_continuations_are_refused(tok):
-    with pytest.raises(BadInput, match="mix continue=2: expected 0 or 1"):
-        Samples([OneDocument(range(999))], tok, 80, {"continue": 2})
 
 
 def test_a_context_always_has_a_query(tok):

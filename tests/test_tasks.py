@@ -334,6 +334,8 @@ def test_ends_ask_about_the_first_and_the_last_sentence(tok, tmp_path):
             near = text[:120] if place == "first" else text[-170:]
             assert answer in near, (query.kind, answer, near)
             assert kind == "fact" or place == "first" or text.endswith(answer) or len(answer) >= 32
+    with pytest.raises(BadInput, match="no room for two made-up sentences"):
+        ends(tok, 4, 0, 24, str(texts), tmp_path / "shards")
 
 
 def documents(*lengths):
