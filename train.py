@@ -1,7 +1,7 @@
 """Train a KV-cache compressor for a frozen Llama.
 
     python train.py                       # a quarter to half an hour, two CPU cores
-    python train.py --preset small        # two hours of one core
+    python train.py --preset small        # two to three hours of two CPU cores
     python train.py --preset paper-small  # the paper's own method
     python train.py --init-adapter FOLDER --sources my/texts --scorer-steps 0 \
         --steps 60 --lr 2e-4              # go on from an adapter
