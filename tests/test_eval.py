@@ -297,21 +297,17 @@ def test_bytes_count_what_is_stored(document):
 @pytest.mark.weights
 @torch.no_grad()
 def test_the_end_of_a_document_is_found(smollm, tokenizer):
-    """At 20x, a needle behind the last sentence. Without the register, LoRA fills the
-    last tokens with the text before them, and their own content is lost."""
+    """At 10x, a needle behind the last sentence. An adapter whose LoRA filled the last
+    tokens with the text before them lost their own content."""
     compressor = load_adapter(SHIPPED_ADAPTER, smollm, tokenizer)
     cases = [case for case in tasks.niah(tokenizer, DEMO, 8, 3, [512], [1.0])
              if len(case.queries) == 1]
-    found = {}
-    for registers in (compressor.cfg.registers, 0):
-        compressor.cfg.registers = registers
-        found[registers] = 0
-        for case in cases:
-            cache = Document(smollm, tokenizer, compressor, case, "x").cache("kvdistill", 0.05)
-            answer, = judge("niah", smollm, tokenizer, case, cache, None)
-            found[registers] += answer["match"]
-    print(found)
-    assert len(cases) == 4 and found[1] >= 3 and found[0] <= 1
+    found = 0
+    for case in cases:
+        cache = Document(smollm, tokenizer, compressor, case, "x").cache("kvdistill", 0.1)
+        answer, = judge("niah", smollm, tokenizer, case, cache, None)
+        found += answer["match"]
+    assert len(cases) == 4 and found >= 3
 
 
 # judging ----------------------------------------------------------------------------------
