@@ -349,7 +349,7 @@ def measure_training(
 
     # random tokens, as many as the preset's questions have
     mix = parse_mix(c.mix)
-    asked = tokens_asked(mix, c)
+    asked = tokens_asked(mix, c, c.context)
     length = asked // sum(mix.values())
     vocabulary = model.cfg.vocab_size
     micro_batches = []
