@@ -162,9 +162,9 @@ def attention_sum(model: Llama, tokens, cache: Cache | None, n: int):
 def h2o(model: Llama, ctx: Context):
     """H2O (arXiv 2306.14048): the attention that a token has received.
 
-    It is summed over the tokens from itself on, and averaged over the query heads of a group,
-    (1, L, G, N). The document is read a second time here. Code that sums in the
-    first reading does not need to.
+    It is summed over the tokens from itself on, and averaged over the query heads
+    of a group, (1, L, G, N). The document is read a second time here. Code that
+    sums in the first reading does not need to.
     """
     return attention_sum(model, ctx.tokens, None, ctx.tokens.shape[1]).mean(2)[None]
 
@@ -673,14 +673,14 @@ def evaluate(args, about: dict, world: World, results: Results) -> None:
         wanted = {(i, method, keep) for i in range(len(cases)) for method in args.methods
                   for keep in keeps_of(method, args.keep)}
         done = results.done(task, wanted)
-        methods = {"methods": args.methods, "keeps": args.keep, "seed": args.seed}
+        same = {"methods": args.methods, "keeps": args.keep, "seed": args.seed}
         if task == "cost":  # the first passes are slow, whatever they are
             warm = replace(cases[0], context=cases[0].context[:128])
-            list(measure(task, model, tokenizer, compressor, [(0, warm)], **methods))
+            list(measure(task, model, tokenizer, compressor, [(0, warm)], **same))
         left = world.my_rows(sorted({i for i, _, _ in wanted - done}))
         bar = tqdm([(i, cases[i]) for i in left], desc=task, unit="document", mininterval=1,
                    disable=world.rank > 0)
-        for records in measure(task, model, tokenizer, compressor, bar, **methods, done=done):
+        for records in measure(task, model, tokenizer, compressor, bar, **same, done=done):
             results.add(records)
         results.finish(task)
 
