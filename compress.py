@@ -78,19 +78,20 @@ class CompressorConfig:
                                  # "token": all heads keep the same, as in the paper
     eta: int = 6                 # the scorer reads hidden states after this layer
     hidden: int = 1024           # width of the scorer's hidden layer
-    target: str = "both"         # what a score predicts of an entry: the attention
-                                 # that it gets times its effect on the likelihood of
-                                 # what is read later; or "attention" alone
-    recent: int = 4              # every head keeps the last K/8 tokens, at least 1,
-                                 # at most this many ("head" only), but for heads
-                                 # that keep registers instead
+    target: str = "both"         # what a score predicts of an entry. "attention": the
+                                 # attention that it gets; "both": that times its effect
+                                 # on the likelihood of what is read later
+    recent: int = 4              # with selection "head", every head keeps the last K/8
+                                 # tokens, 1 to this many; 0: none. Heads with registers
+                                 # keep these instead
     decay: str = "threshold"     # or "sigmoid", the paper's
     tau: float = 0.5             # temperature of "threshold", in nats of score
     rank: int = 32               # of LoRA on W_Q and W_O
-    routing_strength: str = "growing"  # with the compression; or "full", the paper's
+    routing_strength: str = "growing"  # LoRA is stronger the more is dropped; "full":
+                                       # always at full strength, the paper's way
     registers: int = 1           # where LoRA is on, every head above layer η keeps
-                                 # copies of so many last tokens, which LoRA can fill
-                                 # with what is dropped; 0: none
+                                 # copies of this many of the last tokens, which LoRA can
+                                 # fill with what is dropped; 0: none
 
 
 # ------------------------------------------------------------ part 1: the scorer
@@ -98,11 +99,11 @@ class CompressorConfig:
 class Scorer(nn.Module):
     """A network with one hidden layer, in fp32: a score for each token and head.
 
-    The score predicts log(attention · effect): of the largest attention weight that
-    the entry will get, times its effect on the likelihood of what is read later (see
-    `attention_and_effect`). The input is the RMS-normalised hidden state,
-    log(1 + tokens after it) and log(1 + tokens before it): a causal hidden state
-    cannot know how much text is to come.
+    With the target "both", the score predicts log(attention · effect). The attention
+    is the largest attention weight that the entry will get. The effect is how much the
+    likelihood of what is read later depends on it (see `attention_and_effect`). The
+    input is the RMS-normalised hidden state, log(1 + tokens after it) and log(1 +
+    tokens before it): a causal hidden state cannot know how much text is to come.
     """
 
     def __init__(self, n_embd: int, hidden: int, n_layer: int, n_kv_head: int):
@@ -125,6 +126,10 @@ class Scorer(nn.Module):
 
 
 # ----------------------------------------------- part 2: selection under a budget
+#
+# Some tokens are kept whatever their score. Forced ones, the last few of a document,
+# use up budget. Protected ones, the chat header and passages that the user names, do
+# not: every head keeps them on top.
 
 def kept_count(n, keep: float | None = None, tokens: int | None = None):
     """K, the number of tokens that each head keeps on average.
@@ -150,12 +155,12 @@ def kept_count(n, keep: float | None = None, tokens: int | None = None):
 @dataclass
 class Selection:
     """Which entries of the cache are kept."""
-    kept: torch.Tensor        # (B, l, g, N) bool; recent tokens are in it,
-                              # protected ones and registers are not
-    not_scored: torch.Tensor  # (B, 1 or l, 1, N) bool, kept or dropped whatever
-                              # the score: forced and protected tokens, padding
-    theta: torch.Tensor       # (B, 1, 1, 1) fp32, the threshold: midway between
-                              # the last kept score and the next
+    kept: torch.Tensor           # (B, l, g, N) bool; forced tokens are in it,
+                                 # protected ones and registers are not
+    score_ignored: torch.Tensor  # (B, 1 or l, 1, N) bool: forced and protected
+                                 # tokens, and padding
+    theta: torch.Tensor          # (B, 1, 1, 1) fp32, the threshold: midway between
+                                 # the last kept score and the next
 
 
 def last_tokens(compressible, count):
@@ -198,10 +203,10 @@ def select(
 
     # +∞ ranks forced tokens first, −∞ ranks protected tokens and padding last
     ranked = scores.masked_fill(others, -math.inf)
-    not_scored = others
+    score_ignored = others
     if forced is not None:
         ranked = ranked.masked_fill(forced, math.inf)
-        not_scored = others | forced
+        score_ignored = others | forced
 
     # (B, l·g·N): the heads of a row, one after the other
     ranked, order = ranked.flatten(1).sort(dim=1, descending=True, stable=True)
@@ -213,19 +218,19 @@ def select(
 
     last = ranked.gather(1, (budget - 1).clamp(min=0))
     next_ = ranked.gather(1, budget.clamp(max=l * g * N - 1))
-    # θ must be finite also where all kept entries are forced, or none is dropped;
-    # where both hold, no entry has a score, and `decay` masks what comes of θ
+    # θ must be finite also where all kept entries are forced, or none is dropped.
+    # Where both hold it is −∞, but then `decay` sets β to 0 for all entries.
     last = torch.where(last == math.inf, next_ + 1, last)
     next_ = torch.where(next_ == -math.inf, last - 1, next_)
     theta = ((last + next_) / 2)[..., None, None]
-    return Selection(kept.view_as(scores), not_scored, theta)
+    return Selection(kept.view_as(scores), score_ignored, theta)
 
 
 def gather(keep_mask, beta=None, position=None):
     """Part 2: how a layer's keys and values become a compressed cache.
 
-    Returns store(layer, k, v), which takes the keys and values (B, G, N, d) of a
-    layer and returns its head groups. Neighbouring heads that keep equally many
+    Returns store(layer, keys, values), which takes those of a layer, (B, G, N, d),
+    and returns its head groups. Neighbouring heads that keep equally many
     entries share a group. In a batch, a head is as long as in the row where it
     keeps most; the other rows are padded.
 
@@ -249,10 +254,10 @@ def gather(keep_mask, beta=None, position=None):
     most, least = torch.stack([counts.amax(0), counts.amin(0)]).tolist()
     per_head = keep_mask.shape[2] > 1
 
-    def store(layer: int, k, v) -> list[HeadGroup]:
+    def store(layer: int, keys, values) -> list[HeadGroup]:
         if len(most) == 1:
             layer = 0  # one selection for all layers
-        head = torch.arange(k.shape[1], device=k.device)[:, None]
+        head = torch.arange(keys.shape[1], device=keys.device)[:, None]
 
         groups = []
         first = 0
@@ -270,8 +275,9 @@ def gather(keep_mask, beta=None, position=None):
             if bias is not None or min(least[layer][heads]) < size:
                 real = 0.0 if bias is None else bias
                 bias = torch.where(group_positions < 0, NEG, real)
-            entries = (row, own_heads, group_index)  # of k and v: (B, g, S, d)
-            groups.append(HeadGroup(k[entries], v[entries], group_positions, bias))
+            entries = (row, own_heads, group_index)
+            # keys[entries], values[entries]: (B, g, S, d)
+            groups.append(HeadGroup(keys[entries], values[entries], group_positions, bias))
         return groups
 
     return store
@@ -295,18 +301,18 @@ def decay(scores, selection: Selection, kind: str, tau: float, soft: bool = Fals
         hard step) dropped entries have −1e9, which masks them, and under
         "threshold" the *value* of β is 0 for kept ones, which leaves its
         gradient.
-    Returns: (B, l, g, N) fp32; 0 where `selection.not_scored`.
+    Returns: (B, l, g, N) fp32; 0 where `selection.score_ignored`.
     """
     if kind == "sigmoid":
         beta = F.logsigmoid(scores)
     else:
         beta = F.logsigmoid((scores - selection.theta) / tau)
-    beta = torch.where(selection.not_scored, 0.0, beta)
+    beta = torch.where(selection.score_ignored, 0.0, beta)
     if soft:
         return beta
     if kind == "threshold":
         beta = beta - beta.detach()
-    return torch.where(selection.kept | selection.not_scored, beta, NEG)
+    return torch.where(selection.kept | selection.score_ignored, beta, NEG)
 
 
 # -------------------------------------------------- what the scorer learns to predict
@@ -318,7 +324,7 @@ def max_attention(
 ):
     """The most attention that entries of a full cache get from any of `tokens`.
 
-    The maximum is over the tokens and over the query heads of a group. With
+    The maximum is over the tokens and over the query heads that share the entry. With
     tokens that repeat the context, this is KVzip's importance score (arXiv
     2505.23416).
 
@@ -356,16 +362,16 @@ def attention_and_effect(model: Llama, full: Cache, tokens, segments, max_positi
     """How much entries of a full cache are looked at while the model reads on, and
     how much the likelihood of what it reads depends on them.
 
-    The first is the largest attention weight, as in `max_attention`. The second is
-    what the gradient of decayed attention says. Let query p attend to entry c with
-    weight A, let o = Σ_c A_c·v_c be the output, and g the gradient of
-    log p(tokens) with respect to o. A bias β on that one logit has the gradient
+    The first is the largest attention weight, as in `max_attention`. The second comes
+    from the gradient of decayed attention. Let query t attend to entry c with weight
+    A, let o = Σ_c A_c·v_c be the output, and g the gradient of the log-likelihood of
+    `tokens` with respect to o. A bias β on that one logit has the gradient
     A·g·(v_c − o). If the entry is left out, the log-likelihood falls, to first
     order, by
         δ = A/(1 − A) · g·(v_c − o).
-    δ is added up over the query heads that share the entry. Its squares are added
-    up over the queries, which resembles an empirical Fisher information of whether
-    the entry is there. An entry's effect is the root of that.
+    δ is added up over the query heads that share the entry. Its squares are added up
+    over the queries t, and the entry's effect is the root of that. (Compare the
+    empirical Fisher information.)
 
     tokens, segments: (B, T) int64, see Llama.forward.
     Returns: two tensors (B, L, G, N) fp32.
@@ -449,9 +455,9 @@ class Compressor(nn.Module):
     The Llama is an argument of the methods, and stays frozen. Layers η+1 … L−1
     have LoRA: in layer L it would reach no key or value.
 
-    A register is a copy of one of the last tokens, made after layer η. It goes
-    through the layers above behind the document, and where LoRA is on, every head
-    of these layers keeps it. LoRA can move into it what dropped tokens say. The
+    A register is a copy of one of the last tokens, made after layer η. It stands
+    after the last token of the document and runs through the layers above η with it.
+    Where LoRA is on, every head of these layers keeps it. LoRA can move into it what dropped tokens say. The
     last tokens themselves cannot take up so much without losing what they say. In
     layer η+1 a register is still an exact copy; LoRA shows in it from layer η+2 on.
     """
@@ -551,7 +557,7 @@ class Compressor(nn.Module):
     def layers_with_registers(self, ctx: Context, k):
         """Which layers of a row's cache have registers: (B, L) bool.
 
-        Those above η, where there is LoRA; without it registers are of no use.
+        All above η, in rows whose LoRA is on; without it registers are of no use.
         """
         is_on = self.routing_strength(ctx.compressible.sum(1), k) > 0
         is_above = torch.arange(self.n_layer, device=k.device) >= self.cfg.eta
@@ -560,14 +566,14 @@ class Compressor(nn.Module):
     def token_lora(self, head_fraction, n, k, dtype):
         """Part 4: a function that maps a layer to its TokenLoRA, or to None.
 
-        head_fraction: (B, l, N) fp32, the fraction of a layer's heads that keep a
-            token; 1 for a register. A token's strength is `routing_strength` times
+        head_fraction: (B, l, N + R) fp32, the fraction of a layer's heads that keep
+            a token; 1 for a register. A token's strength is `routing_strength` times
             that of the *next* layer: LoRA changes the hidden state after a layer,
             and with it first the keys and values of the next one.
         """
-        # (B, l, N) · (B, 1, 1)
+        # (B, l, N + R) · (B, 1, 1)
         strength = head_fraction * self.routing_strength(n, k)[:, None, None]
-        strength = strength.to(dtype)[..., None]  # (B, l, N, 1)
+        strength = strength.to(dtype)[..., None]  # (B, l, N + R, 1)
 
         # all layers in one conversion: one for each would be many small kernels
         layers = [x.to(dtype).unbind() for x in self.lora_parameters()]
@@ -607,9 +613,10 @@ class Compressor(nn.Module):
 
         Every token still attends to every earlier one; entries are dropped when
         the cache is stored.
-        store(layer, k, v): see Llama.run_layers. Returns what it returned, for
-        all layers. Without `store`, these are keys and values, (B, G, N + R, d). In
-        layers 1 … η there is no register: what stands at its place must be masked.
+        store(layer, keys, values): see Llama.run_layers.
+        Returns, for each layer, what `store` returned for it. Without `store`, these
+        are its keys and values, (B, G, N + R, d). In layers 1 … η there is no
+        register: what stands at its place must be masked.
         """
         R = self.cfg.registers
         source, is_register = self.places(ctx)
@@ -643,9 +650,9 @@ class Compressor(nn.Module):
 
     def training_cache(self, ctx: Context, kvs: list, beta, k) -> Cache:
         """The compressed cache as training needs it: nothing is gathered, all
-        entries are there, and β (B, l, g, N) is −1e9 for those that a head dropped.
-        This gives the same attention, and shapes that do not depend on the
-        selection."""
+        entries are there. In a hard step β (B, l, g, N) is −1e9 for those that a head
+        dropped. This gives the same attention as gathering, and shapes that do not
+        depend on the selection."""
         beta = self.with_registers(beta, ctx, k, on=0.0, off=NEG)
         lengths = ctx.lengths + self.cfg.registers if ctx.padded else None
         cache = full_cache(kvs, lengths, beta)
@@ -707,7 +714,7 @@ def check_compressor_config(cfg: CompressorConfig, n_layer: int) -> None:
 def prune_cache(full: Cache, ctx: Context, kept) -> Cache:
     """The entries `kept` (B, l, g, N) of a full cache, and the protected tokens.
 
-    This is what methods without training do.
+    For methods that select from the plain cache, without LoRA and registers.
     """
     store = gather(kept | ctx.protected[:, None, None])
     layers = []
@@ -797,7 +804,8 @@ def adapter_folder(adapter, weights) -> Path:
 class Extracting:
     """A tokenizer for `model.answer` by which the default model answers in few words.
 
-    The model's turn is opened with a quotation mark, and the answer ends with it.
+    The question asks to extract the answer from the text, and the model's turn begins
+    with `The answer is "`. A quotation mark or a line break ends the answer.
     (notes/LOG.md, 2026-11-28, compares wordings.)
     """
 

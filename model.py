@@ -259,7 +259,7 @@ class Cache:
         return [self.slots.n, layout]
 
     def entries(self) -> torch.Tensor:
-        """How many context tokens each head holds: (B, L, G) int64."""
+        """How many entries each head holds, without padding: (B, L, G) int64."""
         layers = []
         for groups in self.layers:
             counts = [(g.positions >= 0).sum(-1).expand(-1, g.k.shape[1]) for g in groups]

@@ -19,6 +19,9 @@ A run has two phases:
 
 The paper has the second phase only (`--preset paper`).
 
+Shapes are as in compress.py. M is the number of supervised tokens of a forward
+pass: those whose prediction of the next token is distilled.
+
 The file reads from the top: one training step, its loss, the processes that share
 a step, the loop, the program. The settings are in run/train_flags.py. The step
 itself uses compress.py for the method, model.py for the Llama and data/samples.py
@@ -72,7 +75,7 @@ from run.records import write_result
 # ------------------------------------------------------------- one training step
 
 # What the scorer learns from: what the model looks at while it repeats the whole
-# context ("replay"), while it reads how the text goes on, and while it answers.
+# document ("replay"), while it reads how the text goes on, and while it answers.
 SCORER_MIX = {"replay": 1, "continue": 1, "cloze": 4, "title": 2}
 
 
@@ -86,10 +89,10 @@ class MicroBatch:
         do not see each other.
     """
     batch: Batch
-    supervised_at: torch.Tensor  # (R,) int64, where the supervised tokens stand in
+    supervised_at: torch.Tensor  # (M,) int64, where the supervised tokens stand in
                                  # the flattened (B·T)
     k: torch.Tensor              # (B,) int64, tokens to keep, per head on average
-    max_position: int            # the largest position of a continuation
+    max_position: int            # no token of a continuation stands behind it
     padded: bool                 # whether contexts differ in length
 
     @classmethod
@@ -170,14 +173,15 @@ class Distiller(nn.Module):
             return self.scorer_loss(m, counts, ctx, full)
 
         with torch.no_grad():
-            teacher = self.ask(m, full)  # (R, D)
+            teacher = self.ask(m, full)  # (M, D)
         del full  # the student needs its memory
         return self.distillation_loss(m, counts, ctx, teacher, soft=phase == "soft")
 
     def scorer_loss(
         self, m: MicroBatch, counts: StepCounts, ctx: Context, full: Cache,
     ) -> dict:
-        """The squared error of the scores, as predictions of log(attention · effect).
+        """The squared error of the scores, as predictions of log(attention · effect),
+        or of log(attention) with `--target attention`.
 
         The attention of a cache entry is the largest weight that it gets while the
         model reads the questions of SCORER_MIX and their answers. Its effect is how
@@ -199,7 +203,8 @@ class Distiller(nn.Module):
         for factor in factors:
             if self.compressor.cfg.selection == "token":
                 factor = factor.mean((1, 2), keepdim=True)
-            target = target + factor.clamp(min=1e-6).log()  # −13.8 is the floor
+            # the logarithm of a factor is at least −13.8
+            target = target + factor.clamp(min=1e-6).log()
         error = self.compressor.scorer(ctx.h, ctx.lengths) - target
         error = torch.where(ctx.compressible[:, None, None], error, 0)
         # the mean over heads, (B, N), and the sum over tokens, a scalar
@@ -211,15 +216,14 @@ class Distiller(nn.Module):
     ) -> dict:
         """KL divergence between the teacher and the student.
 
-        teacher: its hidden states at the supervised tokens, (R, D).
+        teacher: its hidden states at the supervised tokens, (M, D).
         soft: see `decay`.
 
-        In the quick experiment B = 1, N = 424, R is about 290, and L, G, D are
-        30, 3, 576. Here N counts the 400 compressible tokens and the 24 of the
-        chat header.
+        In the quick experiment B = 1, M is about 290, and L, G, D are 30, 3, 576.
+        N = 424: 400 tokens of the document and 24 of the chat header.
 
-        A step at keep 0.25 or above trains no LoRA if its strength is "growing":
-        the strength is 0 up to 4×.
+        A LoRA of "growing" strength has no gradient in a step that keeps a quarter
+        or more, because its strength is 0 up to 4×.
         """
         model = self.model[0]
         compressor = self.compressor
@@ -232,19 +236,19 @@ class Distiller(nn.Module):
 
         # The remaining layers are computed again, with LoRA for kept tokens.
         kvs = compressor.encode(model, ctx, selection, m.k)
-        student = self.ask(m, compressor.training_cache(ctx, kvs, beta, m.k))  # (R, D)
+        student = self.ask(m, compressor.training_cache(ctx, kvs, beta, m.k))  # (M, D)
 
-        loss, kl, agree = DistillKL.apply(  # (R,) each
+        loss, kl, agree = DistillKL.apply(  # (M,) each
             student, teacher, model.head_weight, self.lam, self.chunk)
-        is_answer = m.batch.answers.flatten()[m.supervised_at]
+        predicts_answer = m.batch.answers.flatten()[m.supervised_at]
         return {
             "loss": loss.sum() / counts.supervised,
-            "kl": (kl * is_answer).sum() / counts.answers,
-            "agree": (agree * is_answer).sum() / counts.answers,
+            "kl": (kl * predicts_answer).sum() / counts.answers,
+            "agree": (agree * predicts_answer).sum() / counts.answers,
         }
 
     def ask(self, m: MicroBatch, cache: Cache):
-        """Hidden states of the supervised tokens, read after a cache: (R, D)."""
+        """Hidden states of the supervised tokens, read after a cache: (M, D)."""
         b = m.batch
         hidden = self.model[0](
             b.continuation, cache, b.segments, max_position=m.max_position)
@@ -254,12 +258,12 @@ class Distiller(nn.Module):
 class DistillKL(torch.autograd.Function):
     """λ·KL(p‖q) + (1−λ)·KL(q‖p) of each row; p is the teacher, q the student.
 
-    student, teacher: (R, D), hidden states after the last norm.
+    student, teacher: (M, D), hidden states after the last norm.
     head: (V, D), the output head, which makes logits z of them.
-    Returns three (R,) in fp32 (fp64 for fp64 inputs): the loss, KL(p‖q),
+    Returns three (M,) in fp32 (fp64 for fp64 inputs): the loss, KL(p‖q),
     and 1 where teacher and student rank the same token first, else 0.
 
-    All logits at once would take too much memory (R·V numbers), so `chunk` rows
+    All logits at once would take too much memory (M·V numbers), so `chunk` rows
     are computed at a time, and their gradient as well, while they exist:
         ∂KL(p‖q)/∂z = q − p
         ∂KL(q‖p)/∂z = q·(log q − log p − KL(q‖p))
@@ -268,11 +272,11 @@ class DistillKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, head, lam, chunk):
-        R = len(student)
+        M = len(student)
         dtype = torch.promote_types(student.dtype, torch.float32)  # fp64 stays fp64
-        loss, kl, agree = torch.empty(3, R, device=student.device, dtype=dtype)
+        loss, kl, agree = torch.empty(3, M, device=student.device, dtype=dtype)
         grad = torch.empty_like(student)
-        for start in range(0, R, chunk):
+        for start in range(0, M, chunk):
             rows = slice(start, start + chunk)
             log_q = F.linear(student[rows], head).to(dtype).log_softmax(-1)
             log_p = F.linear(teacher[rows], head).to(dtype).log_softmax(-1)
@@ -303,14 +307,14 @@ class DistillKL(torch.autograd.Function):
 
 # --------------------------------------------- the processes that share a step
 
-def my_samples(step: int, batch: int, micro: int, world: World) -> list[list[int]]:
+def my_samples(first: int, batch: int, micro: int, world: World) -> list[list[int]]:
     """The numbers of this process's samples in a step, by forward pass.
 
-    A step consists of the samples step·batch … (step + 1)·batch − 1, whatever
-    the number of processes.
+    The step consists of the samples first … first + batch − 1, whatever the number
+    of processes.
     """
     each = batch // world.world_size
-    first = step * batch + world.rank * each
+    first += world.rank * each
     numbers = list(range(first, first + each))
     return [numbers[i:i + micro] for i in range(0, each, micro)]
 
@@ -413,15 +417,18 @@ class BatchSampler:
         c = self.c
         rng = random.Random(f"{c.seed}/step/{step}")
         keep = math.exp(rng.uniform(math.log(c.keep_min), math.log(c.keep_max)))
+        # the second phase goes on with the samples behind those of the first
         if step < c.scorer_steps:
             phase = "scorer"
             samples = self.scorer_samples
+            first = step * c.batch_of("scorer")
         else:
             phase = "soft" if rng.random() < c.soft_fraction else "hard"
             samples = self.distillation_samples
+            first = c.scorer_steps * c.batch_of("scorer") + (step - c.scorer_steps) * c.batch
 
         micro_batches = []
-        for numbers in my_samples(step, c.batch_of(phase), c.micro, self.world):
+        for numbers in my_samples(first, c.batch_of(phase), c.micro, self.world):
             batch = collate([samples(i) for i in numbers], c.prompts)
             micro_batches.append(MicroBatch.of(batch, keep))
         return phase, keep, micro_batches
@@ -465,7 +472,7 @@ def train(
         for step in bar:
             start = time.perf_counter()
             phase, keep, micro_batches = next_batch.result()
-            # In the last step there is no next one: it is drawn again, for nothing.
+            # The last step draws its own batch once more, which nobody uses.
             next_batch = loader.submit(sampler, min(step + 1, total - 1))
             # the first step of this process, or of the second phase
             if step in (begin, c.scorer_steps):
@@ -540,15 +547,19 @@ def compressor_config(c: TrainConfig) -> CompressorConfig:
     return CompressorConfig(**{name: getattr(c, name) for name in names})
 
 
+QUESTION_ROOM = 128  # the longest are cloze questions, a sentence of up to 45 words
+
+
 def check_context(c: TrainConfig, tokenizer, max_positions: int) -> None:
     """Refuse contexts that leave the model no positions for what is asked.
 
-    Questions of which the length is not known yet may be longer.
+    The text of a question may take QUESTION_ROOM tokens. Hardly any is so long; the
+    step that draws a longer one ends the run.
     Errors: BadInput.
     """
     room = max_positions - len(tokenizer.header)
-    longest = room - c.answer
-    asked = f"the answer (--answer {c.answer})"
+    longest = room - QUESTION_ROOM - c.answer
+    asked = f"a question and its answer (--answer {c.answer})"
     if c.scorer_steps:
         repeat = len(tokenizer.encode(REPEAT, joined=True) + tokenizer.turn)
         if (room - repeat) // 2 < longest:
@@ -561,7 +572,10 @@ def check_context(c: TrainConfig, tokenizer, max_positions: int) -> None:
 
 
 def run(a: argparse.Namespace, c: TrainConfig, about: dict, world: World) -> None:
-    """What every process does: open the model, train, and measure the result."""
+    """What every process does: open the model, train, and measure the result.
+
+    about: where the run comes from, for config.json, adapter.json and result.json.
+    """
     start = time.perf_counter()
     out = Path(a.out)
     adapter = out / "adapter"
@@ -592,6 +606,7 @@ def run(a: argparse.Namespace, c: TrainConfig, about: dict, world: World) -> Non
 
     config = {**about, "dtype": dtype, "base": base_of(model, tokenizer)}
     with ExitStack() as stack:
+        # Process 0 alone locks the folder, until the end of this block.
         finished = world.on_rank0(
             lambda: stack.enter_context(open_run(out, config, a.resume)))
         if finished:

@@ -20,8 +20,9 @@ class Batch:
 def collate(cases: list[Case], prompts: bool = False) -> Batch:
     """Cases as tensors.
 
-    prompts: supervise the words of the questions as well. The teacher has an
-    opinion on them, too, and a cloze sentence is nearly all copied from the text.
+    prompts: supervise the tokens of the prompts as well, all but the first. The
+    teacher has an opinion on them, too, and a cloze sentence is nearly all copied
+    from the text.
     """
     tokens = []
     protect = []

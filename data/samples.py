@@ -2,7 +2,8 @@
 
 A *document* is a text that is compressed. A *context* is the chat header and the
 document, as token ids. A *case* is a context with the queries about it. An
-*article* is one text of a source, as data/prepare.py stored it.
+*article* is one text of a source; data/prepare.py, which stores them, calls it a
+document.
 
 Training makes its cases of plain text. What the student must answer decides what
 the compressor learns. Five kinds of query can be in --mix, and all but `continue`
@@ -13,7 +14,7 @@ are questions in the chat format:
   title      "What is TITLE?", answered by the article's one-line description
   fact       a sentence that we made up and put into the text is asked for
 A sixth kind is asked only in the first phase, beside continue, cloze and title:
-  replay     the context is repeated exactly
+  replay     the document is repeated exactly
 The document is one window of a long article, or several short articles in a row.
 Then a question about one article has to find it. Sample i of a seed is the same
 sample for everybody who asks for it.
@@ -90,9 +91,10 @@ WORDS = {
 @dataclass
 class Query:
     kind: str
-    # Ids after the document: the question, and the opening of the model's turn
+    # Ids after the document: the question, and the opening of the model's turn. Of
+    # `continue`, it is the first id of what follows.
     prompt: list[int]
-    # Ids that the student must predict as the teacher does
+    # The ids after the prompt, which the student must predict as the teacher does
     answer: list[int] = field(default_factory=list)
     # The accepted answers in evaluation; of the task `choice`, the right option
     gold: list[str] = field(default_factory=list)
@@ -108,7 +110,7 @@ class Case:
 
     @property
     def n(self) -> int:
-        """N: the number of compressible tokens."""
+        """The number of compressible tokens."""
         return len(self.context) - self.n_protect
 
 
@@ -132,6 +134,7 @@ def recite_query(
     The passage starts with a sentence, or else with any word.
     at: "first" for the beginning of the text, "last" for its last sentences;
         None for any place that n_answer tokens follow.
+    Returns None if the text has no such place.
     """
     # A token has about five characters.
     late = max(0, len(text) - 5 * n_answer)
@@ -152,8 +155,13 @@ def recite_query(
 
     passage = text[rng.choice(starts):]
     cue = " ".join(passage.split()[:4])
+    # Without blanks between words, these would be whole sentences.
+    most = max(1, n_answer // 2)
+    cue_ids = tok.encode(cue)
+    if len(cue_ids) > most:
+        cue = tok.decode(cue_ids[:most]).rstrip("\ufffd")  # half a character, at most
     prompt = tok.ask(f'Repeat the part of the text that starts with "{cue}".')
-    # without tok.end: the passage is cut off, and the answer does not end there
+    # without tok.end: usually the passage is cut off, and the answer does not end there
     return Query("recite", prompt, tok.encode(passage)[:n_answer])
 
 
@@ -234,9 +242,11 @@ class Samples:
 
     shards: list[Shard]   # one per source, drawn with equal chance
     tokenizer: Tokenizer
-    n_context: int        # compressible tokens per context
-    mix: dict[str, int]   # queries per context, by kind
-    n_answer: int = 48    # tokens that are to be continued or recited
+    n_context: int        # tokens of a document, which are the compressible ones
+    mix: dict[str, int]   # queries per context, by kind, at most: a text without
+                          # a description, or too short, has fewer
+    n_answer: int = 48    # tokens of an answer to `recite`, and of a continuation
+                          # with its first token
     seed: int = 0
     min_context: int = 0  # if it is not 0, lengths are drawn between it and
                           # n_context, with equal chance for each doubling

@@ -4,22 +4,23 @@ They stand apart so that they are checked before torch is imported, which takes
 seconds.
 """
 import argparse
-import math
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from data.samples import KINDS
-from run.errors import ROOT, BadInput, Parser, expect, read_json, reading
+from run.errors import LARGEST_NUMBER, ROOT, BadInput, Parser, expect, read_json, reading
 from run.flags import add_model_flags, check_readable, find_adapter
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=LARGEST_NUMBER):
     """An argparse type: an int or a float from `low` to `high`."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
-            limits = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            limits = f"{low} to {high}"
+            if high == LARGEST_NUMBER:
+                limits = f"at least {low}, and finite"
             raise argparse.ArgumentTypeError(f"{text}, expected {limits}")
         return value
 
@@ -57,11 +58,12 @@ class TrainConfig:
     min_context: int = flag(
         0, "draw lengths from here to --context; 0: all are --context", COUNT_OR_0)
     answer: int = flag(
-        40, "tokens that a continue or recite query asks for", number(int, 2))
+        40, "tokens of the answer to a recite query, and of a continuation with its first "
+        "token, which is given", number(int, 2))
     mix: str = flag(
         "continue=1,recite=2,cloze=2,title=2",
-        "questions per context in the second phase, by kind: continue, recite, cloze, "
-        "title, fact; the first phase has its own, SCORER_MIX in train.py")
+        "questions per context in the second phase, at most, by kind: continue, recite, "
+        "cloze, title, fact; the first phase has its own, SCORER_MIX in train.py")
     prompts: bool = flag(True, "distil the words of a question, not only its answer")
     sources: str = flag("wiki,sotu", "texts: wiki, sotu, or paths, comma-separated")
     shards: str = flag("", "folder for the tokens of the texts; default: data/shards")
@@ -75,13 +77,13 @@ class TrainConfig:
     hidden: int = flag(
         1024, "width of the scorer's hidden layer", COUNT)
     target: str = flag(
-        "both", "what scores predict: the attention that entries get, or that times "
-        "their effect on the likelihood of what is read later",
+        "both", "what scores predict; attention: the attention that entries get; both: "
+        "that times their effect on the likelihood of what is read later",
         choices=("both", "attention"))
     recent: int = flag(
-        4, "with head selection, every head keeps the last K/8 tokens, 1 to this many "
-        "(0: none), where K is what heads keep on average; heads with registers do not",
-        COUNT_OR_0)
+        4, "with --selection head, every head keeps the last K/8 tokens, 1 to this many "
+        "(0: none), where K is what heads keep on average; heads with registers keep "
+        "these instead", COUNT_OR_0)
     decay: str = flag(
         "threshold", "how a score becomes β, the bias on attention; sigmoid is the paper's",
         choices=("threshold", "sigmoid"))
@@ -91,8 +93,8 @@ class TrainConfig:
         "growing", "strength of the LoRA: growing with "
         "the compression, or full, as in the paper", choices=("growing", "full"))
     registers: int = flag(
-        1, "where the LoRA is on, every head above layer eta keeps copies of so many "
-        "last tokens, which the LoRA may fill with what is dropped; 0: none",
+        1, "where the LoRA is on, every head above layer eta keeps copies of this many "
+        "of the last tokens, which the LoRA may fill with what is dropped; 0: none",
         COUNT_OR_0)
 
     # the loss
@@ -101,7 +103,8 @@ class TrainConfig:
     keep_min: float = flag(
         0.01, "smallest keep ratio; each step draws one, log-uniformly", POSITIVE)
     keep_max: float = flag(
-        0.25, "largest keep ratio; a growing LoRA is off from 0.25 on", POSITIVE)
+        0.25, "largest keep ratio; with --routing-strength growing the LoRA is off at "
+        "0.25 and above", POSITIVE)
     soft_fraction: float = flag(
         0.0, "fraction of the distillation steps in which entries are decayed, "
         "not dropped", FRACTION)
@@ -116,7 +119,7 @@ class TrainConfig:
     warmup: int = flag(10, "warm-up steps of each phase", COUNT)
     weight_decay: float = flag(0.0, "weight decay", POSITIVE_OR_0)
     clip: float = flag(
-        1.0, "largest gradient norm, of the LoRA and of the scorer", POSITIVE)
+        1.0, "largest gradient norm; LoRA and scorer are clipped apart", POSITIVE)
 
     # the run
     init_adapter: str = flag("", "folder of an adapter to go on from")
@@ -247,7 +250,8 @@ def parse_args() -> tuple[argparse.Namespace, TrainConfig]:
     c = TrainConfig(**{f.name: getattr(a, f.name) for f in fields(TrainConfig)})
     if c.init_adapter:
         c.init_adapter = str(folder)
-        differing = sorted(adapter_settings.items() - vars(c).items())
+        differing = [(name, value) for name, value in sorted(adapter_settings.items())
+                     if vars(c)[name] != value]
         if differing:
             flags = ", ".join(f"--{name} {value}" for name, value in differing)
             flags = flags.replace("_", "-")
@@ -294,8 +298,8 @@ def check(c: TrainConfig) -> None:
     for flags, given in reasons.items():
         if given and not c.scorer_lr_phase2:
             raise BadInput(
-                f"--scorer-lr-phase2 is 0, but with {flags} the scorer learns by "
-                "distillation; try --scorer-lr-phase2 1e-3")
+                f"--scorer-lr-phase2 is 0, but with {flags} only the second phase can train "
+                "the scorer; try --scorer-lr-phase2 1e-3")
 
 
 def check_batch(c: TrainConfig, processes: int) -> None:

@@ -195,9 +195,9 @@ def test_3_select_takes_the_top_of_the_budget(heads):
         assert kept.sum() == k[row] * heads[0] * heads[1]
         assert not kept[..., ~compressible[row]].any()
         recent = compressible[row].nonzero()[-2:, 0]
-        assert kept[..., recent].all() and chosen.not_scored[row, 0, 0, recent].all()
+        assert kept[..., recent].all() and chosen.score_ignored[row, 0, 0, recent].all()
 
-        scored = ~chosen.not_scored[row]
+        scored = ~chosen.score_ignored[row]
         last = scores[row][kept & scored].min()
         next_ = scores[row][~kept & scored].max()
         assert last > next_
@@ -209,7 +209,7 @@ def test_3_recent_tokens_are_an_eighth_of_the_kept_ones_at_most(model):
     ctx = compressor.read(model, torch.randint(97, (3, 60)))
     k = torch.tensor([40, 16, 5])
     chosen = compressor.select(compressor.scorer(ctx.h, ctx.lengths), ctx, k)
-    assert chosen.not_scored.sum(-1).flatten().tolist() == [4, 2, 1]
+    assert chosen.score_ignored.sum(-1).flatten().tolist() == [4, 2, 1]
 
 
 def test_3_ties_go_to_the_earlier_head_and_token():
@@ -285,7 +285,7 @@ def test_4_gradients_agree_with_finite_differences(model, compressor, ctx, decay
     beta = decay(scores, chosen, decay_kind, 0.5, soft)
     beta.retain_grad()
     loss(beta).backward()
-    decayed = ~chosen.not_scored & (chosen.kept | soft)
+    decayed = ~chosen.score_ignored & (chosen.kept | soft)
     assert torch.equal(scores.grad != 0, decayed)
 
     some = decayed.nonzero()[::1 + int(decayed.sum()) // 9]

@@ -55,7 +55,7 @@ def gradients(model, world: World) -> dict:
     found = {}
     for i, (phase, keep) in enumerate(STEPS):
         micro_batches = []
-        for numbers in my_samples(i, 8, 2, world):
+        for numbers in my_samples(8 * i, 8, 2, world):
             cases = [sample(j, n_context=20 + 3 * (j % 7), lengths=(5 + 2 * (j % 8), 5))
                      for j in numbers]
             micro_batches.append(MicroBatch.of(collate(cases), keep))
@@ -135,7 +135,7 @@ def test_two_processes_compute_what_one_does(tiny, two_processes, how):
 def test_every_sample_is_seen_once_whatever_the_number_of_processes():
     for size in (1, 2, 3, 4, 8):
         worlds = [World(torch.device("cpu"), rank, size) for rank in range(size)]
-        seen = [my_samples(step, 24, 2, world) for step in range(5) for world in worlds]
+        seen = [my_samples(24 * step, 24, 2, world) for step in range(5) for world in worlds]
         assert [i for parts in seen for part in parts for i in part] == list(range(5 * 24))
         assert len({len(parts) for parts in seen}) == 1  # fsdp: everybody in every forward pass
 

@@ -54,7 +54,7 @@ def test_2_shared_budget():
     assert selection.kept[0, 0, 1, 4], "every head keeps its recent token, whatever its score"
     assert torch.equal(selection.kept, KEPT), "the best of both heads together, not of each head"
     assert torch.equal(selection.theta, THETA), "midway between −1.5, the last kept, and −2"
-    assert torch.equal(selection.not_scored, RECENT), "not_scored: what no score could have changed"
+    assert torch.equal(selection.score_ignored, RECENT), "score_ignored: what no score could have changed"
     less = select(scores, compressible, torch.tensor([2]), RECENT, reserved=1)
     assert less.kept.sum() == 3, "registers use up budget"
     less = select(scores, compressible, torch.tensor([2]), RECENT, reserved=4)
@@ -65,7 +65,7 @@ def test_2_shared_budget():
     selection = select(scores, compressible, torch.tensor([2]), RECENT)
     expected = [[0, 1, 1, 0, 1], [0, 0, 0, 0, 1]]
     assert selection.kept[0, 0].int().tolist() == expected, "protected tokens use no budget"
-    assert selection.not_scored[0, 0, 0].int().tolist() == [1, 0, 0, 0, 1], "protected or recent"
+    assert selection.score_ignored[0, 0, 0].int().tolist() == [1, 0, 0, 0, 1], "protected or recent"
 
 
 def test_3_ragged_cache():

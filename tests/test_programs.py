@@ -349,6 +349,7 @@ def test_a_run_goes_on_from_an_adapter_and_has_its_shape(tiny, tiny_run, tmp_pat
     (("--decay", "linear"), "invalid choice"), (("--selection", "layer"), "invalid choice"),
     (("--decay", "sigmoid"), "--scorer-steps 0"), (("--scorer-steps", "0"), "try --scorer-lr-phase2 1e-3"),
     (("--soft-fraction", "0.5"), "try --scorer-lr-phase2 1e-3"), (("--clip", "0"), "--clip: 0"),
+    (("--clip", "inf"), "inf, expected at least 1e-12, and finite"),
     (("--scorer-lr-phase2", "-1"), "at least 0"), (("--seed", "-3"), "expected 0 to"),
     (("--sources", "wiki,"), "an empty entry"), (("--min-context", "3"), "16 to --context"),
     (("--init-adapter", "/"), "no adapter.json in it")], ids=str)
@@ -386,7 +387,7 @@ def test_the_folder_of_a_run(tiny_run, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flag", ["--lr", "--scorer-lr", "--scorer-lr-phase2"])
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tiny_run, tmp_path, flag):
-    message = error_of(train, *tiny_run, "--scorer-steps", "5", "--steps", "30", flag, "1e37",
+    message = error_of(train, *tiny_run, "--scorer-steps", "5", "--steps", "30", flag, "1e31",
                        "--warmup", "1", "--rank", "256", "--out", tmp_path / "run")
     assert re.search(r"step \d+: loss is .*lower --", message)
 

@@ -210,3 +210,15 @@ def test_collate_by_hand():
     batch = collate([a, b], prompts=True)
     assert torch.equal(batch.answers, answers)
     assert batch.supervised.int().tolist() == [[1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 1, 0]]
+
+
+def test_a_recite_query_without_blanks_does_not_give_its_answer_away(tok):
+    text = "灯塔建在岛上，守塔人每晚点灯。船只远远就能看见它的光。" * 4
+    stream = Samples([OneDocument(tok.encode(text))], tok, 300, {"recite": 1}, n_answer=24)
+    asked = [query for case in map(stream, range(20)) for query in case.queries
+             if query.kind == "recite"]
+    assert asked
+    for query in asked:
+        cue = tok.decode(query.prompt).split('"')[1]
+        assert "\ufffd" not in cue
+        assert 0 < len(tok.encode(cue)) <= 12  # half of the answer's tokens

@@ -187,3 +187,23 @@ def test_11_selection_learns(tmp_path):
           f"fresh {fresh_gain.mean():.2f}")
     assert gain.mean() > 4 * gain.std() / 8
     assert fresh_gain.mean() < 0.5 * gain.mean()
+
+
+def test_the_second_phase_sees_other_samples_than_the_first(tmp_path, monkeypatch):
+    """Also where the phases have different batches."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tiny_tokenizer_json()), encoding="utf-8")
+    tok = Tokenizer(tmp_path)
+    (tmp_path / "a.txt").write_text("The mill stands by the river. " * 40)
+    c = TrainConfig(scorer_steps=3, scorer_batch=4, steps=2, batch=2, context=48, answer=8,
+                    mix="continue=1", sources=str(tmp_path), shards=str(tmp_path / "shards"))
+    seen = []
+
+    def my_samples(first, batch, micro, world):
+        seen.extend(range(first, first + batch))
+        return []
+
+    monkeypatch.setattr("train.my_samples", my_samples)
+    sampler = BatchSampler(c, tok, ALONE)
+    for step in range(5):
+        sampler(step)
+    assert seen == list(range(3 * 4 + 2 * 2))
