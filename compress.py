@@ -881,7 +881,7 @@ def ask_all(
 
 WHAT_TO_EXPECT = (
     "The default model has 135M parameters. Even from the full cache it answers only about one\n"
-    "question in three about a paragraph right, and one in five about a page. So look whether\n"
+    "question in three about a paragraph right, and one in six about a page. So look whether\n"
     "both caches say the same."
 )
 
