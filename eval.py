@@ -112,7 +112,8 @@ def share_in_layer(scores, compressible, k, recent: int):
     it in equal parts.
 
     Each head first keeps its own best entries, at least one. The recent tokens
-    count towards them, as in kvpress. Shapes as in `share_budget`.
+    count towards them, as in kvpress: where few entries are kept, they are all of
+    this fifth. Shapes as in `share_budget`.
     """
     own = (k * SAFEGUARD + 1e-6).long().clamp(min=1)
     safe = share_budget(scores, compressible, own, 1, recent)
@@ -163,8 +164,8 @@ def h2o(model: Llama, ctx: Context):
     """H2O (arXiv 2306.14048): the attention that a token has received.
 
     It is summed over the tokens from itself on, and averaged over the query heads
-    of a group, (1, L, G, N). The document is read a second time here. Code that
-    sums in the first reading does not need to.
+    of a group, (1, L, G, N). We read the document a second time to get the weights, so
+    H2O takes more seconds here than in code that sums while it reads.
     """
     return attention_sum(model, ctx.tokens, None, ctx.tokens.shape[1]).mean(2)[None]
 
@@ -175,7 +176,8 @@ def snapkv_window(k: int) -> int:
 
 def snapkv(model: Llama, ctx: Context, full: Cache, window: int):
     """SnapKV (arXiv 2404.14469): mean attention from the last `window` tokens,
-    smoothed.
+    smoothed. The published method has the question in this window. Here no question
+    is known yet, so the window is the end of the document.
 
     Returns (1, L, G, N). The last tokens themselves are always kept: their score
     is 1, which no mean weight exceeds. They are read once more, after a cache of
@@ -243,6 +245,8 @@ def clock(model: Llama) -> float:
     """Seconds, once the device has done all that it was asked to do."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
+    elif model.device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
 
@@ -296,8 +300,8 @@ class Document:
         return scores
 
     def for_compressor(self, scores):
-        """Scores that fit the compressor's rule; per token where its heads keep
-        the same tokens."""
+        """Scores that fit the compressor's rule: averaged over layers and heads, if all
+        heads keep the same tokens."""
         if self.compressor.cfg.selection == "token":
             return scores.mean((1, 2), keepdim=True)
         return scores
@@ -419,8 +423,8 @@ def judge_choice(model: Llama, tokenizer, case: Case, cache: Cache) -> list[dict
 
 
 def judge_cost(model: Llama, case: Case, cache: Cache) -> list[dict]:
-    """Tokens per second of decoding at batch 1 and 8, and seconds for one short
-    answer."""
+    """Tokens per second of decoding at batch 1 and 8, and seconds for one short answer.
+    On a GPU these include the capture of a decoding step."""
     new = MAX_NEW_TOKENS["cost"]
     prompt = case.queries[0].prompt
     rates = {}
@@ -480,7 +484,8 @@ def measure(task: str, model: Llama, tokenizer, compressor: Compressor, cases, m
     number alone, so processes may share the cases out. done: (number, method,
     keep) that are left out. A record: {"task", "case", "unit", "method",
     "keep", "N", "K": entries per head on average, "bytes": as stored, with the
-    header, "seconds", "answers": what `judge` returns}.
+    header, "seconds": {"prefill", "compress", "decode": of `judge`}, "answers": what
+    `judge` returns}.
     """
     for i, case in cases:
         todo = [(m, keep) for m in methods for keep in keeps_of(m, keeps)
@@ -491,7 +496,9 @@ def measure(task: str, model: Llama, tokenizer, compressor: Compressor, cases, m
         document = Document(model, tokenizer, compressor, case, name)
         order = list(todo)
         if task == "cost":
-            # The first reading also asks the system for memory. No method always comes first.
+            # The first reading also asks the system for memory, which the second one gets
+            # back. No method always comes first.
+            del document
             document = Document(model, tokenizer, compressor, case, name)
             random.Random(name).shuffle(order)
         teacher = None
@@ -525,7 +532,9 @@ def held_out_table(model: Llama, tokenizer, compressor: Compressor, sources: str
     if squad is None:
         print("the table has no answers to SQuAD's questions: results/README.md says where to get "
               f"the file {tasks.SQUAD}")
-    context = min(context, model.cfg.max_positions // 2)  # leaves room to replay or ask
+    # leaves room for a replay
+    room = (model.cfg.max_positions - len(tokenizer.header) - INSTRUCTION) // 2
+    context = max(1, min(context, room))
     cases = list(enumerate(
         tasks.fidelity(tokenizer, contexts, seed, context, sources, shards, squad, split="dev")))
     if world and share:
@@ -545,13 +554,16 @@ def held_out_table(model: Llama, tokenizer, compressor: Compressor, sources: str
 
 # -------------------------------------------------------------------------------------- the program
 
-def fit(cases: list[Case], task: str, max_positions: int) -> None:
+def fit(cases: list[Case], task: str, tokenizer, max_positions: int) -> None:
     """Cut off the ends of documents that leave no room for a question with its
     answer, or for a replay of KVzip's. Where a flag says how long documents
     are, refuse them."""
     cut = 0
     for case in cases:
         longest = max(len(query.prompt) + len(query.answer) for query in case.queries)
+        if task == "choice":
+            longest += max(len(tokenizer.encode(option)) + len(tokenizer.end)
+                           for query in case.queries for option in query.options)
         room = longest + MAX_NEW_TOKENS.get(task, 64)
         room = max(room, INSTRUCTION + min(case.n, LEAST_CHUNK))
         over = len(case.context) + room - max_positions
@@ -599,7 +611,7 @@ def build(task: str, args, tokenizer, model: Llama) -> tuple[list[Case], dict]:
         cases = tasks.summary(tokenizer, path, n, seed)
     else:
         cases = tasks.choice(tokenizer, path, n, seed)
-    fit(cases, task, model.cfg.max_positions)
+    fit(cases, task, tokenizer, model.cfg.max_positions)
     content = json.dumps([asdict(case) for case in cases]).encode()
     return cases, settings | {"contexts": len(cases), "documents": sha256(content)}
 
@@ -675,7 +687,7 @@ def evaluate(args, about: dict, world: World, results: Results) -> None:
         done = results.done(task, wanted)
         same = {"methods": args.methods, "keeps": args.keep, "seed": args.seed}
         if task == "cost":  # the first passes are slow, whatever they are
-            warm = replace(cases[0], context=cases[0].context[:128])
+            warm = replace(cases[0], context=cases[0].context[:cases[0].n_protect + 128])
             list(measure(task, model, tokenizer, compressor, [(0, warm)], **same))
         left = world.my_rows(sorted({i for i, _, _ in wanted - done}))
         bar = tqdm([(i, cases[i]) for i in left], desc=task, unit="document", mininterval=1,

@@ -3,7 +3,9 @@
 Mistral and Qwen are Llamas with a few switches: biases of the projections,
 a norm of each head's queries and keys, heads of any width.
 
-Three things differ from the plainest Llama, because the compressor needs them:
+Three things differ from the plainest Llama, because the compressor needs them. (An
+*entry* of the cache is the key and the value of one token in one head. compress.py
+explains the method and its parts.)
   - the heads of a cache may hold different tokens, and different numbers of
     them; a bias per entry is added to every attention logit towards it
   - an attention layer takes an optional `TokenLoRA`: a low-rank addition to W_Q
@@ -110,6 +112,8 @@ class Config:
 
         family = raw["model_type"]
         fields = {ours: raw.get(theirs) for ours, theirs in KEYS.items()}
+        if fields["norm_eps"] is None:
+            raise ValueError(f"{path}: no {KEYS['norm_eps']}, expected a number such as 1e-5")
         fields["n_kv_head"] = fields["n_kv_head"] or fields["n_head"]
         fields["tied"] = fields["tied"] or False
         if not fields["head_dim"]:
@@ -209,8 +213,9 @@ class Cache:
         """What new tokens see in each head group of a layer, themselves included.
 
         k, v: (B, G, T, d).
-        index: (L, G·T), where each layer writes them; None: nowhere.
-        Returns: keys, values and bias, or None, of each group.
+        index: (L, G·T), the slots that they are written to; None for a cache without
+            slots, where they are appended to a copy.
+        Returns: keys, values and bias of each group; a bias may be None.
         """
         groups = self.layers[layer]
         if index is not None:
@@ -336,9 +341,9 @@ def add_biases(groups: list[HeadGroup], extra: int) -> list[torch.Tensor]:
     """Give every group of a cache a bias that hides its last `extra` entries.
 
     A group's own bias is padded. A group without one needs zeros, and NEG for its
-    slots. All groups with equal S mod 8 share one such tensor, as long as the
-    longest of them (S: entries, slots included): each takes its last S numbers,
-    which then start at a multiple of 8, as GPU kernels want.
+    slots. Groups with equal S mod 8 share one such tensor (S: entries, slots included).
+    It has at least as many numbers as the largest group of the cache. Each group takes
+    its last S, which start at a multiple of 8, as GPU kernels want.
     Returns: the different tensors.
     """
     longest = max(group.k.shape[2] for group in groups)
@@ -812,7 +817,8 @@ class Llama(nn.Module):
         if cache is not None:
             positions = positions + cache.next_position[:, None]
         if max_position is None:
-            max_position = int(positions.max()) if positions.numel() else 0
+            real = positions if segments is None else positions[segments >= 0]
+            max_position = int(real.max()) if real.numel() else 0
         self.check_position(max_position)
         rope = self.rope(positions)
 
@@ -854,7 +860,7 @@ class Llama(nn.Module):
         return index.flatten(1), mask[None, None]
 
     def logits(self, h):
-        """(..., D) -> (..., V) fp32"""
+        """(..., D) -> (..., V) in fp32, rounded to the dtype of the model before."""
         return F.linear(h, self.head_weight).float()
 
     def run_layers(
@@ -1021,7 +1027,8 @@ def sample(logits, temperature: float, rng):
     else:
         # the largest becomes 0, so that no temperature makes a number infinite
         logits = logits - logits.amax(-1, keepdim=True)
-        probabilities = (logits / temperature).softmax(-1).nan_to_num(1.0)
+        probabilities = (logits / max(temperature, 1e-6)).softmax(-1)
+        probabilities = probabilities.nan_to_num(1.0)  # rows that become −1 below
         # torch.multinomial without its checks, which would wait for a GPU
         noise = torch.empty_like(probabilities).exponential_(generator=rng)
         new = (probabilities / noise).argmax(-1)

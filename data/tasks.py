@@ -57,7 +57,7 @@ NEEDLE_INTRO = (
 )
 NEEDLE_QUESTION = "What is the special magic number for {} mentioned in the provided text?"
 NEEDLE_ANSWER = "The special magic number for {} mentioned in the provided text is"
-N_KEYS = 4  # needles in a document with several; each of them is asked for
+N_NEEDLES = 4  # in a document with several; each of them is asked for
 ADJECTIVES = (
     "amber brisk calm dusty eager faint gentle hollow icy jolly keen lively mellow "
     "narrow odd plain quiet rusty silent tidy urban vivid wary young zesty bright "
@@ -142,8 +142,8 @@ METRICS = {
     "choice": {"accuracy": None, "chance": None},
     "cost": {"tokens_per_s": None, "tokens_per_s_8": None, "question_s": None},
 }
-# Judgements of an answer, from 0 to 1: `mean_and_interval` knows what to do where
-# all of them agree.
+# Metrics that are 0 or 1 for many answers: run/records.py has an exact interval for
+# them where all answers have the same.
 SHARES = {"f1", "em", "contains", "match", "rougeL", "accuracy"}
 MAX_NEW_TOKENS = {"squad": 24, "niah": 12, "summary": 160, "cost": 16}
 
@@ -365,8 +365,8 @@ def windows(documents, gap: list[int], rng, n_context: int, n_answer: int) -> li
     """Windows of n_context tokens that do not overlap.
 
     documents: (article, its ids), as in `held_out`.
-    Returns (unit, ids, the n_answer ids that follow, the articles that lie in
-    the window from beginning to end). Long documents are cut, and each is the
+    Returns (unit, ids, the n_answer ids that follow, the articles that are completely
+    inside the window). Long documents are cut, and each is the
     unit of its windows. Short ones are joined in random order.
     """
     need = n_context + n_answer
@@ -495,9 +495,9 @@ def niah(
     """At least n documents, as many for every cell of a grid.
 
     single/LENGTH/DEPTH: one needle at that depth in a document of LENGTH
-    compressible tokens, give or take a sentence. multi/LENGTH/DEPTH: one of N_KEYS
-    needles at different depths, each of which is asked for. Keys and values are random,
-    so that nothing can be guessed.
+    compressible tokens, give or take a sentence. multi/LENGTH/DEPTH: one of the
+    N_NEEDLES needles of a document, all of which are asked for; their depths differ
+    if that many are given. Keys and values are random, so that nothing can be guessed.
     """
     texts = [read_text(path)] if path is not None else essays(split)
     rng = random.Random(f"{seed}/niah")
@@ -525,7 +525,7 @@ def niah(
         if kind == "single":
             places = [depth]
         else:
-            places = rng.sample(depths * math.ceil(N_KEYS / len(depths)), N_KEYS)
+            places = rng.sample(depths * math.ceil(N_NEEDLES / len(depths)), N_NEEDLES)
         keys = rng.sample(NEEDLE_KEYS, len(places))
         values = [str(rng.randrange(10 ** 6, 10 ** 7)) for _ in places]
         needles = list(zip(places, keys, values))

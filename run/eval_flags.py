@@ -19,7 +19,11 @@ from run.flags import add_model_flags, check_readable, seed_flag
 #   layer       the heads of a layer share one
 #   all         all heads share one
 #   compressor  the compressor's own rule: all heads share one, and each keeps
-#               a few recent tokens
+#               a few recent tokens (an adapter with --selection token: all heads
+#               keep the same tokens)
+# Two methods are not in this table. "kvdistill" encodes the tokens that its scorer
+# selects with LoRA ("routing"), and keeps registers. "kvdistill:random" does the same
+# with a random selection.
 BASELINES = {
     "random": ("random", "compressor"),
     "streaming": ("streaming", "head"),
@@ -29,7 +33,7 @@ BASELINES = {
     "kvzip": ("kvzip", "all"),
     "kvzip:recent": ("kvzip", "compressor"),
     "kvzip:equal": ("kvzip", "head"),
-    "no-routing": ("scorer", "compressor"),  # the trained selection, without the trained LoRA
+    "no-routing": ("scorer", "compressor"),  # the trained selection, no LoRA, no registers
 }
 METHODS = ("full", "none", *BASELINES, "kvdistill", "kvdistill:random")
 DEFAULT_METHODS = "full,none,random,kvzip,kvzip:recent,no-routing,kvdistill,kvdistill:random"

@@ -283,3 +283,10 @@ def test_documents_that_are_too_long(files, tmp_path):
     assert "has 390 tokens and needs" in error_of(eval, *what, *cost)
     stdout = call(eval, *what, "--tasks", "summary", "--methods", "kvzip", "--keep", "0.5")
     assert "summary: 1 documents were cut to the model's 400 positions" in stdout
+
+    options = ["boats " * 12, "a", "b"]  # longer than what is left for other answers
+    asked = {"document": text, "question": "What came?", "options": options, "answer": 1}
+    (tmp_path / "options.jsonl").write_text(json.dumps(asked))
+    stdout = call(eval, *what, "--data", f"choice={tmp_path}/options.jsonl", "--tasks", "choice",
+                  "--methods", "none", "--keep", "0.5")
+    assert "choice: 1 documents were cut to the model's 400 positions" in stdout

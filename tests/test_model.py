@@ -383,6 +383,16 @@ def test_padding_takes_no_positions(model):
     assert first_row(together) == first_row(alone)
 
 
+def test_padding_of_segments_takes_no_positions(model):
+    """Of 512 positions, row 0 needs 507 and row 1 needs 440."""
+    tokens, lengths = pad_right([[1] * 500, [1] * 400])
+    cache = model.prefill(tokens, lengths)
+    segments = torch.tensor([[0] * 7 + [-1] * 33, [0] * 40])
+    together = model(torch.full((2, 40), 2), cache, segments)[0, :7]
+    alone = model(torch.full((1, 7), 2), model.prefill(tokens[:1]))[0]
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
 def test_an_empty_prompt_is_refused(model):
     with pytest.raises(ValueError, match="empty prompt"):
         next(generate(model, model.prefill(torch.tensor([[1]])), [[]], 3))
@@ -427,6 +437,7 @@ def read_config(folder, **changes) -> Config:
     ({"model_type": "gemma2"}, "model_type is 'gemma2', expected 'llama' or"),
     ({"model_type": None}, "model_type is None"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"rms_norm_eps": None}, "no rms_norm_eps"),
     ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "type 'yarn' are not supported"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "'linear' are not supported"),
 ], ids=str)

@@ -10,7 +10,7 @@ from transformers.data.metrics import squad_metrics
 
 from data.samples import Case
 from data.tasks import (
-    N_KEYS, SPLITS, choice, contains, cost, ends, essays, exact_match, f1, fidelity, niah, normalize, rouge_l, spread,
+    N_NEEDLES, SPLITS, choice, contains, cost, ends, essays, exact_match, f1, fidelity, niah, normalize, rouge_l, spread,
     squad, squad_answers, string_match_all, summary, windows,
 )
 from data.tokenizer import Tokenizer
@@ -154,7 +154,7 @@ def test_needles_lie_where_they_should(tok, haystack):
     for case in cases:
         text = text_of(tok, case)
         kind, length, _ = case.queries[0].kind.split("/")
-        n_needles = 1 if kind == "single" else N_KEYS
+        n_needles = 1 if kind == "single" else N_NEEDLES
         assert len(case.queries) == n_needles == text.count("One of the special")
         assert text.startswith("Some special magic") and abs(case.n - int(length)) <= 30
         for query in case.queries:
