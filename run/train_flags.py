@@ -192,8 +192,15 @@ PRESETS = {
     },
     "8b": LLAMA_8B | {"scorer_steps": 2000, "scorer_lr": 2e-4},
     "paper": LLAMA_8B | PAPER,
+    # rates for a short run; at 1e-3 the sigmoids of all scores are 1 after 25 steps
     "paper-small": PAPER | {
-        "target": "attention", "steps": 2500, "batch": 8, "warmup": 100},
+        "target": "attention",
+        "steps": 500,
+        "batch": 4,
+        "lr": 1e-3,
+        "scorer_lr_phase2": 1e-4,
+        "warmup": 30,
+    },
 }
 
 
