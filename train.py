@@ -63,7 +63,7 @@ from data.samples import REPEAT, Samples
 from eval import held_out_table
 from model import Cache, Llama, relative_positions
 from run.checkpoint import (
-    Signals, append_line, base_of, check_run, open_run, read_about, resume,
+    Signals, append_line, base_of, check_run, open_run, read_adapter_json, resume,
     save_adapter, save_state, show_progress)
 from run.dist import World
 from run.loading import open_model, open_tokenizer, read_config
@@ -660,7 +660,7 @@ def main() -> None:
         return plan(a, c)
     about = provenance(c.seed)
     if c.init_adapter:
-        about["from"] = read_about(Path(c.init_adapter) / "adapter.json")
+        about["from"] = read_adapter_json(Path(c.init_adapter) / "adapter.json")
 
     world = World.start(a.device)
     check_batch(c, world.world_size)

@@ -44,7 +44,7 @@ STATE_KEY = "kvdistill_state"  # in the header of a training state
 STATES_KEPT = 2  # a run goes back to the older one if the newer one cannot be read
 
 # Flags that do not decide what is trained, so a resumed run may change them.
-# (init_adapter is compared by its content, under `from`.)
+# (init_adapter is compared by its adapter.json, under `from`.)
 FREE_FLAGS = {
     "init_adapter", "micro", "chunk", "parallel", "activation_checkpointing",
     "save_every", "eval_contexts", "out", "shards"}
@@ -136,7 +136,7 @@ def save_adapter(folder, comp, model: Llama, tokenizer, about: dict) -> None:
     write_json(Path(folder) / "adapter.json", meta)
 
 
-def read_about(path) -> dict:
+def read_adapter_json(path) -> dict:
     """The content of an adapter.json."""
     meta = read_json(path)
     with reading(path):
@@ -152,7 +152,7 @@ def read_adapter(folder, model: Llama, tokenizer) -> tuple[dict, dict[str, torch
     is not finite.
     """
     folder = Path(folder)
-    meta = read_about(folder / "adapter.json")
+    meta = read_adapter_json(folder / "adapter.json")
     check_base(folder / "adapter.json", meta["base"], model, tokenizer)
     if meta.get("system") != tokenizer.system:
         warn(f"{folder} was trained with --system {meta.get('system')!r:.50}: expect less")
@@ -284,7 +284,7 @@ def state_files(out) -> list[Path]:
 
 
 def save_state(out, step: int, module, optimizer, about: dict) -> Path:
-    """Write the state after `step` steps, and remove the oldest one.
+    """Write the state after `step` steps, and remove all but the newest two.
 
     It is read back before another one is removed.
     module: what is trained; optimizer: AdamW over its parameters; about: JSON
@@ -339,7 +339,7 @@ def load_state(out, module, optimizer) -> dict | None:
                 restore(tensors, module, optimizer)
             return header
         except BadInput as error:
-            warn(f"{error}; going back to the one before it")
+            warn(f"{error}; going back to an older one")
     if paths:
         raise BadInput(
             f"{paths[0].parent}: none of {len(paths)} states can be read; delete {out} "
@@ -370,7 +370,7 @@ def restore(tensors: dict[str, torch.Tensor], module, optimizer) -> None:
 def open_run(out: Path, config: dict, may_resume: bool):
     """Hold the folder of a training run; yields whether that run is finished.
 
-    config: the content of config.json, which is written if the folder is new.
+    config: the content of config.json, which is written before the first step.
     Errors: BadInput as in check_run; for a folder that another process holds,
     and for one that cannot be written to.
     """
@@ -385,7 +385,7 @@ def check_run(out: Path, config: dict, may_resume: bool) -> None:
     """Refuse a folder that holds something, unless may_resume and it is this
     very run.
 
-    config: its `train` (all flags), `system`, `from`, `dtype` and `base` say
+    config: its `train` (the fields of TrainConfig), `system`, `from`, `dtype` and `base` say
     which run it is. Without the last two only flags are compared, so that this
     can be done before the model is loaded.
     Errors: BadInput.
@@ -420,7 +420,8 @@ def check_run(out: Path, config: dict, may_resume: bool) -> None:
 
 def is_fresh(out: Path) -> bool:
     """Whether a folder holds nothing, or only what a run leaves that failed
-    before its first step: config.json and an empty log."""
+    before its first step: config.json and an empty log. Hidden files, such as our
+    lock, do not count."""
     if not out.is_dir():
         return True
     names = {path.name for path in out.iterdir() if not path.name.startswith(".")}

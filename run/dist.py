@@ -3,11 +3,11 @@
 An evaluation shares its documents out (my_rows) and gathers the answers.
 Training is data-parallel: every process has the whole compressor and takes its
 part of each step's contexts. The frozen model has no gradients to share. Where
-it fits into one device, every process has a copy (ddp). Where it does not, each
-block's weights are spread over the processes of a host and are gathered while
-the block runs (fsdp, `shard`). The embedding and the output head stay whole: of
-an 8B Llama they take 2.1 of 16 GB, and the loss reads the head chunk by chunk.
-No weights travel between hosts.
+it takes up to half of a device, every process has a copy (ddp). Where it takes
+more, each block's weights are spread over the processes of a host and are gathered
+while the block runs (fsdp, `shard`). The embedding and the output head stay whole:
+of an 8B Llama they take 2.1 of 16 GB, and the loss uses the whole head once for
+each chunk of tokens. No weights travel between hosts.
 """
 import os
 import sys
@@ -89,7 +89,7 @@ class World:
             dist.barrier()
         try:
             yield
-        finally:  # where it failed, it fails for the others too, and they say why
+        finally:  # after an error, too: the others run into it themselves
             if self.world_size > 1 and not self.local_rank:
                 dist.barrier()
 

@@ -36,7 +36,10 @@ def pick_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             name = "cuda"
     try:
-        return torch.empty(1, device=name).device
+        device = torch.empty(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what asks about "the" GPU means this one
+        return device
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
         raise BadInput(f"device {name!r} cannot be used ({why}); try --device cpu") from None
@@ -83,12 +86,14 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
+        # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap; an old glibc takes 32 MiB
+        mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: the heap is not given back
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a CPU or a GPU had no memory left."""
+    # "can't allocate memory", "cannot allocate memory"
     return any(words in str(error) for words in ("out of memory", "t allocate memory"))
 
 
@@ -184,8 +189,11 @@ def warn_of_contradictions(folder: Path, model: Llama) -> None:
         return  # one of torchrun's other processes
     path = folder / "config.json"
     raw = read_json(path)
-    ropes = [raw] + [raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
-    thetas = {rope["rope_theta"] for rope in ropes if rope.get("rope_theta")}
+    with reading(path):
+        ropes = [raw] + [raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+        thetas = {rope["rope_theta"] for rope in ropes if rope.get("rope_theta")}
+        for theta in thetas:
+            expect(theta, int, float)
     used = model.cfg.rope_theta
     if thetas - {used}:
         print(
@@ -207,7 +215,7 @@ def warn_of_contradictions(folder: Path, model: Llama) -> None:
 
 
 def open_tokenizer(flags: argparse.Namespace) -> tuple[Tokenizer, Config]:
-    """What --weights and --system name, but for the weights themselves."""
+    """The tokenizer and the Config of --weights and --system, without the weights."""
     folder = Path(flags.weights or fetch())
     cfg = read_config(folder / "config.json")
     tokenizer = Tokenizer(folder, flags.system)
@@ -221,9 +229,9 @@ def open_tokenizer(flags: argparse.Namespace) -> tuple[Tokenizer, Config]:
 def open_model(
     flags: argparse.Namespace, shard=None, tokenizer: Tokenizer | None = None,
 ) -> tuple[Llama, Tokenizer]:
-    """What --weights, --system, --device and --dtype name.
+    """The model and the tokenizer of --weights, --system, --device and --dtype.
 
-    shard: see model.load_llama. tokenizer: what open_tokenizer gave, if it was called.
+    shard: see model.load_llama. tokenizer: that of open_tokenizer, if it was called.
     """
     device = pick_device(flags.device)
     dtype = pick_dtype(flags.dtype, device)

@@ -3,8 +3,9 @@ differences.
 
 A record holds what one cache answered about one document (see eval.measure).
 Records are appended to a .jsonl.gz as they are made, so that a run that was
-stopped can go on. A cell is a mean over records. A result is a JSON file with
-the cells of a run, beside the records.
+stopped can go on. A cell is the weighted mean over all answers of one kind, for a
+task, a method and a kept fraction. A result is a JSON file with the cells of a run,
+beside the records.
 """
 import gzip
 import json
@@ -33,8 +34,7 @@ UNITS = {
 
 
 def keeps_of(method: str | None, keeps) -> list[float]:
-    """The kept fractions of a method; the full cache and no document have one
-    each."""
+    """The kept fractions of a method: `full` has only 1, and `none` only 0."""
     if method == "full":
         return [1.0]
     if method == "none":
@@ -119,12 +119,12 @@ def write_result(path, result: dict) -> None:
 
 # --------------------------------------------------------- going on with a run
 
+# To these a run that goes on adds its own value, behind the one that is there.
 JOINED = {"commit": ", ", "threads": ", ", "processes": ", ", "command": "; "}
 
 
 def compare_settings(out: Path, old: dict, new: dict) -> None:
-    """BadInput where a run with other settings made --out. Tasks may join a
-    file."""
+    """BadInput where a run with other settings made --out. A later run may add tasks."""
     groups = [("", old, new)]
     for task in old["tasks"]:
         if task in new["tasks"]:
@@ -164,9 +164,9 @@ def continue_from(out: Path, answers: Path, result: dict) -> list[dict]:
 class Results:
     """What a run finds: in memory, and with --out in two files.
 
-    All processes append records, and the first one writes the result. As a
-    context it holds a lock on --out, because two runs would overwrite each
-    other's result.
+    All processes append records, and the first one writes the result. In a `with`
+    block it holds a lock on --out, because two runs would overwrite each other's
+    result.
     """
 
     def __init__(self, out: str | None, world):
@@ -225,7 +225,9 @@ class Results:
         self.records += fresh
         print(f"{task}: {len(fresh)} caches measured")
         if not self.world.rank:
-            self.result["cells"] = cells_of(self.records, self.result["against"])
+            tasks = self.result["settings"]["tasks"]
+            sizes = {name: settings["contexts"] for name, settings in tasks.items()}
+            self.result["cells"] = cells_of(self.records, self.result["against"], sizes)
             self.write()
 
 
@@ -239,7 +241,8 @@ def mean_and_interval(units, values, weights, judgements: bool = False):
 
     judgements: the values are from 0 to 1. If all are 0 (or 1), all resamples
     agree and a bootstrap would claim certainty. Then it is Clopper and
-    Pearson's exact interval for so many units: 0 of 20 gives 0 to 0.17.
+    Pearson's exact interval for so many units: 0 of 20 gives 0 to 0.17. (Paired
+    differences do not have this guard.)
     """
     weights = np.asarray(weights, float)
     _, unit = np.unique(np.asarray(units), return_inverse=True)
@@ -258,19 +261,20 @@ def mean_and_interval(units, values, weights, judgements: bool = False):
     return round(mean, 5), interval and [round(x, 5) for x in interval]
 
 
-def complete(records: list[dict]) -> list[dict]:
+def complete(records: list[dict], sizes: dict[str, int]) -> list[dict]:
     """The records of the methods and kept fractions that saw all documents of a
     task.
 
-    Others are of a run that was stopped, and say nothing about the same
-    documents.
+    Others are of a run that was stopped, and say nothing about the same documents.
+    sizes: the number of documents of each task; without it, as many as the method
+        saw that saw most.
     """
     seen = {}
     for r in records:
         seen.setdefault((r["task"], r["method"], r["keep"]), set()).add(r["case"])
     documents = {}
     for (task, _, _), cases in seen.items():
-        documents[task] = max(documents.get(task, 0), len(cases))
+        documents[task] = max(documents.get(task, 0), len(cases), sizes.get(task, 0))
     for (task, method, keep), cases in seen.items():
         if len(cases) < documents[task]:
             print(f"{task}: {method}, keep {keep:g} is left out; it saw {len(cases)} of "
@@ -287,14 +291,17 @@ def kinds_of(answer: dict) -> list[str]:
     return list(dict.fromkeys([*kinds, "all"]))
 
 
-def cells_of(records: list[dict], against: str | None = None) -> list[dict]:
+def cells_of(
+    records: list[dict], against: str | None = None, sizes: dict[str, int] = {},
+) -> list[dict]:
     """A cell for each task, kind, method and kept fraction.
 
     against: a method; a cell then has the difference to that method at the same
-    kept fraction, paired answer by answer.
+        kept fraction, paired answer by answer. (`full` and `none` have only one.)
+    sizes: see `complete`.
     """
     tasks = list(dict.fromkeys(r["task"] for r in records))
-    records = complete(records)
+    records = complete(records, sizes)
     records.sort(key=lambda r: (tasks.index(r["task"]), r["case"]))
     groups = {}
     for r in records:

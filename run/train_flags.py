@@ -132,7 +132,7 @@ class TrainConfig:
         COUNT_OR_0)
     parallel: str = flag(
         "auto", "under torchrun, each process holds the whole frozen model (ddp) or "
-        "a part (fsdp); auto: ddp if it fits", choices=("auto", "ddp", "fsdp"))
+        "a part (fsdp); auto: ddp if it takes up to half of a GPU", choices=("auto", "ddp", "fsdp"))
     activation_checkpointing: bool = flag(
         False, "compute activations again in the backward pass, to save memory")
 

@@ -147,6 +147,17 @@ def test_partial_rotary_positions_are_refused_where_transformers_5_writes_them(t
         load_checked(folder)
 
 
+@pytest.mark.parametrize("ropes", [
+    {"rope_scaling": {**LLAMA3}, "rope_parameters": [1]},
+    {"rope_scaling": {**LLAMA3, "rope_theta": 500.0}, "rope_theta": "x"},
+], ids=str)
+def test_strange_rotary_settings_that_nobody_uses_are_one_line(twice, ropes):
+    folder, change = twice
+    change(**ropes)
+    with pytest.raises(BadInput, match="config.json"):
+        load_checked(folder)
+
+
 @pytest.mark.parametrize("other", [False, True])
 def test_a_tied_head_that_differs_is_said(twice, capsys, other):
     folder, _ = twice

@@ -59,6 +59,10 @@ def test_a_method_that_saw_some_documents_only_has_no_cell(capsys):
     assert {c["method"] for c in cells_of(found)} == {"full"}
     assert "kvzip, keep 0.2 is left out; it saw 1 of 2 documents" in capsys.readouterr().out
 
+    task = found[0]["task"]  # of three documents: no method is finished
+    assert cells_of(found, sizes={task: 3}) == []
+    assert "full, keep 1 is left out; it saw 2 of 3 documents" in capsys.readouterr().out
+
 
 # the table --------------------------------------------------------------------------------
 
