@@ -457,9 +457,10 @@ class Compressor(nn.Module):
 
     A register is a copy of one of the last tokens, made after layer η. It stands
     after the last token of the document and runs through the layers above η with it.
-    Where LoRA is on, every head of these layers keeps it. LoRA can move into it what dropped tokens say. The
-    last tokens themselves cannot take up so much without losing what they say. In
-    layer η+1 a register is still an exact copy; LoRA shows in it from layer η+2 on.
+    Where LoRA is on, every head of these layers keeps it. LoRA can move into it what
+    dropped tokens say. The last tokens themselves cannot take up so much without
+    losing what they say. In layer η+1 a register is still an exact copy; LoRA shows in
+    it from layer η+2 on.
     """
 
     def __init__(self, model_cfg, cfg: CompressorConfig):

@@ -292,7 +292,7 @@ def kinds_of(answer: dict) -> list[str]:
 
 
 def cells_of(
-    records: list[dict], against: str | None = None, sizes: dict[str, int] = {},
+    records: list[dict], against: str | None = None, sizes: dict[str, int] | None = None,
 ) -> list[dict]:
     """A cell for each task, kind, method and kept fraction.
 
@@ -301,7 +301,7 @@ def cells_of(
     sizes: see `complete`.
     """
     tasks = list(dict.fromkeys(r["task"] for r in records))
-    records = complete(records, sizes)
+    records = complete(records, sizes or {})
     records.sort(key=lambda r: (tasks.index(r["task"]), r["case"]))
     groups = {}
     for r in records:
