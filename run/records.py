@@ -226,7 +226,7 @@ class Results:
         print(f"{task}: {len(fresh)} caches measured")
         if not self.world.rank:
             tasks = self.result["settings"]["tasks"]
-            sizes = {name: settings["contexts"] for name, settings in tasks.items()}
+            sizes = {name: settings.get("contexts", 0) for name, settings in tasks.items()}
             self.result["cells"] = cells_of(self.records, self.result["against"], sizes)
             self.write()
 
