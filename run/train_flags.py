@@ -296,7 +296,7 @@ def check(c: TrainConfig) -> None:
     if c.decay == "sigmoid" and (c.scorer_steps or c.target == "both"):
         raise BadInput(
             "--decay sigmoid takes a score for a logit, but the first phase fits scores to "
-            "logarithms; add --scorer-steps 0 --target attention --scorer-lr-phase2 1e-3")
+            "logarithms; add --scorer-steps 0 --target attention --scorer-lr-phase2 1e-4")
     reasons = {
         "--scorer-steps 0": not c.scorer_steps and not c.init_adapter,
         "--soft-fraction": c.soft_fraction > 0,
@@ -306,7 +306,7 @@ def check(c: TrainConfig) -> None:
         if given and not c.scorer_lr_phase2:
             raise BadInput(
                 f"--scorer-lr-phase2 is 0, but with {flags} only the second phase can train "
-                "the scorer; try --scorer-lr-phase2 1e-3")
+                "the scorer; try --scorer-lr-phase2 1e-4")
 
 
 def check_batch(c: TrainConfig, processes: int) -> None:
