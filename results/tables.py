@@ -273,8 +273,8 @@ def niah_table(result: dict, name: str = "test/niah") -> str:
         parts.append(f"{markdown(head, rows)}\n\nkeep {keep:g}: {cells.fewer_bytes(keep)}.")
 
     note = paragraph(
-        "Depth 0 is the beginning of a document, 1 its end. Four needles: in one document, each "
-        f"of which is asked for. Documents of {', '.join(lengths)} tokens, together.")
+        "Depth 0 is the beginning of a document, 1 its end. Four needles: four stand in one document, and "
+        f"each is asked for. Documents of {', '.join(lengths)} tokens, together.")
     return "\n\n".join([*parts, note, source(result, name)])
 
 
