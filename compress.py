@@ -9,7 +9,7 @@ the fifth, the loss, is in train.py:
   3. decay            attention to an entry is decayed by its score, so that a
                       gradient of the loss can reach the scorer; by default decay
                       only masks, and the scorer learns by regression (train.py)
-  4. token_lora,      while the context is encoded, kept tokens get a low-rank
+  4. token_lora,      while the context is encoded, selected tokens get a low-rank
      encode           addition to W_Q and W_O (`TokenLoRA` in model.py)
 `Compressor` puts them together. An entry is the key and the value of one token
 in one head. As a program, this file compresses a text and answers questions:
@@ -37,13 +37,13 @@ Shapes: B rows of a batch, N context tokens, R registers, K kept tokens per head
 on average, T tokens read afterwards, L layers, H query heads, G key-value heads
 per layer, d head width, D model width, r LoRA rank. Scores, selections and biases
 are (B, l, g, N). With a selection per head, l = L and g = G. With a selection per
-token, the paper's way, l = g = 1: one score stands for all heads. Layers count from
-1 in the prose: layer η is `layers[eta - 1]`.
+token, the paper's way, l = g = 1: one score stands for all heads. Where registers
+are added (`Compressor.with_registers`), l becomes L and N becomes N + R. Layers
+count from 1 in the prose: layer η is `layers[eta - 1]`.
 """
 import math
 import os
 import re
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -55,8 +55,6 @@ from run.flags import find_adapter, parse_compress_flags
 
 if __name__ == "__main__":
     run_program(parse_compress_flags, is_last=False)  # a typo is answered before torch is imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports just ends them
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 import torch
 import torch.nn as nn
@@ -82,8 +80,8 @@ class CompressorConfig:
                                  # attention that it gets; "both": that times its effect
                                  # on the likelihood of what is read later
     recent: int = 4              # with selection "head", every head keeps the last K/8
-                                 # tokens, 1 to this many; 0: none. Heads with registers
-                                 # keep these instead
+                                 # tokens, at least 1 and at most this many; 0: none.
+                                 # Heads with registers keep the registers instead
     decay: str = "threshold"     # or "sigmoid", the paper's
     tau: float = 0.5             # temperature of "threshold", in nats of score
     rank: int = 32               # of LoRA on W_Q and W_O
@@ -146,8 +144,8 @@ def kept_count(n, keep: float | None = None, tokens: int | None = None):
     if tokens is not None and tokens < 1:
         raise BadInput(f"tokens is {tokens}, expected at least 1")
     if keep is None:
-        return n.clamp(max=min(tokens, 1 << 62))  # more does not fit into int64
-    # on the CPU, as not every device has float64; 1e-9 as 0.1·30 is above 3
+        return n.clamp(max=min(tokens, 1 << 62))  # a huge number would overflow int64
+    # on the CPU, as not every device has float64; 1e-9 because 0.07·100 comes out above 7
     k = (keep * n.cpu().double() - 1e-9).ceil().clamp(min=1).long()
     return k.to(n.device).minimum(n)
 
@@ -160,7 +158,7 @@ class Selection:
     score_ignored: torch.Tensor  # (B, 1 or l, 1, N) bool: forced and protected
                                  # tokens, and padding
     theta: torch.Tensor          # (B, 1, 1, 1) fp32, the threshold: midway between
-                                 # the last kept score and the next
+                                 # the lowest kept score and the highest dropped one
 
 
 def last_tokens(compressible, count):
@@ -186,10 +184,10 @@ def select(
     k: (B,) int64, kept tokens per head on average.
     forced: (B, 1 or l, 1, N) bool, compressible tokens that are kept whatever
         their score; they use up budget.
-    reserved: entries of the budget that registers fill; an int or (B,) int64. If
-        they leave fewer than l·g entries, l·g are kept all the same, and the cache
-        has more than k·l·g.
-    check: whether to look for scores that are not finite.
+    reserved: entries of the budget that registers fill; an int or (B,) int64. At
+        least l·g entries are kept all the same, so the cache may have more than
+        k·l·g.
+    check: whether to look for scores that are not finite, which waits for a GPU.
     Errors: BadInput, with `check`, for a score that is not finite.
     """
     B, l, g, N = scores.shape
@@ -210,7 +208,7 @@ def select(
 
     # (B, l·g·N): the heads of a row, one after the other
     ranked, order = ranked.flatten(1).sort(dim=1, descending=True, stable=True)
-    least = k.clamp(max=1) * l * g
+    least = k.clamp(max=1) * l * g  # one entry per head; none for an empty row
     budget = (k * l * g - reserved).maximum(least)[:, None]
     rank = torch.arange(l * g * N, device=k.device)
     kept = torch.zeros_like(ranked, dtype=torch.bool)
@@ -219,7 +217,7 @@ def select(
     last = ranked.gather(1, (budget - 1).clamp(min=0))
     next_ = ranked.gather(1, budget.clamp(max=l * g * N - 1))
     # θ must be finite also where all kept entries are forced, or none is dropped.
-    # Where both hold it is −∞, but then `decay` sets β to 0 for all entries.
+    # Where both hold it is infinite, but then `decay` sets β to 0 for all entries.
     last = torch.where(last == math.inf, next_ + 1, last)
     next_ = torch.where(next_ == -math.inf, last - 1, next_)
     theta = ((last + next_) / 2)[..., None, None]
@@ -234,10 +232,12 @@ def gather(keep_mask, beta=None, position=None):
     entries share a group. In a batch, a head is as long as in the row where it
     keeps most; the other rows are padded.
 
-    keep_mask: (B, L or 1, G or 1, N) bool, all that is kept.
+    keep_mask: (B, L or 1, G or 1, N) bool, all that is kept. With registers it has
+        N + R columns. A layer without registers keeps none of the last R, and may
+        give `store` only N keys and values.
     beta: as large, fp32, a bias of the kept entries; or None.
-    position: (B, N) int64, where an entry stands in the text; None: where it
-        stands in keep_mask.
+    position: as many columns (B, N), int64, where an entry stands in the text;
+        None: where it stands in keep_mask.
     """
     counts = keep_mask.sum(-1)  # (B, l, g)
     # kept tokens first, in their order
@@ -249,8 +249,8 @@ def gather(keep_mask, beta=None, position=None):
     positions = torch.where(is_kept, positions, -1).to(torch.int32)
     index = torch.where(is_kept, order, 0)  # padding is a copy of the first token
     row = torch.arange(len(index), device=index.device)[:, None, None]
-    # entries of each head in its longest row and its shortest: (l, g) numbers;
-    # a GPU is waited for here, and not in `store`
+    # (l, g) numbers: the most and the fewest entries of a head in any row. This
+    # waits for a GPU once, and `store` does not.
     most, least = torch.stack([counts.amax(0), counts.amin(0)]).tolist()
     per_head = keep_mask.shape[2] > 1
 
@@ -265,18 +265,19 @@ def gather(keep_mask, beta=None, position=None):
         for size, run in groupby(most[layer]):
             heads = slice(first, first + len(list(run)))
             first = heads.stop
-            group_positions = positions[:, layer, heads, :size].clone()  # (B, g, S)
+            # (B, m, S) for a group of m heads; a view would hold all of `positions`
+            group_positions = positions[:, layer, heads, :size].clone()
             group_index = index[:, layer, heads, :size]
             # one selection for all heads: its (B, 1, S) positions serve all of them
             own_heads = head[heads] if per_head else head
             bias = None
             if beta is not None:
                 bias = beta[:, layer, heads].gather(2, group_index)
-            if bias is not None or min(least[layer][heads]) < size:
+            if min(least[layer][heads]) < size:  # some rows are padded
                 real = 0.0 if bias is None else bias
                 bias = torch.where(group_positions < 0, NEG, real)
             entries = (row, own_heads, group_index)
-            # keys[entries], values[entries]: (B, g, S, d)
+            # keys[entries], values[entries]: (B, m, S, d)
             groups.append(HeadGroup(keys[entries], values[entries], group_positions, bias))
         return groups
 
@@ -289,7 +290,7 @@ def decay(scores, selection: Selection, kind: str, tau: float, soft: bool = Fals
     """Part 3: β, which is added to the attention logits of question and answer
     tokens towards an entry. The context is encoded without it.
 
-    A selection has no gradient. β has one, and this is its way to the scorer:
+    A selection has no gradient. β has one. It flows back to the scorer along
 
         Scorer → scores → decay → β → full_cache(…, bias=β) → attention → loss
 
@@ -298,9 +299,8 @@ def decay(scores, selection: Selection, kind: str, tau: float, soft: bool = Fals
         passes through it. For θ = −4, τ = 0.5, the scores −3, −4.2 and −7
         become −0.13, −0.91 and −6.0.
     soft: nothing is dropped, and every entry is decayed by its β. Otherwise (a
-        hard step) dropped entries have −1e9, which masks them, and under
-        "threshold" the *value* of β is 0 for kept ones, which leaves its
-        gradient.
+        hard step) dropped entries have −1e9, which masks them. Under "threshold",
+        kept ones then have a β of 0, with the gradient of log σ((s − θ)/τ).
     Returns: (B, l, g, N) fp32; 0 where `selection.score_ignored`.
     """
     if kind == "sigmoid":
@@ -329,15 +329,16 @@ def max_attention(
     2505.23416).
 
     tokens, segments: (B, T) int64, see Llama.forward; padding has the segment −1.
-    first, end: look at entries first … end−1. Attention is then counted as if
-        only these, the first `sinks` entries and the tokens themselves existed.
+    first, end: look at entries first … end−1. If these are not all, attention is
+        normalised again over them, the first `sinks` entries and the tokens
+        themselves.
     max_position: see Llama.forward.
     Returns: (B, L, G, end − first) fp32.
     """
     S = cache.layers[0][0].k.shape[2]
     if end is None:
         end = S
-    best = {}
+    largest = {}
 
     def on_weights(layer: int, weights, first_query: int):  # (B, G, H/G, t, s)
         received = weights[..., first:end]
@@ -350,12 +351,10 @@ def max_attention(
             received = received.masked_fill(~is_token[:, None, None, :, None], 0)
         received = received.amax((2, 3))  # (B, G, end − first)
         # a layer comes once for each block of queries
-        if layer in best:
-            received = torch.maximum(best[layer], received)
-        best[layer] = received
+        largest[layer] = torch.maximum(largest.get(layer, received), received)
 
     model(tokens, cache, segments, on_weights=on_weights, max_position=max_position)
-    return torch.stack(list(best.values()), 1)
+    return torch.stack([largest[layer] for layer in range(model.cfg.n_layer)], 1)
 
 
 def attention_and_effect(model: Llama, full: Cache, tokens, segments, max_position=None):
@@ -363,11 +362,11 @@ def attention_and_effect(model: Llama, full: Cache, tokens, segments, max_positi
     how much the likelihood of what it reads depends on them.
 
     The first is the largest attention weight, as in `max_attention`. The second comes
-    from the gradient of decayed attention. Let query t attend to entry c with weight
-    A, let o = Σ_c A_c·v_c be the output, and g the gradient of the log-likelihood of
-    `tokens` with respect to o. A bias β on that one logit has the gradient
-    A·g·(v_c − o). If the entry is left out, the log-likelihood falls, to first
-    order, by
+    from the gradient that decayed attention has. Let query t attend to entry c with
+    weight A, let o = Σ_c A_c·v_c be the output, and g the gradient with respect to o
+    of the log-likelihood of `tokens` (see `log_likelihood`). The gradient with respect
+    to a bias β on that one logit is A·g·(v_c − o). If the entry is left out, the
+    log-likelihood falls, to first order, by
         δ = A/(1 − A) · g·(v_c − o).
     δ is added up over the query heads that share the entry. Its squares are added up
     over the queries t, and the entry's effect is the root of that. (Compare the
@@ -472,8 +471,9 @@ class Compressor(nn.Module):
         if cfg.selection == "head":
             heads = (model_cfg.n_layer, model_cfg.n_kv_head)
         self.scorer = Scorer(model_cfg.n_embd, cfg.hidden, *heads)
-        # Scores begin at the mean of what they will learn: log(attention) has −4,
-        # log(attention · effect) −11. With decay σ(s), attention hardly decays at first.
+        # Scores begin near what they will learn: with SmolLM2, log(attention) is about
+        # −4 on average, and log(attention · effect) −11. With decay σ(s), they begin
+        # where attention hardly decays.
         start = -11.0 if cfg.target == "both" else -4.0
         if cfg.decay == "sigmoid":
             start = 4.0
@@ -528,13 +528,13 @@ class Compressor(nn.Module):
         forced = None
         if per_head:
             recent = (k // 8).clamp(1, self.cfg.recent)  # 0 if cfg.recent is 0
-            forced = last_tokens(ctx.compressible, k.minimum(recent))[:, None, None]
+            forced = last_tokens(ctx.compressible, recent)[:, None, None]
 
         reserved = 0
         if registers and self.cfg.registers > 0:
             has_registers = self.layers_with_registers(ctx, k)  # (B, L)
-            # the budget counts l·g entries for a token, and registers are in some
-            # of L layers: with l = 1, this is rounded up
+            # A token that all heads of all layers keep costs l·g of the budget. A
+            # register is in some layers only, and costs that part of l·g, rounded up.
             _, l, g, _ = scores.shape
             reserved = self.cfg.registers * has_registers.sum(1) * l * g
             reserved = -(-reserved // self.n_layer)
@@ -577,23 +577,23 @@ class Compressor(nn.Module):
         strength = strength.to(dtype)[..., None]  # (B, l, N + R, 1)
 
         # all layers in one conversion: one for each would be many small kernels
-        layers = [x.to(dtype).unbind() for x in self.lora_parameters()]
+        matrices = [x.to(dtype).unbind() for x in self.lora_parameters()]
 
         def of_layer(layer: int) -> TokenLoRA | None:
             i = layer - self.cfg.eta
             if not 0 <= i < len(self.a_q):
                 return None
             next_layer = layer + 1 if strength.shape[1] > 1 else 0
-            return TokenLoRA(strength[:, next_layer], *[x[i] for x in layers])
+            return TokenLoRA(strength[:, next_layer], *[x[i] for x in matrices])
 
         return of_layer
 
     def places(self, ctx: Context):
-        """The places of a document and of the registers behind it.
+        """The N + R columns of a document and the registers behind it.
 
-        Returns two tensors (B, N + R). `source` is the token that stands at a
-        place: itself, or the one of which a register is a copy. `is_register`
-        is bool.
+        Returns two tensors (B, N + R). `source`, int64, is the token of a column,
+        for a register the token that it copies. It is the rotary position, too.
+        `is_register` is bool.
         """
         R = self.cfg.registers
         N = ctx.h.shape[1]
@@ -604,20 +604,20 @@ class Compressor(nn.Module):
         return source, is_register
 
     def encode(self, model: Llama, ctx: Context, selection: Selection, k, store=None) -> list:
-        """Part 4: encode the context and the registers above layer η, kept tokens
-        and registers with LoRA.
+        """Part 4: encode the context and the registers above layer η, selected
+        tokens and registers with LoRA.
 
-            layer   1 … η             η+1 … L−1                        L
-                    read once, for    dropped, protected: frozen       keys and
-                    full and          selected tokens and registers:   values only
-                    compressed cache  frozen plus LoRA
+            layers 1 … η:       were read before, for the full cache as well
+            layers η+1 … L−1:   the frozen weights; selected tokens and registers
+                                have LoRA besides
+            layer L:            its keys and values only, so no LoRA
 
         Every token still attends to every earlier one; entries are dropped when
         the cache is stored.
         store(layer, keys, values): see Llama.run_layers.
         Returns, for each layer, what `store` returned for it. Without `store`, these
-        are its keys and values, (B, G, N + R, d). In layers 1 … η there is no
-        register: what stands at its place must be masked.
+        are its keys and values, (B, G, N + R, d), and in layers 1 … η the last R
+        columns are empty and must be masked.
         """
         R = self.cfg.registers
         source, is_register = self.places(ctx)
@@ -638,8 +638,8 @@ class Compressor(nn.Module):
     def with_registers(self, x, ctx: Context, k, on, off):
         """Give a (B, l, g, N) tensor a column for each register: (B, l, g, N + R).
 
-        on: its value for a register in a layer that has registers; off: in the
-            others. With registers, l becomes L.
+        on, off: what the column holds in layers with and without registers. With
+            registers, l becomes L.
         """
         R = self.cfg.registers
         if R == 0:
@@ -671,15 +671,16 @@ class Compressor(nn.Module):
         k = kept_count(n, keep, tokens)
         if bool((k == n).all()):
             return self.full_cache(model, ctx)
-        own_scores = self.scorer(ctx.h, ctx.lengths) if scores is None else scores
-        selection = self.select(own_scores, ctx, k, registers=True)
+        decays = self.cfg.decay == "sigmoid" and scores is None
+        if scores is None:
+            scores = self.scorer(ctx.h, ctx.lengths)
+        selection = self.select(scores, ctx, k, registers=True)
 
         beta = None
-        if self.cfg.decay == "sigmoid" and scores is None:
-            beta = decay(own_scores, selection, "sigmoid", self.cfg.tau)
+        if decays:
+            beta = decay(scores, selection, "sigmoid", self.cfg.tau)
             # a row that keeps everything is a full cache, without decay
-            decayed = selection.kept & (k < n)[:, None, None, None]
-            beta = torch.where(decayed, beta, 0.0)
+            beta = torch.where((k < n)[:, None, None, None], beta, 0.0)
             beta = self.with_registers(beta, ctx, k, on=0.0, off=NEG)
         kept = selection.kept | ctx.protected[:, None, None]
         kept = self.with_registers(kept, ctx, k, on=True, off=False)
@@ -698,7 +699,7 @@ def check_compressor_config(cfg: CompressorConfig, n_layer: int) -> None:
     for name in ("hidden", "recent", "rank", "registers"):
         value = getattr(cfg, name)
         if type(value) is not int or value < 0:
-            raise BadInput(f"{name} is {value!r:.20}, expected a whole number")
+            raise BadInput(f"{name} is {value!r:.20}, expected a whole number, at least 0")
     if type(cfg.tau) is not float or not 0 < cfg.tau < math.inf:
         raise BadInput(f"tau is {cfg.tau!r:.20}, expected a number such as 0.5")
     for name, known in (
@@ -738,7 +739,7 @@ SHIPPED_ADAPTER = ROOT / "adapters" / "smollm2-135m-instruct"
 def open_text(compressor: Compressor, model: Llama, tokenizer, text: str, keep=()) -> Context:
     """A text as the user's turn of a chat, read up to layer η.
 
-    The header of the chat is protected, or without one the first token.
+    Protects the chat header, or the first token if there is none.
     keep: spans of the text that every head keeps, too, as (start, end) in
         characters. Errors: BadInput for one that is not in the text.
     """
@@ -760,7 +761,7 @@ def load_adapter(folder, model: Llama, tokenizer) -> Compressor:
     Errors: BadInput for one that is missing, damaged, or of another model.
     """
     meta, tensors = read_adapter(folder, model, tokenizer)
-    settings = meta.get("config") or {}
+    settings = meta["config"]
     known = CompressorConfig.__dataclass_fields__.keys()
     if settings.keys() != known:
         differing = ", ".join(sorted(settings.keys() ^ known))
@@ -769,7 +770,7 @@ def load_adapter(folder, model: Llama, tokenizer) -> Compressor:
             f"differ in {differing}); train it again"
         )
     with reading(folder, "train the adapter again"):
-        with torch.device("meta"):  # no size is believed before it is compared
+        with torch.device("meta"):  # no memory before the sizes are compared
             compressor = Compressor(model.cfg, CompressorConfig(**settings))
         expected = {name: x.shape for name, x in compressor.state_dict().items()}
         if {name: x.shape for name, x in tensors.items()} != expected:
@@ -828,7 +829,7 @@ def kl_of_answer(
     mean over the predictions of each of its tokens and of the one after them."""
     tokens = torch.tensor([prompt + ids], device=model.device)
     room = model.cfg.max_positions - int(full.next_position[0])
-    tokens = tokens[:, :room]  # the last id of an answer may have had no position
+    tokens = tokens[:, :room]  # the last id may have no position: nothing follows it
     log_p, log_q = [
         model.logits(model(tokens, c)[:, len(prompt) - 1:]).log_softmax(-1)
         for c in (full, cache)
@@ -910,7 +911,7 @@ def spans_to_keep(text: str, passages: list[str], lines: list[tuple[int, int]]) 
             raise BadInput(f"--keep-text {passage!r}: these words are not in the text")
         spans += found
 
-    all_lines = text.split("\n")
+    all_lines = text.removesuffix("\n").split("\n")
     for first, last in lines:
         if last > len(all_lines):
             raise BadInput(
@@ -928,7 +929,7 @@ def check_length(
 ) -> None:
     """Refuse a text that leaves no room for a question, as `asking` words it.
 
-    room: positions that are needed at least.
+    room: positions to leave at least; eval.py needs some for KVzip.
     """
     n = len(tokenizer.document(text.strip()))
     room = max(room, *(len(asking.ask(question)) for question in questions))
@@ -942,7 +943,7 @@ def check_length(
 
 
 def check_save(path) -> None:
-    """Refuse to write a cache over a file that is none."""
+    """Refuse to overwrite a file that is not a saved cache."""
     if path is not None and Path(path).exists():
         try:
             cache_header(path)
@@ -973,15 +974,16 @@ def main() -> None:
     questions = args.question or DEMO_QUESTIONS
     if args.context and not args.question:
         questions = ["What is this text about?"]
-        args.plain = True  # no few words of the text answer that
+        args.plain = True  # no extract of the text answers that
     tokenizer, model_cfg = open_tokenizer(args)
-    # what is wrong with the adapter is said before the weights are loaded
-    read_json(adapter_folder(args.adapter, args.weights) / "adapter.json")
+    # an adapter that is missing is reported before the weights are loaded
+    folder = adapter_folder(args.adapter, args.weights)
+    read_json(folder / "adapter.json")
     asking = pick_wording(args, tokenizer)
     check_length(asking, tokenizer, text, questions, model_cfg.max_positions)
     model, _ = open_model(args, tokenizer=tokenizer)
-    compressor, _ = open_compressor(args.adapter, args.weights, model, tokenizer)
-    adapter = args.adapter or str(SHIPPED_ADAPTER.relative_to(ROOT))
+    compressor = load_adapter(folder, model, tokenizer)
+    adapter = str(folder.relative_to(ROOT) if folder == SHIPPED_ADAPTER else folder)
     print(f"adapter  {adapter}")
 
     def compress():
@@ -994,9 +996,9 @@ def main() -> None:
     (ctx, cache), compress_seconds = timed(compress)
 
     ids = ids[n_header:]
-    # (N,) bool, the passages of --keep-text and --keep-lines
+    # From here on without the header. (N,) bool, what --keep-text and --keep-lines name
     own = ctx.protected[0, n_header:].cpu()
-    kept = kept_map(cache, ctx.tokens.shape[1])[..., n_header:n_header + len(ids)]  # (L, G, N)
+    kept = kept_map(cache, ctx.tokens.shape[1])[..., n_header:]  # (L, G, N)
     heads_of_token = kept.sum((0, 1)).tolist()
     n_heads = kept.shape[0] * kept.shape[1]
     print()
@@ -1046,7 +1048,7 @@ def token_counts(per_head, n_own: int, n: int, n_header: int) -> str:
     """What is kept of a text, in words.
 
     per_head: (L, G), the kept tokens and registers of each head, without the n_own
-    ones that the user wanted kept; n: the text's.
+    ones that the user wanted kept; n: tokens of the text, those n_own included.
     """
     counts = (
         f"{n - n_own} -> {per_head.float().mean():.0f} per head on average "
@@ -1076,7 +1078,7 @@ def talk(args, conversation: Conversation, about: dict, settings) -> None:
 
 
 def use_saved_cache(args) -> None:
-    about = cache_header(args.load)["about"]  # before the weights
+    about = cache_header(args.load)["about"]  # first, so that a bad file is reported at once
     turns = about.get("turns", 0)
     model, tokenizer = open_model(args)
     cache = load_cache(args.load, model, tokenizer)

@@ -28,7 +28,6 @@ import json
 import os
 import platform
 import random
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -38,7 +37,6 @@ from run.eval_flags import BASELINES, DEFAULT_KEEPS, DEFAULT_METHODS, parse_args
 
 if __name__ == "__main__":
     run_program(parse_args, is_last=False)  # a typo is answered before torch is imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends them
 
 import torch
 import torch.nn.functional as F

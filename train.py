@@ -45,7 +45,6 @@ from run.train_flags import LLAMA_8B, TrainConfig, check_batch, parse_args, pars
 
 if __name__ == "__main__":
     run_program(parse_args, is_last=False)  # a typo is answered before torch is imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports just ends them
 
 import torch
 import torch.nn as nn
@@ -92,7 +91,7 @@ class MicroBatch:
     supervised_at: torch.Tensor  # (M,) int64, where the supervised tokens stand in
                                  # the flattened (B·T)
     k: torch.Tensor              # (B,) int64, tokens to keep, per head on average
-    max_position: int            # no token of a continuation stands behind it
+    max_position: int            # at least the position of every token of a continuation
     padded: bool                 # whether contexts differ in length
 
     @classmethod
@@ -158,8 +157,8 @@ class Distiller(nn.Module):
         """This pass's share of the step's loss, and numbers for the log: scalars.
 
         phase: "scorer", or one of the second phase's two kinds of step: "hard"
-            (dropped entries get no attention) and "soft" (no entry is dropped,
-            all are decayed).
+            (dropped entries get no attention) and "soft" (no entry is dropped; all
+            that the scorer ranks are decayed).
         """
         b = m.batch
         model = self.model[0]
@@ -181,10 +180,11 @@ class Distiller(nn.Module):
         self, m: MicroBatch, counts: StepCounts, ctx: Context, full: Cache,
     ) -> dict:
         """The squared error of the scores, as predictions of log(attention · effect),
-        or of log(attention) with `--target attention`.
+        or of log(attention) with `--target attention`: a mean over the heads and
+        over the compressible tokens of the step.
 
         The attention of a cache entry is the largest weight that it gets while the
-        model reads the questions of SCORER_MIX and their answers. Its effect is how
+        model reads the queries of SCORER_MIX and their answers. Its effect is how
         much the likelihood of these depends on it. With the replay alone, the
         attention would be KVzip's importance score (arXiv 2505.23416). KVzip measures
         it by a second reading of each context; the scorer learns to predict it.
@@ -219,11 +219,11 @@ class Distiller(nn.Module):
         teacher: its hidden states at the supervised tokens, (M, D).
         soft: see `decay`.
 
+        With `--routing-strength growing`, the gradient of the LoRA is 0 in a step that
+        keeps a quarter or more, because its strength is 0 up to 4×.
+
         In the quick experiment B = 1, M is about 290, and L, G, D are 30, 3, 576.
         N = 424: 400 tokens of the document and 24 of the chat header.
-
-        A LoRA of "growing" strength has no gradient in a step that keeps a quarter
-        or more, because its strength is 0 up to 4×.
         """
         model = self.model[0]
         compressor = self.compressor
@@ -234,7 +234,8 @@ class Distiller(nn.Module):
         selection = compressor.select(scores, ctx, m.k, registers=True, check=False)
         beta = decay(scores, selection, cfg.decay, cfg.tau, soft)
 
-        # The remaining layers are computed again, with LoRA for kept tokens.
+        # The remaining layers are computed again, with LoRA for selected tokens
+        # and registers.
         kvs = compressor.encode(model, ctx, selection, m.k)
         student = self.ask(m, compressor.training_cache(ctx, kvs, beta, m.k))  # (M, D)
 
@@ -259,7 +260,7 @@ class DistillKL(torch.autograd.Function):
     """λ·KL(p‖q) + (1−λ)·KL(q‖p) of each row; p is the teacher, q the student.
 
     student, teacher: (M, D), hidden states after the last norm.
-    head: (V, D), the output head, which makes logits z of them.
+    head: (V, D), the output head, which makes logits of them, z of the student's.
     Returns three (M,) in fp32 (fp64 for fp64 inputs): the loss, KL(p‖q),
     and 1 where teacher and student rank the same token first, else 0.
 
@@ -417,7 +418,6 @@ class BatchSampler:
         c = self.c
         rng = random.Random(f"{c.seed}/step/{step}")
         keep = math.exp(rng.uniform(math.log(c.keep_min), math.log(c.keep_max)))
-        # the second phase goes on with the samples behind those of the first
         if step < c.scorer_steps:
             phase = "scorer"
             samples = self.scorer_samples
@@ -425,6 +425,7 @@ class BatchSampler:
         else:
             phase = "soft" if rng.random() < c.soft_fraction else "hard"
             samples = self.distillation_samples
+            # the numbers continue after those of the first phase
             first = c.scorer_steps * c.batch_of("scorer") + (step - c.scorer_steps) * c.batch
 
         micro_batches = []
@@ -493,7 +494,7 @@ def train(
             line |= speed(model, compressor, c, line, time.perf_counter() - start)
             show_progress(bar, means, line)
             if is_first:
-                append_line(log, line, sync=save)  # first the log, then the state
+                append_line(log, line, sync=save)  # first: a state is never newer than it
             if is_first and save:
                 about = {"processes": world.world_size, "texts": sampler.texts_hash}
                 save_state(out, step + 1, compressor, optimizer, about)
@@ -543,8 +544,7 @@ def speed(
 # ------------------------------------------------------------------ the program
 
 def compressor_config(c: TrainConfig) -> CompressorConfig:
-    names = {f.name for f in fields(CompressorConfig)}
-    return CompressorConfig(**{name: getattr(c, name) for name in names})
+    return CompressorConfig(**{f.name: getattr(c, f.name) for f in fields(CompressorConfig)})
 
 
 QUESTION_ROOM = 128  # the longest are cloze questions, a sentence of up to 45 words
@@ -553,8 +553,8 @@ QUESTION_ROOM = 128  # the longest are cloze questions, a sentence of up to 45 w
 def check_context(c: TrainConfig, tokenizer, max_positions: int) -> None:
     """Refuse contexts that leave the model no positions for what is asked.
 
-    The text of a question may take QUESTION_ROOM tokens. Hardly any is so long; the
-    step that draws a longer one ends the run.
+    A question is assumed to have at most QUESTION_ROOM tokens. If a longer one does not
+    fit, the model refuses it, and the run ends.
     Errors: BadInput.
     """
     room = max_positions - len(tokenizer.header)

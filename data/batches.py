@@ -10,7 +10,7 @@ from data.samples import Case
 class Batch:
     tokens: torch.Tensor        # (B, N) int64, contexts, padded on the right
     lengths: torch.Tensor       # (B,) int64
-    protect: torch.Tensor       # (B, N) bool
+    protect: torch.Tensor       # (B, N) bool, tokens that are never dropped
     continuation: torch.Tensor  # (B, T) int64, a context's prompts and answers in a row
     segments: torch.Tensor      # (B, T) int64, the number of the query; -1 for padding
     supervised: torch.Tensor    # (B, T) bool, the prediction made at this token counts

@@ -15,8 +15,8 @@ are questions in the chat format:
   fact       a sentence that we made up and put into the text is asked for
 A sixth kind is asked only in the first phase, beside continue, cloze and title:
   replay     the document is repeated exactly
-The document is one window of a long article, or several short articles in a row.
-Then a question about one article has to find it. Sample i of a seed is the same
+The document is one window of a long article, or several short articles in a row; a
+question about one of these has to find it first. Sample i of a seed is the same
 sample for everybody who asks for it.
 """
 import math
@@ -91,8 +91,8 @@ WORDS = {
 @dataclass
 class Query:
     kind: str
-    # Ids after the document: the question, and the opening of the model's turn. Of
-    # `continue`, it is the first id of what follows.
+    # Ids after the document: the question, and the opening of the model's turn. For
+    # `continue`, the first id of what follows.
     prompt: list[int]
     # The ids after the prompt, which the student must predict as the teacher does
     answer: list[int] = field(default_factory=list)
@@ -106,7 +106,8 @@ class Case:
     context: list[int]  # the chat header and the document
     n_protect: int      # the first tokens, which are never dropped: the header
     queries: list[Query]
-    unit: str = ""      # what the bootstrap draws: a document, or an article
+    unit: str = ""      # for the intervals of eval.py, which draw units: a document,
+                        # or an article that several documents come from
 
     @property
     def n(self) -> int:
@@ -117,7 +118,7 @@ class Case:
 def make_case(
     tok: Tokenizer, document: list[int], queries: list[Query], unit: str = "",
 ) -> Case:
-    """The document behind the chat header, which is protected.
+    """The chat header, which is protected, and the document.
 
     Without a header the first token is protected: attention rests there.
     """
@@ -131,7 +132,7 @@ def recite_query(
 ) -> Query | None:
     """Ask for a passage by its first words.
 
-    The passage starts with a sentence, or else with any word.
+    The passage starts with a sentence or a line, or, if none is in reach, with any word.
     at: "first" for the beginning of the text, "last" for its last sentences;
         None for any place that n_answer tokens follow.
     Returns None if the text has no such place.
@@ -155,20 +156,20 @@ def recite_query(
 
     passage = text[rng.choice(starts):]
     cue = " ".join(passage.split()[:4])
-    # Without blanks between words, these would be whole sentences.
+    # In a script without spaces, four "words" may be the whole answer.
     most = max(1, n_answer // 2)
     cue_ids = tok.encode(cue)
     if len(cue_ids) > most:
-        cue = tok.decode(cue_ids[:most]).rstrip("\ufffd")  # half a character, at most
+        cue = tok.decode(cue_ids[:most]).rstrip("\ufffd")  # the cut may leave half a character
     prompt = tok.ask(f'Repeat the part of the text that starts with "{cue}".')
     # without tok.end: usually the passage is cut off, and the answer does not end there
     return Query("recite", prompt, tok.encode(passage)[:n_answer])
 
 
 def cloze_query(rng, text: str, tok: Tokenizer, at: str | None = None) -> Query | None:
-    """Blank out a name, a number or a long word of a sentence, and ask for it.
+    """Blank out a name, a number (two digits or more) or a long word, and ask for it.
 
-    at: "last" for the last sentence that has one; otherwise any sentence.
+    at: "last" for the last sentence that has one; None or "first" for any sentence.
     """
     # one or two words with a capital: "Ada", "New York"
     names = r"[A-Z][\w’'-]*(?: [A-Z][\w’'-]*)?"
@@ -242,10 +243,11 @@ class Samples:
 
     shards: list[Shard]   # one per source, drawn with equal chance
     tokenizer: Tokenizer
-    n_context: int        # tokens of a document, which are the compressible ones
+    n_context: int        # tokens of a document
     mix: dict[str, int]   # queries per context, by kind, at most: a text without
-                          # a description, or too short, has fewer
-    n_answer: int = 48    # tokens of an answer to `recite`, and of a continuation
+                          # a description, or too short, has fewer. If no text has a
+                          # description, others take the place of title queries
+    n_answer: int         # tokens of an answer to `recite`, and of a continuation
                           # with its first token
     seed: int = 0
     min_context: int = 0  # if it is not 0, lengths are drawn between it and
@@ -270,7 +272,7 @@ class Samples:
             self.mix["continue"] = 1
 
         # Of torchrun's processes, only the first one speaks.
-        # The replay of the scorer's phase is no kind of --mix.
+        # With a replay, the mix is that of the first phase, which the user did not give.
         if os.environ.get("RANK", "0") == "0" and "replay" not in self.mix:
             counts = ", ".join(f"{kind} {count}" for kind, count in self.mix.items())
             print(
@@ -281,7 +283,7 @@ class Samples:
 
     def window(self, rng, n: int, facts: list[str]) -> tuple:
         """A document of n tokens, with the sentences `facts` put into it: the last
-        of them at an end of the document in half of all cases.
+        of them, in half of all cases, at the beginning or the end of the document.
 
         Articles are drawn from one source until there are enough tokens. Of a
         long one a random part is taken. A fact may find no place, or be cut off
@@ -292,7 +294,7 @@ class Samples:
         shard = self.shards[rng.randrange(len(self.shards))]
         gap = self.tokenizer.encode("\n\n", joined=True)
         # The facts will push what follows them to the right, so only articles
-        # that end in the first `room` tokens are sure to lie in the document.
+        # that end in the first `room` tokens lie in the document for sure.
         room = n
         for sentence in facts:
             new = self.tokenizer.encode(" " + sentence, joined=True)

@@ -167,6 +167,12 @@ def provenance(seed: int) -> dict:
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with the flags in one line, without the usage."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        for arg in sys.argv[1:] if args is None else args:
+            if any("\ud800" <= c <= "\udfff" for c in arg):  # bytes that Python could not read
+                raise BadInput(f"{arg}: not in UTF-8; rename the file")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
         unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0]
         if unknown and not unknown.startswith("-"):
@@ -204,7 +210,8 @@ def is_input_error(error: Exception) -> bool:
 def run_program(main, is_last: bool = True) -> None:
     """Run main(); what the user caused ends it with one line, not a traceback.
 
-    is_last: whether the program ends with it.
+    is_last: whether the program ends with it. If it goes on, signals have their
+        usual effect again until the next call.
 
     Exit codes: 2 for bad input, 128 + the signal for SIGTERM or Ctrl-C. Any
     other exception is a bug of ours and keeps its traceback. A second signal
@@ -212,8 +219,7 @@ def run_program(main, is_last: bool = True) -> None:
 
     Programs have these lines before they import torch, which takes seconds:
         if __name__ == "__main__":
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C just ends it
-            run_program(parse_args, is_last=False)  # see run/flags.py
+            run_program(parse_args, is_last=False)
     """
     def stop(number, frame):
         signal.signal(number, signal.SIG_DFL)
@@ -247,3 +253,6 @@ def run_program(main, is_last: bool = True) -> None:
         leave(code or 0)
     if code is not None:
         sys.exit(code)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not under_torchrun:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

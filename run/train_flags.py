@@ -58,8 +58,8 @@ class TrainConfig:
     min_context: int = flag(
         0, "draw lengths from here to --context; 0: all are --context", COUNT_OR_0)
     answer: int = flag(
-        40, "tokens of the answer to a recite query, and of a continuation with its first "
-        "token, which is given", number(int, 2))
+        40, "tokens of the answer to a recite query, and of a continuation (its first token "
+        "is given)", number(int, 2))
     mix: str = flag(
         "continue=1,recite=2,cloze=2,title=2",
         "questions per context in the second phase, at most, by kind: continue, recite, "
@@ -83,7 +83,7 @@ class TrainConfig:
     recent: int = flag(
         4, "with --selection head, every head keeps the last K/8 tokens, 1 to this many "
         "(0: none), where K is what heads keep on average; heads with registers keep "
-        "these instead", COUNT_OR_0)
+        "the registers instead", COUNT_OR_0)
     decay: str = flag(
         "threshold", "how a score becomes β, the bias on attention; sigmoid is the paper's",
         choices=("threshold", "sigmoid"))
@@ -93,8 +93,8 @@ class TrainConfig:
         "growing", "strength of the LoRA: growing with "
         "the compression, or full, as in the paper", choices=("growing", "full"))
     registers: int = flag(
-        1, "where the LoRA is on, every head above layer eta keeps copies of this many "
-        "of the last tokens, which the LoRA may fill with what is dropped; 0: none",
+        1, "where the LoRA is on, every head above layer eta keeps this many registers: "
+        "copies of the last tokens, which the LoRA may fill with what is dropped; 0: none",
         COUNT_OR_0)
 
     # the loss
@@ -108,7 +108,7 @@ class TrainConfig:
     soft_fraction: float = flag(
         0.0, "fraction of the distillation steps in which entries are decayed, "
         "not dropped", FRACTION)
-    chunk: int = flag(128, "rows of logits computed at a time", COUNT)
+    chunk: int = flag(128, "rows of logits computed at a time in the second phase", COUNT)
 
     # the optimizer, AdamW
     scorer_lr: float = flag(1e-3, "peak learning rate of the scorer", POSITIVE)
@@ -162,7 +162,8 @@ LLAMA_8B = {
     "eval_contexts": 100,
 }
 
-# the paper's method; it does not say how many steps, nor which questions
+# the paper's method, also where it is our default; the paper does not say how many steps,
+# nor which questions
 PAPER = {
     "scorer_steps": 0,
     "selection": "token",
@@ -192,7 +193,7 @@ PRESETS = {
     },
     "8b": LLAMA_8B | {"scorer_steps": 2000, "scorer_lr": 2e-4},
     "paper": LLAMA_8B | PAPER,
-    # rates for a short run; at 1e-3 the scorer's sigmoids are above 0.999 after 36 steps
+    # rates for a short run; at 1e-3 the scorer's sigmoids saturate within 35 steps
     "paper-small": PAPER | {
         "target": "attention",
         "steps": 500,
@@ -299,7 +300,6 @@ def check(c: TrainConfig) -> None:
             "logarithms; add --scorer-steps 0 --target attention --scorer-lr-phase2 1e-4")
     reasons = {
         "--scorer-steps 0": not c.scorer_steps and not c.init_adapter,
-        "--soft-fraction": c.soft_fraction > 0,
         "--decay sigmoid": c.decay == "sigmoid",
     }
     for flags, given in reasons.items():
@@ -307,6 +307,10 @@ def check(c: TrainConfig) -> None:
             raise BadInput(
                 f"--scorer-lr-phase2 is 0, but with {flags} only the second phase can train "
                 "the scorer; try --scorer-lr-phase2 1e-4")
+    if c.soft_fraction > 0 and not c.scorer_lr_phase2:
+        raise BadInput(
+            "--scorer-lr-phase2 is 0, but the soft steps of --soft-fraction decay attention so "
+            "that the loss can train the scorer; try --scorer-lr-phase2 1e-4")
 
 
 def check_batch(c: TrainConfig, processes: int) -> None:

@@ -193,7 +193,7 @@ def test_spans_of_passages_and_lines():
     with pytest.raises(BadInput, match="not in the text"):
         spans_to_keep(text, ["B"], [])
     with pytest.raises(BadInput, match="4-5: the text has 4 lines"):
-        spans_to_keep(text, [], [(4, 5)])
+        spans_to_keep(text + "\n", [], [(4, 5)])
 
 
 def test_spans_become_the_tokens_that_hold_them(house):

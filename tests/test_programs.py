@@ -352,6 +352,7 @@ def test_a_run_goes_on_from_an_adapter_and_has_its_shape(tiny, tiny_run, tmp_pat
     (("--soft-fraction", "0.5"), "try --scorer-lr-phase2 1e-4"), (("--clip", "0"), "--clip: 0"),
     (("--clip", "inf"), "inf, expected at least 1e-12, and finite"),
     (("--scorer-lr-phase2", "-1"), "at least 0"), (("--seed", "-3"), "expected 0 to"),
+    (("--sources", "caf\udce9.txt"), "caf\\udce9.txt: not in UTF-8; rename the file"),
     (("--sources", "wiki,"), "an empty entry"), (("--min-context", "3"), "16 to --context"),
     (("--init-adapter", "/"), "no adapter.json in it")], ids=str)
 def test_train_refuses_bad_input(tiny, args, message):
