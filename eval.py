@@ -16,9 +16,10 @@ full cache (method `full`) is the ceiling, no document at all (`none`) is the
 floor. Tasks and metrics are in data/tasks.py, means and 95 % intervals in
 run/records.py.
 
-Shapes: N tokens of one document, K of them kept per head on average, T tokens
-read after it, R of them predicted in answers, L layers, H query heads, G
-key-value heads, D model width, d head width, V vocabulary. Importance scores are
+Shapes: N tokens of a context, the chat header included (in records and tables N is
+without it), K of them kept per head on average, T tokens read after it, R of them
+predicted in answers, L layers, H query heads, G key-value heads, D model width, V
+vocabulary; t queries of a block, and s keys that they see. Importance scores are
 (1, l, g, N) fp32: l = L and g = G, or l = g = 1 where all heads share one score
 per token.
 """
@@ -59,13 +60,13 @@ from run.records import Results, cells_of, keeps_of, print_table
 SINKS = 4          # the first tokens, which StreamingLLM and KVzip always keep
 WINDOW = 64        # SnapKV averages the attention of this many last tokens
 KERNEL = 5         # and smooths it over this many neighbours
-SAFEGUARD = 0.2    # AdaKV: this share of an equal budget is each head's own
+SAFEGUARD = 5      # AdaKV: a fifth of an equal budget is each head's own
 CHUNK = 2048       # KVzip replays this many tokens at once
 TAIL = 8           # and quotes this many tokens before a later chunk
 
 # How much room to leave for a replay of KVzip.
 INSTRUCTION = 128  # its instruction has fewer tokens, even at one token per character
-LEAST_CHUNK = 256  # what may be replayed at once where the model has few positions
+LEAST_CHUNK = 256  # the least that is replayed at once; `fit` leaves room for it
 REPEAT_FROM = "\n\nRepeat the part of the previous context exactly, starting with"
 
 
@@ -110,10 +111,10 @@ def share_in_layer(scores, compressible, k, recent: int):
     it in equal parts.
 
     Each head first keeps its own best entries, at least one. The recent tokens
-    count towards them, as in kvpress: where few entries are kept, they are all of
-    this fifth. Shapes as in `share_budget`.
+    count towards them, as in kvpress: below K = 320 they are all of this fifth. Shapes
+    as in `share_budget`.
     """
-    own = (k * SAFEGUARD + 1e-6).long().clamp(min=1)
+    own = (k // SAFEGUARD).clamp(min=1)
     safe = share_budget(scores, compressible, own, 1, recent)
     return share_budget(scores.masked_fill(safe, 1e9), compressible, k, scores.shape[2], recent)
 
@@ -141,8 +142,8 @@ def streaming(ctx: Context):
 
 
 def attention_sum(model: Llama, tokens, cache: Cache | None, n: int):
-    """Sum the attention of all `tokens` (1, T), read after `cache`, over each
-    of the first n keys.
+    """For each of the first n keys, the sum of the attention that it gets from all
+    `tokens` (1, T), which are read after `cache`.
 
     Returns (L, G, H/G, n) fp32.
     """
@@ -292,8 +293,10 @@ class Document:
             scores = snapkv(model, ctx, self.full, snapkv_window(k))
         elif name == "kvzip":
             scores = kvzip(model, self.tokenizer, ctx, self.full)
-        else:
+        elif name == "scorer":
             scores = self.compressor.scorer(ctx.h, ctx.lengths)
+        else:
+            raise ValueError(f"no scores are called {name}")
         self.made[key] = scores, clock(self.model) - start
         return scores
 
@@ -318,7 +321,7 @@ class Document:
             recent = snapkv_window(int(k))
         if budget == "layer":
             return share_in_layer(scores, self.ctx.compressible, k, recent)
-        heads = scores.shape[1] * scores.shape[2] if budget == "all" else 1
+        heads = {"head": 1, "all": scores.shape[1] * scores.shape[2]}[budget]
         return share_budget(scores, self.ctx.compressible, k, heads, recent)
 
     def cache(self, method: str, keep: float) -> Cache:
@@ -331,11 +334,10 @@ class Document:
         if method == "full" or int(k) == self.case.n:
             return self.full
         if method == "kvdistill":
-            return self.compressor.compress(model, ctx, tokens=int(k))
+            return self.compressor.compress(model, ctx, keep)
         if method == "kvdistill:random":
             scores = self.for_compressor(self.scores("random", int(k)))
-            return self.compressor.compress(
-                model, ctx, tokens=int(k), scores=scores)
+            return self.compressor.compress(model, ctx, keep, scores=scores)
         return prune_cache(self.full, ctx, self.kept(method, k))
 
     def timed_cache(self, method: str, keep: float) -> tuple[Cache, dict]:
@@ -422,7 +424,7 @@ def judge_choice(model: Llama, tokenizer, case: Case, cache: Cache) -> list[dict
 
 def judge_cost(model: Llama, case: Case, cache: Cache) -> list[dict]:
     """Tokens per second of decoding at batch 1 and 8, and seconds for one short answer.
-    On a GPU these include the capture of a decoding step."""
+    On a GPU the seconds include the capture of a decoding step, the rates do not."""
     new = MAX_NEW_TOKENS["cost"]
     prompt = case.queries[0].prompt
     rates = {}
@@ -475,15 +477,15 @@ def judge(task: str, model: Llama, tokenizer, case: Case, cache: Cache, teacher)
 @torch.no_grad()
 def measure(task: str, model: Llama, tokenizer, compressor: Compressor, cases, methods, keeps,
             seed: int, done=frozenset()) -> Iterator[list[dict]]:
-    """Ask the queries of every case of every method's cache; yields the records
-    of a case.
+    """For every case, ask its queries of each method's cache; yields the records of
+    a case.
 
-    cases: an iterable of (number, case). The records of a case depend on its
-    number alone, so processes may share the cases out. done: (number, method,
-    keep) that are left out. A record: {"task", "case", "unit", "method",
-    "keep", "N", "K": entries per head on average, "bytes": as stored, with the
-    header, "seconds": {"prefill", "compress", "decode": of `judge`}, "answers": what
-    `judge` returns}.
+    cases: an iterable of (number, case). Random numbers depend on the seed, the task
+    and the number, not on the cases before, so processes may share the cases out.
+    done: (number, method, keep) that are left out. A record: {"task", "case", "unit",
+    "method", "keep", "N", "K": entries per head on average, "bytes": as stored, with
+    the header, "seconds": {"prefill", "compress", "decode": all of `judge`},
+    "answers": what `judge` returns}.
     """
     for i, case in cases:
         todo = [(m, keep) for m in methods for keep in keeps_of(m, keeps)
@@ -494,11 +496,10 @@ def measure(task: str, model: Llama, tokenizer, compressor: Compressor, cases, m
         document = Document(model, tokenizer, compressor, case, name)
         order = list(todo)
         if task == "cost":
-            # The first reading also asks the system for memory, which the second one gets
-            # back. No method always comes first.
+            # The first reading also asks the system for memory, so read again.
             del document
             document = Document(model, tokenizer, compressor, case, name)
-            random.Random(name).shuffle(order)
+            random.Random(name).shuffle(order)  # no method always comes first
         teacher = None
         if task in ("fidelity", "ends"):
             teacher = log_probabilities(model, case, case.queries, document.full)
@@ -554,8 +555,8 @@ def held_out_table(model: Llama, tokenizer, compressor: Compressor, sources: str
 
 def fit(cases: list[Case], task: str, tokenizer, max_positions: int) -> None:
     """Cut off the ends of documents that leave no room for a question with its
-    answer, or for a replay of KVzip's. Where a flag says how long documents
-    are, refuse them."""
+    answer, or for a replay of KVzip's. Documents whose length a flag sets are refused
+    instead, and so is one of which nothing would remain."""
     cut = 0
     for case in cases:
         longest = max(len(query.prompt) + len(query.answer) for query in case.queries)

@@ -9,14 +9,14 @@ explains the method and its parts.)
   - the heads of a cache may hold different tokens, and different numbers of
     them; a bias per entry is added to every attention logit towards it
   - an attention layer takes an optional `TokenLoRA`: a low-rank addition to W_Q
-    and W_O for the tokens that will be kept
+    and W_O, of its own strength for each token
   - a caller may look at the attention weights while they are computed
 
-This file needs nothing else of this repository. It raises ValueError, with a
-message of one line, where its input is wrong.
+This file needs nothing else of this repository. What it refuses, it refuses with a
+ValueError of one line. It does not check everything: run/loading.py checks files.
 
 Shapes: B rows of a batch, N context tokens, T new tokens, S keys that they see, L
-layers, D model width, H query heads, G key-value heads, g of them in a group, d
+layers, D model width, H query heads, G key-value heads, g of them in a head group, d
 head width, V vocabulary, r LoRA rank. Each key-value head serves H / G query
 heads. The code counts layers from 0, the prose from 1.
 
@@ -46,7 +46,7 @@ NEG = -1e9
 # ---------------------------------------------------------------- configuration
 
 # our names -> the names in a Hugging Face config.json
-KEYS = {
+CONFIG_NAMES = {
     "vocab_size": "vocab_size",
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
@@ -59,7 +59,7 @@ KEYS = {
     "tied": "tie_word_embeddings",
 }
 
-# what else must stand in a config.json for this file to compute the right thing
+# the values of other settings for which this file computes the right thing; None: absent
 SUPPORTED = {
     "model_type": ("llama", "mistral", "qwen2", "qwen3"),
     "hidden_act": ("silu", None),
@@ -101,19 +101,19 @@ class Config:
         Run run.loading.read_config on files of strangers: it checks the rest.
         """
         raw = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        # transformers 5 writes rope_parameters, earlier versions rope_scaling; where
-        # both stand, it reads the older one
+        # transformers 5 writes rope_parameters, earlier versions rope_scaling. If a file
+        # has both, transformers 5 reads rope_scaling, and so do we.
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         for key, known in SUPPORTED.items():
-            value = rope.get(key, raw.get(key))
+            value = rope.get(key, raw.get(key))  # partial_rotary_factor may be in rope
             if value not in known:
                 expected = " or ".join(map(repr, known))
                 raise ValueError(f"{path}: {key} is {value!r:.50}, expected {expected}")
 
         family = raw["model_type"]
-        fields = {ours: raw.get(theirs) for ours, theirs in KEYS.items()}
+        fields = {ours: raw.get(theirs) for ours, theirs in CONFIG_NAMES.items()}
         if fields["norm_eps"] is None:
-            raise ValueError(f"{path}: no {KEYS['norm_eps']}, expected a number such as 1e-5")
+            raise ValueError(f"{path}: no rms_norm_eps, expected a number such as 1e-5")
         fields["n_kv_head"] = fields["n_kv_head"] or fields["n_head"]
         fields["tied"] = fields["tied"] or False
         if not fields["head_dim"]:
@@ -132,7 +132,7 @@ class Config:
         # A model with a sliding window is used up to its window, where the
         # window hides nothing.
         windowed = family == "mistral" or raw.get("use_sliding_window")
-        window = raw.get("sliding_window", 4096) if windowed else None
+        window = raw.get("sliding_window", 4096) if windowed else None  # transformers' default
         if window is not None and family != "llama":
             fields["max_positions"] = min(fields["max_positions"], window)
         return cls(**fields)
@@ -158,7 +158,8 @@ class HeadGroup:
     """Neighbouring heads of one layer that hold equally many entries: g of G."""
     k: torch.Tensor          # (B, g, S, d), rotated to the original positions
     v: torch.Tensor          # (B, g, S, d)
-    positions: torch.Tensor  # (B, 1 or g, S) int32, in the context; -1: padding
+    positions: torch.Tensor  # (B, 1 or g, S) int32, in the context; -1: padding, or a
+                             # slot, also when it is written
     bias: torch.Tensor | None = None  # (B, 1 or g, S), added to the logits
 
     def tensors(self) -> list[torch.Tensor]:
@@ -186,31 +187,23 @@ class Cache:
     tokens fill. Any other cache stays as it was, and gradients flow through it.
     """
     layers: list[list[HeadGroup]]
-    next_position: torch.Tensor  # (B,) int64, where the continuation starts:
-                                 # the length of the *original* context
+    next_position: torch.Tensor  # (B,) int64, of the next token: how many tokens were
+                                 # read so far, kept or not
     slots: "Slots | None" = None
 
     def reserve(self, extra: int) -> "Cache":
-        """A copy with `extra` free slots at the end of every head."""
-        layers = []
-        keys = []
-        values = []
-        starts = []
-        for groups in self.layers:
-            groups, k, v, start = add_slots(groups, extra)
-            layers.append(groups)
-            keys.append(k)
-            values.append(v)
-            starts.append(start)
-
-        biases = add_biases([g for groups in layers for g in groups], extra)
+        """A copy with `extra` free slots at the end of every head, for `generate`."""
+        added = [add_slots(groups, extra) for groups in self.layers]
+        layers, keys, values, starts = map(list, zip(*added))
+        biases = add_biases([group for groups in layers for group in groups], extra)
         n_written = torch.zeros(1, dtype=torch.long, device=self.next_position.device)
         starts = torch.tensor(starts, device=n_written.device)
         slots = Slots(extra, n_written, starts, keys, values, biases)
         return Cache(layers, self.next_position.clone(), slots)
 
     def update(self, layer: int, index, k, v) -> list[tuple]:
-        """What new tokens see in each head group of a layer, themselves included.
+        """Store the keys and values of new tokens, and return what these tokens see in
+        each head group of a layer: its entries, and themselves.
 
         k, v: (B, G, T, d).
         index: (L, G·T), the slots that they are written to; None for a cache without
@@ -247,7 +240,7 @@ class Cache:
         return Cache(layers, self.next_position[i])
 
     def state(self) -> list[torch.Tensor]:
-        """Every tensor that differs between reserved caches of one layout."""
+        """Every tensor of a reserved cache that a decoding step reads or writes."""
         slots = self.slots
         stored = [*slots.keys, *slots.values, *slots.biases]
         return [*stored, slots.n_written, self.next_position]
@@ -264,110 +257,20 @@ class Cache:
         return [self.slots.n, layout]
 
     def entries(self) -> torch.Tensor:
-        """How many entries each head holds, without padding: (B, L, G) int64."""
+        """How many entries each head holds, without padding and slots: (B, L, G) int64."""
         layers = []
         for groups in self.layers:
-            counts = [(g.positions >= 0).sum(-1).expand(-1, g.k.shape[1]) for g in groups]
+            counts = [
+                (group.positions >= 0).sum(-1).expand(-1, group.k.shape[1])
+                for group in groups
+            ]
             layers.append(torch.cat(counts, 1))
         return torch.stack(layers, 1)
 
     def nbytes(self) -> int:
-        """Bytes as stored: keys, values, positions, biases, padding included."""
-        groups = [g for groups in self.layers for g in groups]
-        return sum(x.numel() * x.element_size() for g in groups for x in g.tensors())
-
-
-@dataclass
-class Slots:
-    """Room for n new tokens behind every head of a cache.
-
-    The keys of a layer are one tensor, head after head, so that new ones are
-    written to all heads at once; its head groups are views of it:
-
-        layer 18   [head 1: ▮▮▮▮▮▮▮▮▮▮▮▮▯▯▯] [head 2: ▮▮▮▮▯▯▯] [head 3: ▮▮▮▮▯▯▯]
-
-    A bias of NEG hides a slot until it is written. How many are written is a
-    tensor, so that every decoding step is the same computation.
-    """
-    n: int
-    n_written: torch.Tensor     # (1,) int64
-    starts: torch.Tensor        # (L, G) int64: where each head's slots start
-    keys: list[torch.Tensor]    # of each layer: (B, entries of all heads, d)
-    values: list[torch.Tensor]
-    biases: list[torch.Tensor]  # (B, 1 or g, S) each, the different ones of all groups
-
-    def next(self, T: int) -> torch.Tensor:
-        """Which slots the next T tokens get: (T,) int64."""
-        return self.n_written + torch.arange(T, device=self.n_written.device)
-
-    def reveal(self, slots, hidden) -> None:
-        """Make slots visible, but those of padding; hidden: (B, 1, T) bool."""
-        new = torch.where(hidden, NEG, 0.0).to(self.biases[0].dtype)
-        for bias in self.biases:
-            own = new.expand(-1, bias.shape[1], -1)
-            bias[:, :, -self.n:].index_copy_(2, slots, own)
-
-
-def add_slots(groups: list[HeadGroup], extra: int):
-    """A layer with `extra` free slots behind every head.
-
-    Returns: its head groups, whose keys and values are views; the keys and the
-    values of the layer, (B, entries of all heads, d); and where in these the
-    slots of each head start: G numbers.
-    """
-    sizes = [group.k.shape[1] * (group.k.shape[2] + extra) for group in groups]
-    B, _, _, d = groups[0].k.shape
-    k = groups[0].k.new_zeros(B, sum(sizes), d)
-    v = torch.zeros_like(k)
-
-    views = []
-    starts = []
-    first = 0
-    for group, own_k, own_v in zip(groups, k.split(sizes, 1), v.split(sizes, 1)):
-        _, g, S, _ = group.k.shape
-        own_k = own_k.unflatten(1, (g, S + extra))
-        own_v = own_v.unflatten(1, (g, S + extra))
-        own_k[:, :, :S] = group.k
-        own_v[:, :, :S] = group.v
-        positions = F.pad(group.positions, (0, extra), value=-1)
-        views.append(HeadGroup(own_k, own_v, positions, group.bias))
-        for _ in range(g):
-            starts.append(first + S)
-            first += S + extra
-    return views, k, v, starts
-
-
-def add_biases(groups: list[HeadGroup], extra: int) -> list[torch.Tensor]:
-    """Give every group of a cache a bias that hides its last `extra` entries.
-
-    A group's own bias is padded. A group without one needs zeros, and NEG for its
-    slots. Groups with equal S mod 8 share one such tensor (S: entries, slots included).
-    It has at least as many numbers as the largest group of the cache. Each group takes
-    its last S, which start at a multiple of 8, as GPU kernels want.
-    Returns: the different tensors.
-    """
-    longest = max(group.k.shape[2] for group in groups)
-    biases = []
-    shared = {}
-    for group in groups:
-        B, _, S, _ = group.k.shape
-        if group.bias is not None:
-            bias = group.bias.to(group.k.dtype)
-            group.bias = aligned(F.pad(bias, (0, extra), value=NEG))
-            biases.append(group.bias)
-            continue
-        if S % 8 not in shared:
-            zeros = group.k.new_zeros(B, 1, longest + (S - longest) % 8 - extra)
-            shared[S % 8] = aligned(F.pad(zeros, (0, extra), value=NEG))
-            biases.append(shared[S % 8])
-        group.bias = shared[S % 8][..., -S:]
-    return biases
-
-
-def aligned(bias):
-    """The same, with rows that start at multiples of 8 numbers in memory."""
-    S = bias.shape[-1]
-    return F.pad(bias, (0, -S % 8))[..., :S]
+        """Bytes as saved in a file: keys, values, positions, biases, padding included."""
+        tensors = [x for groups in self.layers for group in groups for x in group.tensors()]
+        return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def full_cache(kvs, lengths=None, bias=None) -> Cache:
@@ -377,7 +280,7 @@ def full_cache(kvs, lengths=None, bias=None) -> Cache:
     lengths: (B,) int64, the real tokens of each row; None: all of them.
     bias: (B, L or 1, G or 1, N) fp32, the decay of entries, or NEG for an entry
         that a head has to do without. With L = 1 it serves all layers, and its
-        gradient is their sum, in fp32.
+        gradient is the sum of the layers' gradients, in fp32.
     """
     k, _ = kvs[0]
     B, _, N, _ = k.shape
@@ -416,8 +319,8 @@ def rope_frequencies(cfg: Config, device=None) -> torch.Tensor:
     Llama 3.1 keeps the pairs that turn often within the length that was first
     trained on, slows the others down by `factor`, and has a ramp in between.
     """
-    pairs = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=device)
-    frequencies = cfg.rope_theta ** -(pairs / cfg.head_dim)
+    exponents = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=device)
+    frequencies = cfg.rope_theta ** -(exponents / cfg.head_dim)
     if cfg.rope_scaling is None:
         return frequencies
     factor, low, high, length = (cfg.rope_scaling[key] for key in LLAMA3_SCALING)
@@ -430,8 +333,8 @@ def rotate(x, rope):
     """Apply rotary positions to x (B, heads, T, d).
 
     Dimension i is paired with i + d/2, as in the Hugging Face layout. A pair
-    (a, b) becomes (a·cos − b·sin, b·cos + a·sin); `rope` has the cosines and
-    the sines, negative in the first half.
+    (a, b) becomes (a·cos − b·sin, b·cos + a·sin); `rope` has the
+    cosines, and the sines with a minus in the first half.
     """
     cos, sin = rope  # (B, 1, T, d) each
     swapped = x.roll(x.shape[-1] // 2, -1)
@@ -507,6 +410,7 @@ def attention_one_query(q, k, v, bias=None):
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or B * G * S < 2500:
         y = sdpa(rows, k, v, attn_mask=bias)
         return y.reshape(q.shape)
+    # keys first, as they lie in memory
     logits = k @ (rows * d ** -0.5).transpose(2, 3)
     logits = logits.transpose(2, 3).contiguous()  # (B, G, H/G, S)
     if bias is not None:
@@ -520,7 +424,7 @@ def attention_sdpa(q, k, v, mask=None, bias=None):
     B, H, T, d = q.shape
     G, S = k.shape[1:3]
     if mask is None and S > T:
-        # is_causal would align its triangle to the top left
+        # is_causal would align its triangle to the top left; one segment is plain causal
         mask = segment_mask(torch.zeros(1, T, device=q.device))
     if mask is not None:
         mask = F.pad(mask, (S - mask.shape[3], 0), value=True)
@@ -577,7 +481,7 @@ def attention_blockwise(q, k, v, mask=None, bias=None, on_weights=None, block=12
     """
     B, H, T, d = q.shape
     G, S = k.shape[1:3]
-    n_before = S - T  # keys that all queries see
+    n_before = S - T  # keys before the queries' own, or slots, if a mask covers them
     q = (q * d ** -0.5).view(B, G, H // G, T, d)
     keys = k.transpose(2, 3).contiguous()
     softmax_dtype = None
@@ -617,7 +521,7 @@ def attention_blockwise(q, k, v, mask=None, bias=None, on_weights=None, block=12
 class TokenLoRA:
     """One layer's low-rank addition to W_Q and W_O, of its own strength for
     each token: part 4 of the method. α = r, so that there is no other scale."""
-    strength: torch.Tensor  # (B, T, 1), 0 for a token that no head selects
+    strength: torch.Tensor  # (B, T, 1); 0: the token has no LoRA. compress.py sets it
     a_q: torch.Tensor       # (r, D)
     b_q: torch.Tensor       # (H·d, r)
     a_o: torch.Tensor       # (r, H·d)
@@ -660,8 +564,8 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, update, token_lora, on_weights):
         """x: (B, T, D) -> (B, T, D), and the new keys and values (B, G, T, d).
 
-        Each head group has its own number of entries, so it is one attention of
-        its own: of its g key-value heads and their g·H/G query heads.
+        Head groups differ in their number of entries, so each is one call: of its g
+        key-value heads and their g·H/G query heads.
         """
         k, v = self.keys_values(x, rope)
         q = self.wq(x)
@@ -669,19 +573,16 @@ class Attention(nn.Module):
             q = q + token_lora.query_delta(x)
         q = rotate(self.q_norm(self.split_heads(q)), rope)  # (B, H, T, d)
 
-        if update is None:
-            y = attention(q, k, v, mask, None, on_weights)
-        else:
-            outputs = []
-            queries_per_head = q.shape[1] // k.shape[1]
-            first = 0
-            for keys, values, bias in update(k, v):
-                last = first + keys.shape[1] * queries_per_head
-                own_q = q[:, first:last]
-                outputs.append(attention(own_q, keys, values, mask, bias, on_weights))
-                first = last
-            y = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
-
+        outputs = []
+        queries_per_head = q.shape[1] // k.shape[1]
+        first = 0
+        groups = [(k, v, None)] if update is None else update(k, v)
+        for keys, values, bias in groups:
+            end = first + keys.shape[1] * queries_per_head
+            own_q = q[:, first:end]
+            outputs.append(attention(own_q, keys, values, mask, bias, on_weights))
+            first = end
+        y = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
         y = y.transpose(1, 2).flatten(2)  # (B, T, H·d)
         out = self.wo(y)
         if token_lora is not None:
@@ -742,8 +643,9 @@ class Llama(nn.Module):
         # keep only the input of each layer for backward, compute the rest again
         self.activation_checkpointing = False
         self.fingerprint = None  # of the weights; see run.checkpoint.base_of
-        self.frequencies = None  # of the rotary positions, once they are needed
-        self.captured = None     # the last decoding step that was captured
+        # of the rotary positions, once they are needed; as a buffer they would be rounded
+        self.frequencies = None
+        self.captured = None     # the last captured decoding step, and its cache
 
     @property
     def head_weight(self):
@@ -790,21 +692,22 @@ class Llama(nn.Module):
     ):
         """Hidden states of new tokens after the last norm: (B, T, D).
 
-        `logits` turns those that are wanted into logits.
+        Call `logits` on those that you need.
 
         tokens: (B, T) int64, padded on the right.
         cache: what the tokens may look back at. One with reserved slots is
             written to, any other is left as it is.
         segments: (B, T) int64, for several continuations of a cache in one row:
             a token sees its own segment, and every segment starts at the
-            cache's next position. -1 is padding. They go neither with lengths nor
-            with reserved slots.
+            cache's next position. -1 is padding. Not allowed together with lengths
+            or reserved slots.
         lengths: (B,) int64, the real tokens of each row, where rows differ.
         on_weights: called as on_weights(layer, weights, first_query) with the
             weights of attention; see `attention_blockwise`. The cache, if any,
             must be a full one.
-        max_position: the largest position among the tokens, if it is known;
-            asking a GPU for it would mean waiting for the GPU.
+        max_position: a position that no token exceeds, if the caller knows one; it
+            is checked in place of the largest position, which a GPU would have to be
+            asked for. 0 skips the check.
         Errors: ValueError for more tokens than the model has positions, and for
             segments with lengths or slots.
         """
@@ -813,7 +716,7 @@ class Llama(nn.Module):
             raise ValueError("segments go neither with lengths nor with reserved slots")
         positions = relative_positions(tokens, segments)
         if lengths is not None:
-            positions = positions.minimum(lengths[:, None] - 1)
+            positions = positions.minimum(lengths[:, None] - 1)  # padding must not count
         if cache is not None:
             positions = positions + cache.next_position[:, None]
         if max_position is None:
@@ -837,22 +740,22 @@ class Llama(nn.Module):
             watch = None if on_weights is None else partial(on_weights, layer)
             h, _, _ = self.run_block(layer, h, rope, mask, update, on_weights=watch)
 
-        if index is not None:
+        if has_slots:
             cache.advance(tokens.shape[1], lengths)
         return self.norm(h)
 
-    def open_slots(self, tokens, slots: Slots, lengths):
-        """Where new tokens are written in each layer, (L, G·T), and their mask.
+    def open_slots(self, tokens, slots: "Slots", lengths):
+        """Make the slots of new tokens visible.
 
-        Causal: a token sees the slots up to its own. Bias hides the free ones.
+        Returns: where the tokens are to be written in each layer, (L, G·T), and their
+        mask over all n slots, (1, 1, T, n): a token sees the slots up to its own.
         """
-        T = tokens.shape[1]
-        own = slots.next(T)
-        hidden = torch.zeros_like(tokens, dtype=torch.bool)
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        own = slots.n_written + columns  # (T,)
+        is_padding = torch.zeros_like(tokens, dtype=torch.bool)
         if lengths is not None:
-            columns = torch.arange(T, device=tokens.device)
-            hidden = columns >= lengths[:, None]
-        slots.reveal(own, hidden[:, None])
+            is_padding = columns >= lengths[:, None]
+        slots.reveal(own, is_padding[:, None])
 
         all_slots = torch.arange(slots.n, device=tokens.device)
         mask = all_slots <= own[:, None]  # (T, n)
@@ -860,35 +763,36 @@ class Llama(nn.Module):
         return index.flatten(1), mask[None, None]
 
     def logits(self, h):
-        """(..., D) -> (..., V) in fp32, rounded to the dtype of the model before."""
+        """(..., D) -> (..., V): computed in the model's dtype, then converted to fp32."""
         return F.linear(h, self.head_weight).float()
 
     def run_layers(
-        self, h, first=0, last=None, token_lora=None, store=None, positions=None,
+        self, h, first=0, end=None, token_lora=None, store=None, positions=None,
     ):
-        """Run layers first … last−1 over whole contexts, and collect their caches.
+        """Run layers first … end−1 over whole contexts, and collect keys and values.
 
         h: (B, N, D), hidden states before layer `first`; padding on the right.
-        last: None for the end of the model; of its last layer only keys and
+        end: None for the end of the model; of its last layer only keys and
             values are computed, as no cache needs more.
         token_lora(layer): the layer's TokenLoRA, or None.
         store(layer, k, v): called with each layer's keys and values,
             (B, G, N, d); what it returns is collected. None: the pair itself.
         positions: (B, N) int64, of the tokens; None: 0 … N−1.
-        Returns: the hidden states after the layers that were run (of no meaning
-            after the model's last), and the list.
-        Errors: ValueError for more tokens than the model has positions.
+        Returns: the hidden states after these layers (the model's last does not
+            change them), and the list.
+        Errors: ValueError for more tokens than the model has positions; `positions`,
+            if given, are not checked.
         """
         N = h.shape[1]
         if positions is None:
             self.check_position(N - 1)
             positions = torch.arange(N, device=h.device)[None]
         rope = self.rope(positions)
-        if last is None:
-            last = self.cfg.n_layer
+        if end is None:
+            end = self.cfg.n_layer
 
         stored = []
-        for layer in range(first, last):
+        for layer in range(first, end):
             h, k, v = self.run_block(
                 layer, h, rope,
                 token_lora=token_lora and token_lora(layer),
@@ -981,11 +885,12 @@ def weight_files(folder: Path) -> list[Path]:
 def load_llama(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama:
     """A frozen model from a folder with config.json and model.safetensors.
 
-    The folder is taken to be sound; run.loading.load_checked looks at it first.
     The model is made without memory ("meta"), and each tensor is copied into
-    place while it is read.
+    place while it is read. run.loading.load_checked checks the files first, and then
+    calls this.
     shard: called with the model while it has no memory, to spread its
         parameters over processes by rows; each then reads its own rows.
+    Errors: ValueError for a parameter that the files do not have.
     """
     folder = Path(folder)
     with torch.device("meta"):
@@ -995,15 +900,115 @@ def load_llama(folder, device="cpu", dtype=torch.float32, shard=None) -> Llama:
         shard(model)
 
     parameters = dict(model.to_empty(device=device).named_parameters())
+    missing = set(parameters)
     for file in weight_files(folder):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():
                 name = hf_to_ours(key)
                 if name not in parameters:
                     continue  # rotary tables of old files, a tied head
+                missing.discard(name)
                 rows, first = local_shard(parameters[name])
                 rows.copy_(tensors.get_slice(key)[first:first + len(rows)])
+    if missing:
+        raise ValueError(f"{folder}: no tensor for {min(missing)}; download the weights again")
     return model
+
+
+# ------------------------------------------------- slots: room for new tokens
+
+@dataclass
+class Slots:
+    """Room for n new tokens behind every head of a cache.
+
+    The keys of a layer are one tensor, head after head, so that new ones are
+    written to all heads at once; its head groups are views of it:
+
+        layer 18   [head 1: ▮▮▮▮▮▮▮▮▮▮▮▮▯▯▯, head 2: ▮▮▮▮▯▯▯, head 3: ▮▮▮▮▯▯▯]
+
+    A bias of NEG hides a slot until it is written. How many are written is a tensor, not
+    a Python number, so that a CUDA graph can repeat a decoding step.
+    """
+    n: int
+    n_written: torch.Tensor     # (1,) int64
+    starts: torch.Tensor        # (L, G) int64: where each head's slots start
+    keys: list[torch.Tensor]    # of each layer: (B, entries of all heads, d)
+    values: list[torch.Tensor]
+    biases: list[torch.Tensor]  # (B, 1 or g, S or more) each, without repetition
+
+    def reveal(self, index, is_padding) -> None:
+        """Make the slots `index` (T,) visible, but not where the new token is padding.
+
+        is_padding: (B, 1, T) bool.
+        """
+        new = torch.where(is_padding, NEG, 0.0).to(self.biases[0].dtype)
+        for bias in self.biases:
+            own = new.expand(-1, bias.shape[1], -1)
+            bias[:, :, -self.n:].index_copy_(2, index, own)
+
+
+def add_slots(groups: list[HeadGroup], extra: int):
+    """A layer with `extra` free slots behind every head.
+
+    Returns: its head groups, whose keys and values are views; the keys and the
+    values of the layer, (B, entries of all heads, d); and where in these the
+    slots of each head start: G numbers.
+    """
+    sizes = [group.k.shape[1] * (group.k.shape[2] + extra) for group in groups]
+    B, _, _, d = groups[0].k.shape
+    k = groups[0].k.new_zeros(B, sum(sizes), d)
+    v = torch.zeros_like(k)
+
+    views = []
+    starts = []
+    first = 0
+    for group, own_k, own_v in zip(groups, k.split(sizes, 1), v.split(sizes, 1)):
+        _, g, S, _ = group.k.shape
+        own_k = own_k.unflatten(1, (g, S + extra))
+        own_v = own_v.unflatten(1, (g, S + extra))
+        own_k[:, :, :S] = group.k
+        own_v[:, :, :S] = group.v
+        positions = F.pad(group.positions, (0, extra), value=-1)
+        # add_biases will lengthen the bias
+        views.append(HeadGroup(own_k, own_v, positions, group.bias))
+        for _ in range(g):
+            starts.append(first + S)
+            first += S + extra
+    return views, k, v, starts
+
+
+def add_biases(groups: list[HeadGroup], extra: int) -> list[torch.Tensor]:
+    """Give every group of a cache a bias that hides its last `extra` entries.
+
+    A group's own bias is padded. A group without one needs zeros, and NEG for its
+    slots. Seen from the end, these look the same for all groups. So groups share one
+    long tensor, and each takes its last S numbers (S: entries, slots included). GPU
+    kernels want these to start at a multiple of 8, hence one tensor for each S mod 8.
+    Returns: the different tensors.
+    """
+    longest = max(group.k.shape[2] for group in groups)
+    biases = []
+    shared = {}
+    for group in groups:
+        B, _, S, _ = group.k.shape
+        if group.bias is not None:
+            bias = group.bias.to(group.k.dtype)
+            group.bias = aligned(F.pad(bias, (0, extra), value=NEG))
+            biases.append(group.bias)
+            continue
+        if S % 8 not in shared:
+            bias = group.k.new_zeros(B, 1, longest + (S - longest) % 8)
+            bias[..., bias.shape[2] - extra:] = NEG
+            shared[S % 8] = aligned(bias)
+            biases.append(shared[S % 8])
+        group.bias = shared[S % 8][..., -S:]
+    return biases
+
+
+def aligned(bias):
+    """The same, with rows that start at multiples of 8 numbers in memory."""
+    S = bias.shape[-1]
+    return F.pad(bias, (0, -S % 8))[..., :S]
 
 
 # ------------------------------------------------------------------- generation
@@ -1025,7 +1030,7 @@ def sample(logits, temperature: float, rng):
     if temperature == 0:
         new = logits.argmax(-1)
     else:
-        # the largest becomes 0, so that no temperature makes a number infinite
+        # the largest becomes 0, so that a tiny temperature makes no number infinite
         logits = logits - logits.amax(-1, keepdim=True)
         probabilities = (logits / max(temperature, 1e-6)).softmax(-1)
         probabilities = probabilities.nan_to_num(1.0)  # rows that become −1 below
@@ -1054,14 +1059,18 @@ def next_token(model: Llama, cache: Cache, temperature: float, rng, tokens):
 class CapturedStep:
     """A decoding step on a GPU, captured once and then replayed.
 
-    A step is about a thousand small kernels, and a GPU takes longer to start
-    them than to run them. A CUDA graph starts all of them at once. It always
-    works on the same memory: the tokens, the cache and the result. The weights
-    must stay where they are, too.
+    A step of a model with 30 layers is about a thousand kernels, and if the model is
+    small, starting them takes longer than running them. A CUDA graph starts all of
+    them at once. It always works on the same memory: the tokens, the cache and the
+    result. The weights must stay where they are, too.
     """
 
-    def __init__(self, step, cache: Cache, rng):
-        """step: (B,) tokens -> the result, from `cache` and `rng` alone."""
+    def __init__(self, step, cache: Cache, rng, layout: list):
+        """step: (B,) tokens -> the result, from `cache` and `rng` alone.
+
+        layout: what another cache must have in common with this one; see `capture`.
+        """
+        self.layout = layout
         self.cache = cache
         self.rng = rng
         self.tokens = torch.zeros_like(cache.next_position)
@@ -1069,7 +1078,8 @@ class CapturedStep:
         next_position = cache.next_position.clone()
         random_state = rng.get_state()
 
-        # a first step outside of the graph, as libraries allocate memory in it
+        # One real step first: libraries allocate memory in their first call, which a
+        # capture must not.
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
@@ -1081,7 +1091,7 @@ class CapturedStep:
         with torch.cuda.graph(self.graph):
             self.result = step(self.tokens)
 
-        # that step wrote to a slot, which the next one shall write to again
+        # undo what the real step counted; capturing runs nothing
         cache.slots.n_written.copy_(n_written)
         cache.next_position.copy_(next_position)
         rng.set_state(random_state)
@@ -1120,8 +1130,7 @@ def generate(
 
     cache = cache.reserve(tokens.shape[1] + max(0, max_new_tokens))
     h = model(tokens, cache, lengths=lengths)
-    last = lengths - 1
-    logits = model.logits(h[torch.arange(len(prompts)), last])  # (B, V)
+    logits = model.logits(h[torch.arange(len(prompts)), lengths - 1])  # (B, V)
     rng = torch.Generator(model.device).manual_seed(seed)
     new = sample(logits, temperature, rng)  # (B,)
 
@@ -1129,7 +1138,7 @@ def generate(
         step = capture(model, cache, temperature, rng)
     else:
         step = partial(next_token, model, cache, temperature, rng)
-    del cache  # a replayed step works on the cache that it was captured with
+    del cache  # a replayed step has its own copy, so this one can be freed
 
     alive = [True] * len(prompts)
     for i in range(max_new_tokens):
@@ -1152,17 +1161,15 @@ def generate(
 def capture(model: Llama, cache: Cache, temperature: float, rng) -> CapturedStep:
     """A CapturedStep for this cache: that of the last call, if it fits."""
     layout = [cache.layout(), temperature]
-    last = model.captured
+    previous = model.captured
     model.captured = None  # nobody else may use it meanwhile
-    if last is not None and last.layout == layout:
-        last.start(cache, rng)
-        return last
-    del last  # and its cache, before another one is captured
+    if previous is not None and previous.layout == layout:
+        previous.start(cache, rng)
+        return previous
+    del previous  # and its cache, before another one is captured
 
     step = partial(next_token, model, cache, temperature, rng)
-    captured = CapturedStep(step, cache, rng)
-    captured.layout = layout
-    return captured
+    return CapturedStep(step, cache, rng, layout)
 
 
 def answer(

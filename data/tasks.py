@@ -9,17 +9,16 @@ are asked of the compressed cache.
   ends       the same, for facts and passages at the beginning and the end of a
              document, where compression may treat tokens differently
   squad      questions of SQuAD v1.1 about several paragraphs of one article
-  niah       needles in a haystack, in RULER's words (arXiv 2404.06654)
+  niah       needles in a haystack, nearly in RULER's words (arXiv 2404.06654)
   summary    a JSON line per document, with its summary (GovReport's layout)
-  choice     a JSON line per question, with its options (QuALITY's layout)
+  choice     a JSON line per question, with its options, or QuALITY's layout
   cost       seconds and bytes by context length; the answers do not matter
 A query's `kind` is a path such as "single/1024/0.5". Results are given for every
 prefix of it.
 
-Whatever is chosen by its results is chosen on the *dev* half of the texts.
-What is claimed is measured on the *test* half. fidelity, ends, squad, and the essays
-of niah are split so (`split`: "dev", "test", or "all"); a file of your own for niah,
-summary, choice or cost is not.
+The *dev* half of the texts is for choices, the *test* half for claims. fidelity, ends,
+squad, and the essays of niah are split so (`split`: "dev", "test", or "all"); a file of
+your own for niah, summary, choice or cost is not.
 """
 import hashlib
 import math
@@ -38,10 +37,11 @@ from data.samples import (
 from data.tokenizer import Tokenizer
 from run.errors import BadInput, expect, parse_json, read_json, reading
 
-# A user may put the file here for the table at the end of a training.
+# SQuAD's questions, if the user has put them here, are asked at the end of a training.
 SQUAD = Path(__file__).resolve().parent / "squad-dev.json"
 
-# The default model answers best in this form, of 16 that we tried on its full cache.
+# Of 16 forms that were tried on the full cache of the default model, this one has the
+# highest exact match and, with one other, the highest F1 (notes/LOG.md, 2026-11-22).
 SQUAD_PROMPT = "Extract the answer from the text.\nQuestion: {}"
 SQUAD_ANSWER = 'The answer is "'
 SQUAD_END = '"\n'  # either character ends an answer
@@ -85,7 +85,8 @@ def exact_match(prediction, gold):
 
 
 def f1(prediction, gold):
-    """SQuAD v1.1: the harmonic mean of word precision and recall, at best."""
+    """SQuAD v1.1: the harmonic mean of word precision and recall, the best
+    over the accepted answers."""
     best = 0.0
     predicted = normalize(prediction).split()
     for answer in gold:
@@ -109,7 +110,8 @@ def string_match_all(prediction, gold):
 
 
 def rouge_l(prediction, gold):
-    """ROUGE-L F, as the package rouge-score computes it without stemming, at best."""
+    """ROUGE-L F, as the package rouge-score computes it without stemming, the best over
+    the accepted answers."""
     best = 0.0
     predicted = re.findall(r"[a-z0-9]+", prediction.lower())
     for answer in gold:
@@ -132,7 +134,9 @@ def longest_common_subsequence(a, b):
 
 
 # The metrics of a task by name, the most important one first. Those without a
-# function come from logits or from a clock, in eval.py.
+# function come from logits or from a clock, in eval.py. A new task also needs a function
+# here that makes its cases, `build`, `judge` and `fit` in eval.py, the checks of
+# run/eval_flags.py, and UNITS in run/records.py.
 METRICS = {
     "fidelity": {"kl": None, "js": None, "agree": None},
     "ends": {"kl": None, "js": None, "agree": None},
@@ -142,8 +146,8 @@ METRICS = {
     "choice": {"accuracy": None, "chance": None},
     "cost": {"tokens_per_s": None, "tokens_per_s_8": None, "question_s": None},
 }
-# Metrics that are 0 or 1 for many answers: run/records.py has an exact interval for
-# them where all answers have the same.
+# Metrics from 0 to 1. If all answers have 0, or all have 1, run/records.py has an exact
+# interval.
 SHARES = {"f1", "em", "contains", "match", "rougeL", "accuracy"}
 MAX_NEW_TOKENS = {"squad": 24, "niah": 12, "summary": 160, "cost": 16}
 
@@ -162,7 +166,7 @@ SPLITS = ("all", "dev", "test")
 
 def take_split(texts: list, names: list[str], split: str) -> list:
     """The texts of one split. Sorted by a hash of their names, every second one
-    belongs to the test, so that both halves are alike."""
+    belongs to the test, so that both halves are equally large."""
     if split == "all":
         return texts
 
@@ -305,21 +309,21 @@ def squad(
 ) -> list[Case]:
     """n questions, about as many per document.
 
-    A document is made of `pack` neighbouring paragraphs of an article.
+    A document is made of `pack` neighbouring paragraphs of an article. Its unit is the
+    article.
     """
-    documents = []  # (unit, text, questions)
+    documents = []  # (title, text, questions)
     for title, paragraphs in squad_articles(path, split):
         for i in range(0, len(paragraphs), pack):
-            unit = f"{title}/{len(documents)}"
-            documents.append((unit, *join_paragraphs(paragraphs[i:i + pack])))
+            documents.append((title, *join_paragraphs(paragraphs[i:i + pack])))
 
     rng = random.Random(f"{seed}/squad")
     asked = spread([questions for _, _, questions in documents], n, rng, "questions")
     cases = []
-    for (unit, text, _), questions in zip(documents, asked):
+    for (title, text, _), questions in zip(documents, asked):
         if questions:
             queries = [squad_query(tok, *question) for question in questions]
-            cases.append(make_case(tok, tok.document(text), queries, unit))
+            cases.append(make_case(tok, tok.document(text), queries, title))
     return cases
 
 
@@ -361,32 +365,32 @@ def squad_answers(
 
 # ----------------------------------------------------------------- fidelity
 
-def windows(documents, gap: list[int], rng, n_context: int, n_answer: int) -> list:
+def windows(articles, gap: list[int], rng, n_context: int, n_answer: int) -> list:
     """Windows of n_context tokens that do not overlap.
 
-    documents: (article, its ids), as in `held_out`.
+    articles: (article, its ids), as in `held_out`.
     Returns (unit, ids, the n_answer ids that follow, the articles that are completely
-    inside the window). Long documents are cut, and each is the
-    unit of its windows. Short ones are joined in random order.
+    inside the window). Long articles are cut, and the article is the unit of its
+    windows. Short ones are joined in random order.
     """
     need = n_context + n_answer
     groups = []
     joined = []
     places = []  # (begin, end, article) in `joined`
-    for document, ids in rng.sample(documents, len(documents)):
+    for article, ids in rng.sample(articles, len(articles)):
         if len(ids) >= 2 * need:
             cut = []
             starts = range(0, len(ids) - need + 1, n_context)
             for start in rng.sample(starts, len(starts)):
                 end = start + n_context
                 following = ids[end:start + need]
-                cut.append((document["title"], ids[start:end], following, []))
+                cut.append((article["title"], ids[start:end], following, []))
             groups.append(cut)
             continue
 
         if joined:
             joined = joined + gap
-        places.append((len(joined), len(joined) + len(ids), document))
+        places.append((len(joined), len(joined) + len(ids), article))
         joined = joined + ids
         while len(joined) >= need:
             inside = [d for a, b, d in places if a >= 0 and b <= n_context]
@@ -452,8 +456,9 @@ def ends(
     tok: Tokenizer, n: int, seed: int, n_context: int = 512, sources: str = "wiki,sotu",
     shards=SHARDS, n_answer: int = 32, split: str = "all",
 ) -> list[Case]:
-    """n held-out documents whose first and last sentence are facts that we made
-    up, which are asked for, and n of which passages at both ends are recited."""
+    """2n held-out documents. In n of them, the first and the last sentence are facts
+    that we made up, and are asked for. Of the others, the first and the last passage
+    are recited."""
     rng = random.Random(f"{seed}/ends")
     found = held_out_windows(tok, rng, n_context, 0, sources, shards, split)
     found = found[:clamp(2 * n, len(found), "windows")]
@@ -496,8 +501,8 @@ def niah(
 
     single/LENGTH/DEPTH: one needle at that depth in a document of LENGTH
     compressible tokens, give or take a sentence. multi/LENGTH/DEPTH: one of the
-    N_NEEDLES needles of a document, all of which are asked for; their depths differ
-    if that many are given. Keys and values are random, so that nothing can be guessed.
+    N_NEEDLES needles of a document, all of which are asked for; they have different
+    depths if there are so many. Keys and values are random, so that nothing can be guessed.
     """
     texts = [read_text(path)] if path is not None else essays(split)
     rng = random.Random(f"{seed}/niah")
@@ -586,7 +591,7 @@ def summary(tok: Tokenizer, path, n: int, seed: int) -> list[Case]:
 
 def choice_query(tok: Tokenizer, question: dict) -> Query:
     options = expect(question["options"], list)
-    different = {expect(option, str) for option in options if option.strip()}
+    different = {expect(option, str).strip() for option in options} - {""}
     if not len(different) == len(options) > 1:
         raise ValueError(f"options are {options!r:.200}, expected different texts")
 
@@ -630,7 +635,7 @@ def choice(tok: Tokenizer, path, n: int, seed: int) -> list[Case]:
 
 
 def cost(tok: Tokenizer, path, n: int, lengths) -> list[Case]:
-    """n documents of each length in compressible tokens, all alike, to be timed."""
+    """The same document n times for each length in compressible tokens, to be timed."""
     texts = [read_text(path)] if path is not None else essays()
     ids = tok.document("\n".join(texts))
     if len(ids) < max(lengths):

@@ -30,7 +30,7 @@ from compress import Compressor, CompressorConfig  # noqa: E402
 from data.fetch import fetch  # noqa: E402
 from data.batches import collate  # noqa: E402
 from data.samples import Case, Query  # noqa: E402
-from model import KEYS, Config, Llama, generate, load_llama  # noqa: E402
+from model import CONFIG_NAMES, Config, Llama, generate, load_llama  # noqa: E402
 from run.dist import World  # noqa: E402
 from run.errors import BadInput, Parser, provenance, run_program, write_json  # noqa: E402
 from run.loading import keep_freed_memory, pick_device  # noqa: E402
@@ -253,7 +253,7 @@ def make_weights(cfg: Config, device):
     for p in model.parameters():
         p.normal_(std=0.02) if p.dim() > 1 else p.fill_(1.0)
 
-    settings = {theirs: getattr(cfg, ours) for ours, theirs in KEYS.items()}
+    settings = {theirs: getattr(cfg, ours) for ours, theirs in CONFIG_NAMES.items()}
     with torch.device(device):
         theirs = AutoModelForCausalLM.from_config(LlamaConfig(**settings), dtype=torch.bfloat16)
     return model, theirs.eval()

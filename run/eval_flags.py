@@ -13,17 +13,18 @@ from data.tasks import METRICS
 from run.errors import BadInput, Parser, reading
 from run.flags import add_model_flags, check_readable, seed_flag
 
-# Methods that select from the plain cache: whose scores rank the entries, and who
-# shares a budget.
+# Methods that select from the full cache, as (whose scores rank the entries, who shares a
+# budget). A new one needs its scores in `Document.scores` of eval.py, and, if it keeps
+# recent tokens, a line in `Document.kept`.
 #   head        each head has a budget of its own
 #   layer       the heads of a layer share one
 #   all         all heads share one
 #   compressor  the compressor's own rule: all heads share one, and each keeps
 #               a few recent tokens (an adapter with --selection token: all heads
 #               keep the same tokens)
-# Two methods are not in this table. "kvdistill" encodes the tokens that its scorer
-# selects with LoRA ("routing"), and keeps registers. "kvdistill:random" does the same
-# with a random selection.
+# Not in this table are "full", "none", and two others. "kvdistill" encodes the tokens that
+# its scorer selects with LoRA ("routing"), and keeps registers. "kvdistill:random" does
+# the same with a random selection.
 BASELINES = {
     "random": ("random", "compressor"),
     "streaming": ("streaming", "head"),

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from data.fetch import fetch
 from data.tokenizer import Tokenizer
 from model import (
-    KEYS, Config, Llama, hf_to_ours, load_llama, local_shard, rope_frequencies, weight_files)
+    CONFIG_NAMES, Config, Llama, hf_to_ours, load_llama, local_shard, rope_frequencies,
+    weight_files)
 from run.errors import BadInput, expect, read_json, reading
 from run.flags import check_weights_folder
 
@@ -110,7 +111,7 @@ def read_config(path) -> Config:
                 size = expect(getattr(cfg, field.name), int)
                 largest = 1000 if field.name == "n_layer" else 1 << 24
                 if not 0 < size <= largest:
-                    name = KEYS[field.name]
+                    name = CONFIG_NAMES[field.name]
                     raise ValueError(f"{name} is {size}, expected a number from 1 to {largest}")
         for value in (cfg.norm_eps, cfg.rope_theta, *(cfg.rope_scaling or {}).values()):
             if expect(value, int, float) <= 0:

@@ -21,7 +21,7 @@ from data.tasks import METRICS, SHARES
 from run.checkpoint import lock_dir
 from run.errors import BadInput, expect, parse_json, read_json, reading, write_atomic
 
-MIN_UNITS = 8     # an interval over fewer documents is not shown
+MIN_UNITS = 8     # an interval over fewer units is not shown
 RESAMPLES = 1000  # of the bootstrap
 UNITS = {
     "kl": "KL to the full cache's predictions, nats per token, lower is better",
@@ -45,7 +45,7 @@ def keeps_of(method: str | None, keeps) -> list[float]:
 # ------------------------------------------------------------- records on disk
 
 def check_record(record: dict) -> None:
-    """ValueError or KeyError for what eval.measure cannot have made."""
+    """Refuse what eval.measure cannot have made. Errors: ValueError or KeyError."""
     expect(record["case"], int)
     expect(record["unit"], str, int)
     expect(record["method"], str)
@@ -79,6 +79,7 @@ def load_records(path) -> list[dict]:
                 break
             text += content
             rest = member.unused_data
+        # an empty file, or one whose first write was cut off, is ours
         if rest == raw and not b"\x1f\x8b\x08".startswith(raw[:3]):
             raise ValueError("not gzip")
         records = [parse_json(line.decode()) for line in text.splitlines()]
@@ -119,7 +120,7 @@ def write_result(path, result: dict) -> None:
 
 # --------------------------------------------------------- going on with a run
 
-# To these a run that goes on adds its own value, behind the one that is there.
+# A run that goes on appends its own value to the earlier ones, with these separators.
 JOINED = {"commit": ", ", "threads": ", ", "processes": ", ", "command": "; "}
 
 
@@ -137,7 +138,8 @@ def compare_settings(out: Path, old: dict, new: dict) -> None:
 
 
 def continue_from(out: Path, answers: Path, result: dict) -> list[dict]:
-    """The records of the run that made --out, which `result` then continues."""
+    """The records of the run that made --out. Its seconds, cells and settings are put
+    into `result`, which continues it."""
     if not out.exists():
         if answers.exists():
             raise BadInput(f"{answers}: answers without their result {out}; move them away, "
@@ -150,7 +152,7 @@ def continue_from(out: Path, answers: Path, result: dict) -> list[dict]:
         old = expect(before["settings"], dict)
         for task in expect(old["tasks"], dict).values():
             expect(task, dict)
-        for key, joint in JOINED.items():  # of several runs, all that there were
+        for key, joint in JOINED.items():  # every value once
             values = str(expect(before[key], str, int)).split(joint)
             result[key] = joint.join(dict.fromkeys([*values, str(result[key])]))
         result["seconds"] = expect(before["seconds"], int, float)
@@ -265,9 +267,10 @@ def complete(records: list[dict], sizes: dict[str, int]) -> list[dict]:
     """The records of the methods and kept fractions that saw all documents of a
     task.
 
-    Others are of a run that was stopped, and say nothing about the same documents.
-    sizes: the number of documents of each task; without it, as many as the method
-        saw that saw most.
+    The others come from a run that was stopped, and their means would be over fewer
+    documents.
+    sizes: the number of documents of each task; without it, the most that any method
+        saw.
     """
     seen = {}
     for r in records:
@@ -297,7 +300,7 @@ def cells_of(
     """A cell for each task, kind, method and kept fraction.
 
     against: a method; a cell then has the difference to that method at the same
-        kept fraction, paired answer by answer. (`full` and `none` have only one.)
+        kept fraction, paired answer by answer. (`full` and `none` have one kept fraction only.)
     sizes: see `complete`.
     """
     tasks = list(dict.fromkeys(r["task"] for r in records))
@@ -385,7 +388,7 @@ def print_kind(task: str, kind: str, cells: list[dict]) -> None:
     if some["units"] == 1 < some["contexts"]:
         about += ", all of them pieces of one text"
     if some["units"] >= MIN_UNITS:
-        about += "; in parentheses: 95 % intervals over documents"
+        about += "; in parentheses: 95 % intervals"
     print(about)
 
     compressed = [cell for cell in cells if cell["method"] not in ("full", "none")]

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from compress import Compressor, CompressorConfig  # noqa: E402
-from model import KEYS, RENAMED, Config, Llama, load_llama  # noqa: E402
+from model import CONFIG_NAMES, RENAMED, Config, Llama, load_llama  # noqa: E402
 
 TINY = {
     "vocab_size": 97,
@@ -42,7 +42,7 @@ def tiny_llama(dtype=torch.float32, seed=0, **changes) -> Llama:
 
 def hf_config(cfg: Config) -> dict:
     """The config.json of a Llama."""
-    raw = {theirs: getattr(cfg, ours) for ours, theirs in KEYS.items()}
+    raw = {theirs: getattr(cfg, ours) for ours, theirs in CONFIG_NAMES.items()}
     scaling = cfg.rope_scaling and {"rope_type": "llama3", **cfg.rope_scaling}
     return raw | {
         "model_type": "llama",

@@ -104,7 +104,7 @@ def test_a_captured_step_computes_what_the_step_does(keep, dtype, tolerance):
     reserved = cache.reserve(12)
     other = cache.reserve(12)
     step = partial(decode_step, model, cache=other)
-    captured = CapturedStep(step, other, torch.Generator("cuda"))
+    captured = CapturedStep(step, other, torch.Generator("cuda"), other.layout())
     tokens = torch.tensor([5, 8], device="cuda")
     for _ in range(12):
         expected = decode_step(model, tokens, reserved)

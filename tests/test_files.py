@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, save_llama, tiny_llama
+from model import load_llama
 from run import loading
 from run.errors import BadInput, expect, provenance, read_json, reading, run_program, write_json
 from run.loading import load_checked, open_model, pick_dtype, read_config
@@ -214,6 +215,8 @@ def test_surplus_tensors_are_refused_but_for_harmless_ones(saved):
     change(saved, num_hidden_layers=7)
     with pytest.raises(BadInput, match="missing, the first is layers.6"):
         load_checked(saved)
+    with pytest.raises(ValueError, match="no tensor for layers.6"):
+        load_llama(saved)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.inf, torch.long, torch.float8_e4m3fn], ids=str)

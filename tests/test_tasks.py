@@ -108,7 +108,7 @@ def test_squad_packs_paragraphs_and_spreads_questions(tok, tmp_path, capsys):
     path = squad_file(tmp_path / "squad.json")
     cases = squad(tok, path, 12, 0, pack=2)
     assert [len(case.queries) for case in cases] == [2] * 6  # 12 questions, 6 documents
-    assert [case.unit for case in cases] == ["T0/0", "T0/1", "T1/2", "T1/3", "T2/4", "T2/5"]
+    assert [case.unit for case in cases] == ["T0", "T0", "T1", "T1", "T2", "T2"]
     assert text_of(tok, cases[1]) == (
         "Mill 0-2 stands here. Ada built it.\n\nMill 0-3 stands here. Ada built it."
     )
