@@ -9,8 +9,8 @@ the fifth, the loss, is in train.py:
   3. decay            attention to an entry is decayed by its score, so that a
                       gradient of the loss can reach the scorer; by default decay
                       only masks, and the scorer learns by regression (train.py)
-  4. token_lora,      while the context is encoded, selected tokens get a low-rank
-     encode           addition to W_Q and W_O (`TokenLoRA` in model.py)
+  4. encode           while the context is encoded, selected tokens get a low-rank
+                      addition to W_Q and W_O (`token_lora`)
 `Compressor` puts them together. An entry is the key and the value of one token
 in one head. As a program, this file compresses a text and answers questions:
 
@@ -35,11 +35,11 @@ is dropped, only decayed: with `soft=True` in `decay`, all four have a gradient.
 
 Shapes: B rows of a batch, N context tokens, R registers, K kept tokens per head
 on average, T tokens read afterwards, L layers, H query heads, G key-value heads
-per layer, d head width, D model width, r LoRA rank. Scores, selections and biases
-are (B, l, g, N). With a selection per head, l = L and g = G. With a selection per
-token, the paper's way, l = g = 1: one score stands for all heads. Where registers
-are added (`Compressor.with_registers`), l becomes L and N becomes N + R. Layers
-count from 1 in the prose: layer η is `layers[eta - 1]`.
+per layer, d head width, D model width, r LoRA rank, S entries of a cache. Scores,
+selections and biases are (B, l, g, N). With a selection per head, l = L and g = G.
+With a selection per token, the paper's way, l = g = 1: one score stands for all heads.
+Where registers are added (`Compressor.with_registers`), l becomes L and N becomes
+N + R. Layers count from 1 in the prose: layer η is `layers[eta - 1]`.
 """
 import math
 import os
@@ -185,8 +185,7 @@ def select(
     forced: (B, 1 or l, 1, N) bool, compressible tokens that are kept whatever
         their score; they use up budget.
     reserved: entries of the budget that registers fill; an int or (B,) int64. At
-        least l·g entries are kept all the same, so the cache may have more than
-        k·l·g.
+        least l·g others are kept besides, so the cache may have more than k·l·g.
     check: whether to look for scores that are not finite, which waits for a GPU.
     Errors: BadInput, with `check`, for a score that is not finite.
     """
@@ -232,12 +231,11 @@ def gather(keep_mask, beta=None, position=None):
     entries share a group. In a batch, a head is as long as in the row where it
     keeps most; the other rows are padded.
 
-    keep_mask: (B, L or 1, G or 1, N) bool, all that is kept. With registers it has
-        N + R columns. A layer without registers keeps none of the last R, and may
-        give `store` only N keys and values.
-    beta: as large, fp32, a bias of the kept entries; or None.
-    position: as many columns (B, N), int64, where an entry stands in the text;
-        None: where it stands in keep_mask.
+    keep_mask: (B, L or 1, G or 1, N or N + R) bool, all that is kept. A layer without
+        registers keeps none of them, and may give `store` only N keys and values.
+    beta: of the shape of keep_mask, fp32, a bias of the kept entries; or None.
+    position: (B, N or N + R) int64, where the token of a column stands in the text;
+        None: its column.
     """
     counts = keep_mask.sum(-1)  # (B, l, g)
     # kept tokens first, in their order
@@ -265,7 +263,8 @@ def gather(keep_mask, beta=None, position=None):
         for size, run in groupby(most[layer]):
             heads = slice(first, first + len(list(run)))
             first = heads.stop
-            # (B, m, S) for a group of m heads; a view would hold all of `positions`
+            # (B, 1 or m, S) for a group of m heads; cloned, because a view would hold all
+            # of `positions` in memory
             group_positions = positions[:, layer, heads, :size].clone()
             group_index = index[:, layer, heads, :size]
             # one selection for all heads: its (B, 1, S) positions serve all of them
@@ -277,7 +276,7 @@ def gather(keep_mask, beta=None, position=None):
                 real = 0.0 if bias is None else bias
                 bias = torch.where(group_positions < 0, NEG, real)
             entries = (row, own_heads, group_index)
-            # keys[entries], values[entries]: (B, m, S, d)
+            # keys[entries], values[entries]: (B, m or G, S, d)
             groups.append(HeadGroup(keys[entries], values[entries], group_positions, bias))
         return groups
 
@@ -300,7 +299,8 @@ def decay(scores, selection: Selection, kind: str, tau: float, soft: bool = Fals
         become −0.13, −0.91 and −6.0.
     soft: nothing is dropped, and every entry is decayed by its β. Otherwise (a
         hard step) dropped entries have −1e9, which masks them. Under "threshold",
-        kept ones then have a β of 0, with the gradient of log σ((s − θ)/τ).
+        kept ones then have a β of 0, with the gradient of log σ((s − θ)/τ), a
+        straight-through estimator.
     Returns: (B, l, g, N) fp32; 0 where `selection.score_ignored`.
     """
     if kind == "sigmoid":
@@ -358,15 +358,15 @@ def max_attention(
 
 
 def attention_and_effect(model: Llama, full: Cache, tokens, segments, max_position=None):
-    """How much entries of a full cache are looked at while the model reads on, and
-    how much the likelihood of what it reads depends on them.
+    """How strongly each entry of a full cache is attended to while the model reads
+    `tokens`, and how much their likelihood depends on it.
 
-    The first is the largest attention weight, as in `max_attention`. The second comes
-    from the gradient that decayed attention has. Let query t attend to entry c with
-    weight A, let o = Σ_c A_c·v_c be the output, and g the gradient with respect to o
-    of the log-likelihood of `tokens` (see `log_likelihood`). The gradient with respect
-    to a bias β on that one logit is A·g·(v_c − o). If the entry is left out, the
-    log-likelihood falls, to first order, by
+    The first is the largest attention weight, as in `max_attention`. The second is
+    derived from the gradient with respect to a bias β, as in `decay`. Let query t attend
+    to entry c with weight A, let o = Σ_c A_c·v_c be the output, and g the gradient of
+    the log-likelihood of `tokens` with respect to o (see `log_likelihood`). The gradient
+    with respect to a bias β on that one logit is A·g·(v_c − o). If the entry is left
+    out, the log-likelihood falls, to first order, by
         δ = A/(1 − A) · g·(v_c − o).
     δ is added up over the query heads that share the entry. Its squares are added up
     over the queries t, and the entry's effect is the root of that. (Compare the
@@ -454,8 +454,9 @@ class Compressor(nn.Module):
     The Llama is an argument of the methods, and stays frozen. Layers η+1 … L−1
     have LoRA: in layer L it would reach no key or value.
 
-    A register is a copy of one of the last tokens, made after layer η. It stands
-    after the last token of the document and runs through the layers above η with it.
+    A register is a copy of one of the last tokens, made after layer η. Its column stands
+    after the last token, and it runs through the layers above η with the document, at
+    the rotary position of the token that it copies.
     Where LoRA is on, every head of these layers keeps it. LoRA can move into it what
     dropped tokens say. The last tokens themselves cannot take up so much without
     losing what they say. In layer η+1 a register is still an exact copy; LoRA shows in
@@ -495,7 +496,8 @@ class Compressor(nn.Module):
     def read(self, model: Llama, tokens, lengths=None, protect=None) -> Context:
         """Read contexts up to layer η.
 
-        tokens: (B, N) int64, padded on the right to `lengths` (B,), if given.
+        tokens: (B, N) int64, padded on the right.
+        lengths: (B,) int64, the real tokens of each row; None: all N.
         protect: (B, N) bool, tokens that every head keeps.
         """
         B, N = tokens.shape
@@ -534,7 +536,8 @@ class Compressor(nn.Module):
         if registers and self.cfg.registers > 0:
             has_registers = self.layers_with_registers(ctx, k)  # (B, L)
             # A token that all heads of all layers keep costs l·g of the budget. A
-            # register is in some layers only, and costs that part of l·g, rounded up.
+            # register is in some of the L layers, and costs that fraction of l·g,
+            # rounded up.
             _, l, g, _ = scores.shape
             reserved = self.cfg.registers * has_registers.sum(1) * l * g
             reserved = -(-reserved // self.n_layer)
@@ -569,7 +572,7 @@ class Compressor(nn.Module):
 
         head_fraction: (B, l, N + R) fp32, the fraction of a layer's heads that keep
             a token; 1 for a register. A token's strength is `routing_strength` times
-            that of the *next* layer: LoRA changes the hidden state after a layer,
+            the fraction of the *next* layer: LoRA changes the hidden state after a layer,
             and with it first the keys and values of the next one.
         """
         # (B, l, N + R) · (B, 1, 1)
@@ -616,8 +619,8 @@ class Compressor(nn.Module):
         the cache is stored.
         store(layer, keys, values): see Llama.run_layers.
         Returns, for each layer, what `store` returned for it. Without `store`, these
-        are its keys and values, (B, G, N + R, d), and in layers 1 … η the last R
-        columns are empty and must be masked.
+        are its keys and values, (B, G, N + R, d), and in layers 1 … η the columns of
+        registers hold nothing real and must be masked (`with_registers`).
         """
         R = self.cfg.registers
         source, is_register = self.places(ctx)
@@ -808,7 +811,7 @@ class Extracting:
 
     The question asks to extract the answer from the text, and the model's turn begins
     with `The answer is "`. A quotation mark or a line break ends the answer.
-    (notes/LOG.md, 2026-11-28, compares wordings.)
+    (The log of 2026-11-28, *how a question is worded*, compares wordings.)
     """
 
     def __init__(self, tokenizer):
@@ -826,10 +829,10 @@ def kl_of_answer(
     model: Llama, full: Cache, cache: Cache, prompt: list[int], ids: list[int],
 ) -> float:
     """KL(full ‖ cache) in nats per token, over the full cache's own answer: the
-    mean over the predictions of each of its tokens and of the one after them."""
+    mean over the predictions of its tokens, and of the token after the last."""
     tokens = torch.tensor([prompt + ids], device=model.device)
     room = model.cfg.max_positions - int(full.next_position[0])
-    tokens = tokens[:, :room]  # the last id may have no position: nothing follows it
+    tokens = tokens[:, :room]  # the last id may be past the last position
     log_p, log_q = [
         model.logits(model(tokens, c)[:, len(prompt) - 1:]).log_softmax(-1)
         for c in (full, cache)
@@ -851,7 +854,7 @@ def ask_all(
 ):
     """Print every question with the answer of each cache.
 
-    Beside a cache "full", also how far the others are from it.
+    If a cache is called "full", also print how far each other cache is from it.
     tokenizer, max_new_tokens, settings: as in `model.answer_ids`.
     """
     answers = {}
@@ -882,9 +885,9 @@ def ask_all(
 # -------------------------------------------------------------------- the program
 
 WHAT_TO_EXPECT = (
-    "The default model has 135M parameters. Even from the full cache it answers only about one\n"
-    "question in three about a paragraph right, and one in six about a page. So look whether\n"
-    "both caches say the same."
+    "The default model has 135M parameters. Even from the full cache it answers only one question\n"
+    "in three correctly on a paragraph, and one in six on several. So look whether both caches\n"
+    "say the same."
 )
 
 
@@ -996,7 +999,8 @@ def main() -> None:
     (ctx, cache), compress_seconds = timed(compress)
 
     ids = ids[n_header:]
-    # From here on without the header. (N,) bool, what --keep-text and --keep-lines name
+    # From here on, nothing includes the header. For each token of the text: did
+    # --keep-text or --keep-lines name it?
     own = ctx.protected[0, n_header:].cpu()
     kept = kept_map(cache, ctx.tokens.shape[1])[..., n_header:]  # (L, G, N)
     heads_of_token = kept.sum((0, 1)).tolist()

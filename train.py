@@ -73,8 +73,10 @@ from run.records import write_result
 
 # ------------------------------------------------------------- one training step
 
-# What the scorer learns from: what the model looks at while it repeats the whole
-# document ("replay"), while it reads how the text goes on, and while it answers.
+# How many queries of each kind a context gets at most in the first phase. (A query is a
+# question, or the start of a continuation: see data/samples.py.) The scorer learns from
+# what the model looks at while it repeats the whole document ("replay"), while it reads
+# how the text goes on, and while it answers.
 SCORER_MIX = {"replay": 1, "continue": 1, "cloze": 4, "title": 2}
 
 
@@ -91,7 +93,7 @@ class MicroBatch:
     supervised_at: torch.Tensor  # (M,) int64, where the supervised tokens stand in
                                  # the flattened (B·T)
     k: torch.Tensor              # (B,) int64, tokens to keep, per head on average
-    max_position: int            # at least the position of every token of a continuation
+    max_position: int            # an upper bound of the positions in the continuations
     padded: bool                 # whether contexts differ in length
 
     @classmethod
@@ -260,7 +262,7 @@ class DistillKL(torch.autograd.Function):
     """λ·KL(p‖q) + (1−λ)·KL(q‖p) of each row; p is the teacher, q the student.
 
     student, teacher: (M, D), hidden states after the last norm.
-    head: (V, D), the output head, which makes logits of them, z of the student's.
+    head: (V, D), the output head, which makes logits of them; z are those of the student.
     Returns three (M,) in fp32 (fp64 for fp64 inputs): the loss, KL(p‖q),
     and 1 where teacher and student rank the same token first, else 0.
 
@@ -494,7 +496,7 @@ def train(
             line |= speed(model, compressor, c, line, time.perf_counter() - start)
             show_progress(bar, means, line)
             if is_first:
-                append_line(log, line, sync=save)  # first: a state is never newer than it
+                append_line(log, line, sync=save)  # first, so that no state is newer
             if is_first and save:
                 about = {"processes": world.world_size, "texts": sampler.texts_hash}
                 save_state(out, step + 1, compressor, optimizer, about)
@@ -641,7 +643,7 @@ def run(a: argparse.Namespace, c: TrainConfig, about: dict, world: World) -> Non
 
 
 def plan(a: argparse.Namespace, c: TrainConfig) -> None:
-    """--plan. It reads config.json, or nothing for the 8B Llama of a preset."""
+    """--plan. It reads config.json only, or nothing for the 8B Llama of a preset."""
     path = Path(a.weights or fetch()) / "config.json"
     if a.weights == LLAMA_8B["weights"] and not path.exists():
         cfg = LLAMA_8B_SHAPE
