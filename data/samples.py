@@ -65,6 +65,16 @@ FACTS = (
         "Who bought the {thing}?",
         "{name}",
     ),
+    (
+        "The locker of {name} opens with the code {code}.",
+        "What is the code of the locker of {name}?",
+        "{code}",
+    ),
+    (
+        "In {town} the prize was won by ticket {code}.",
+        "Which ticket won the prize in {town}?",
+        "{code}",
+    ),
 )
 FIRST_NAMES = "Tomas Ines Yusuf Greta Oskar Meera Pavel Lucia Hugo Noor Edith Karim"
 LAST_NAMES = (
@@ -201,6 +211,7 @@ def fact_query(rng, tok: Tokenizer) -> tuple[str, Query]:
     """A sentence to put into a text, and the question about it."""
     words = {kind: rng.choice(choices) for kind, choices in WORDS.items()}
     words["number"] = f"{rng.randrange(1000, 100_000):,}"
+    words["code"] = str(rng.randrange(10 ** 4, 10 ** 9))
     sentence, question, answer = [part.format(**words) for part in rng.choice(FACTS)]
 
     prompt = tok.ask(f"{question} Answer in a few words.")

@@ -457,10 +457,12 @@ def ends(
     rng = random.Random(f"{seed}/ends")
     found = held_out_windows(tok, rng, n_context, 0, sources, shards, split)
     found = found[:clamp(2 * n, len(found), "windows")]
+    n_sources = len(sources.split(","))
     cases = []
     for i, (unit, ids, _, _) in enumerate(found):
         text = tok.decode(ids)
-        if i % 2:
+        # the sources take turns, and each has its share of both kinds
+        if i // n_sources % 2:
             queries = [
                 recite_query(rng, text, tok, n_answer, at="first"),
                 recite_query(rng, text, tok, n_answer, at="last"),

@@ -181,11 +181,13 @@ PAPER = {
 PRESETS = {
     "quick": {},
     "small": {
-        "scorer_steps": 700,
-        "steps": 1400,
+        "scorer_steps": 500,
+        "scorer_batch": 2,
+        "steps": 240,
+        "batch": 8,
         "context": 1024,
         "min_context": 64,
-        "lr": 1e-3,
+        "lr": 2e-3,
         "warmup": 20,
         "mix": "continue=1,recite=2,cloze=3,title=2,fact=2",
         "eval_contexts": 25,
