@@ -183,8 +183,8 @@ PRESETS = {
     "small": {
         "scorer_steps": 500,
         "scorer_batch": 2,
-        "steps": 240,
-        "batch": 8,
+        "steps": 260,
+        "batch": 4,
         "context": 1024,
         "min_context": 64,
         "lr": 2e-3,
