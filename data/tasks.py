@@ -462,10 +462,13 @@ def ends(
     rng = random.Random(f"{seed}/ends")
     found = held_out_windows(tok, rng, n_context, 0, sources, shards, split)
     found = found[:clamp(2 * n, len(found), "windows")]
+    n_sources = len(sources.split(","))
     cases = []
     for i, (unit, ids, _, _) in enumerate(found):
         text = tok.decode(ids)
-        if i % 2:
+        # the sources take turns, and each gets both kinds of questions in turn
+        turn, source = divmod(i, n_sources)
+        if (turn + source) % 2:
             queries = [
                 recite_query(rng, text, tok, n_answer, at="first"),
                 recite_query(rng, text, tok, n_answer, at="last"),
