@@ -1,6 +1,6 @@
 """Train a KV-cache compressor for a frozen Llama.
 
-    python train.py                       # a quarter to half an hour, two CPU cores
+    python train.py                       # about half an hour of two CPU cores
     python train.py --preset small        # two to three hours of two CPU cores
     python train.py --preset paper-small  # the paper's own method
     python train.py --init-adapter FOLDER --sources my/texts --scorer-steps 0 \
